@@ -1,0 +1,71 @@
+# `make smoke` is all a newcomer needs. Every target that needs the environment makes it first; it is made once, and again
+# when the locks or setup.py change.
+
+VENV ?= .venv
+IMAGE ?= funmatch:cpu
+SMOKE_FLAGS ?=
+PYTEST_FLAGS ?=
+
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation
+LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --generate-hashes --allow-unsafe --strip-extras \
+	--no-build-isolation --no-emit-index-url --no-emit-trusted-host --no-emit-find-links
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv smoke test test-slow test-docker lint lock image clean
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+smoke: venv  ## Run the whole job on built-in data on the CPU. More flags: SMOKE_FLAGS="--preset=tiny".
+	$(PY) -m trainer.smoke $(SMOKE_FLAGS)
+
+test: venv  ## Run the tests that take seconds.
+	$(PY) -m pytest -m "not slow and not docker" $(PYTEST_FLAGS)
+
+# pytest exits with 5 when it finds no test. That is right while no test is marked slow, and a mistake afterwards.
+test-slow: venv  ## Run the tests that take minutes.
+	@$(PY) -m pytest -m "slow and not docker" $(PYTEST_FLAGS) \
+		|| { code=$$?; [ $$code -eq 5 ] && ! grep -rqs --include='*.py' 'mark\.slow' tests || exit $$code; }
+
+test-docker: venv  ## Build the image and test it. Starts an engine of its own (root, Debian) when none runs.
+	$(PY) -m pytest -m docker $(PYTEST_FLAGS)
+
+lint: venv  ## Check style, formatting and types.
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+lock: venv  ## Resolve requirements/*.in again. UPGRADE=--upgrade takes the newest versions.
+	$(LOCK) $(UPGRADE) -o requirements/build.txt requirements/build.in
+	$(LOCK) $(UPGRADE) -o requirements/cpu.txt requirements/cpu.in
+	$(LOCK) $(UPGRADE) -o requirements/dev.txt requirements/dev.in
+
+image: ## Build the CPU image as IMAGE (funmatch:cpu).
+	docker build --target cpu --tag $(IMAGE) \
+		--build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)" \
+		--build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" .
+
+clean:  ## Remove the environment, caches and smoke runs.
+	rm -rf $(VENV) build dist smoke *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find trainer tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv: $(READY)
+
+# The locks are resolved for Python 3.11 and install on 3.12; Keras 3.15 has left 3.10 behind.
+$(READY): requirements/build.txt requirements/dev.txt setup.py
+	@python= ; for candidate in $(PYTHON) python3.11 python3; do \
+		if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+			python=$$candidate; break; fi; done; \
+	if [ -z "$$python" ]; then \
+		echo "Need Python 3.11 or 3.12: neither python3.11 nor python3 is one. Install it, or: make PYTHON=/path/to/python3.11" >&2; \
+		exit 1; fi; \
+	echo "Creating $(VENV) with $$python (downloads about 1 GB the first time)"; \
+	$$python -m venv --clear $(VENV) \
+		|| { echo "$$python cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PIP_INSTALL) --require-hashes -r requirements/build.txt
+	$(PIP_INSTALL) --require-hashes -r requirements/dev.txt
+	$(PIP_INSTALL) --no-deps --editable .
+	@touch $@

@@ -1,0 +1,89 @@
+"""Small data and models that the tests share, and four virtual CPU devices for what happens with several replicas."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer import prepare
+from trainer.config import Config
+from trainer.models import bit
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CLASSES, TRAIN, SIDE, IMAGE = 5, 40, 32, 24
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
+)
+tf.get_logger().setLevel("ERROR")
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def strategy(replicas: int) -> tf.distribute.Strategy:
+    """A strategy over so many virtual CPU devices."""
+    if replicas == 1:
+        return tf.distribute.OneDeviceStrategy("CPU:0")
+    # Collectives of several strategies in one process mix up their keys; a plain sum on one device does not.
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(replicas)], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
+
+
+def funmatch(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m trainer.cli ...` as a user would, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "trainer.cli", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=os.environ | environment, check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A prepared data set of 5 species: 40 train, 15 validation, 23 test pictures, up to 32 pixels."""
+    out = str(tmp_path_factory.mktemp("data") / "flowers")
+    prepare.synthetic(out, 0, CLASSES, SIDE, {"train": TRAIN, "validation": 15, "test": 23}, silent)
+    return out
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A `.keras` teacher of 24 x 24 pixels with opinions (its head is not zero)."""
+    path = str(tmp_path_factory.mktemp("teacher") / "teacher.keras")
+    opinionated(bit.bit("tiny", CLASSES, IMAGE, seed=11)).save(path)
+    return path
+
+
+def opinionated(model: keras.Model, seed: int = 0) -> keras.Model:
+    """The model with a random head in place of the zero one."""
+    rng = np.random.default_rng(seed)
+    head = model.get_layer("head")
+    head.set_weights([rng.normal(0, 0.3, w.shape).astype(np.float32) for w in head.get_weights()])
+    return model
+
+
+@pytest.fixture
+def make_config(data: str, teacher_file: str, tmp_path: pathlib.Path) -> Callable[..., Config]:
+    """A small job's configuration, with changes."""
+
+    def make(**changes: object) -> Config:
+        values: dict[str, object] = {
+            "data": data, "teacher": (f"keras:{teacher_file}",), "workdir": str(tmp_path / "run"), "student": "bit-tiny",
+            "image_size": IMAGE, "store_size": SIDE, "steps": 12, "batch_size": 8, "learning_rate": 0.003,
+            "steps_per_loop": 2, "log_every": 3, "eval_every": 6, "checkpoint_every": 4, "eval_batch_size": 10,
+        }
+        return Config(**(values | changes))  # type: ignore[arg-type]
+
+    return make

@@ -1,0 +1,108 @@
+"""Configuration: checked once, frozen flags, round trip, identity."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from absl import flags
+
+from trainer import config
+from trainer.config import Config
+from trainer.errors import ConfigError
+
+# Flags that job specs, recipes and scripts rely on. Adding one is a decision: it is made here.
+FLAGS = frozenset(
+    """batch_size check checkpoint_every clip_norm data distance dry_run epochs eval_batch_size eval_data eval_every eval_split
+    final_split image_size jit_compile keep_checkpoints learning_rate log_every mixup precision seed steps
+    steps_per_loop store_size student teacher teacher_image_size teacher_outputs teacher_range temperature tpu train_split
+    warmup_steps weight_decay workdir""".split()
+)
+
+
+def parsed(*arguments: str) -> Config:
+    values = flags.FlagValues()
+    config.define_flags(values)
+    values(["test", *arguments])
+    return config.from_flags(values)
+
+
+def test_flags_are_frozen() -> None:
+    values = flags.FlagValues()
+    config.define_flags(values)
+    assert frozenset(values) == FLAGS
+
+
+def test_defaults_of_flags_are_defaults_of_fields() -> None:
+    assert parsed() == Config()
+
+
+def test_flags_reach_their_fields() -> None:
+    found = parsed("--teacher=keras:a", "--teacher=keras:b", "--teacher_image_size=32", "--teacher_image_size=64", "--steps=7",
+                   "--temperature=2.5", "--teacher_range=0,1", "--dry_run")
+    assert found.teacher == ("keras:a", "keras:b")
+    assert found.teacher_image_size == (32, 64)
+    assert (found.steps, found.temperature, found.teacher_range, found.dry_run) == (7, 2.5, ("0,1",), True)
+
+
+def test_every_flag_has_help() -> None:
+    assert all(len(field.metadata["help"]) > 15 for field in dataclasses.fields(Config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperature": 0.0}, "--temperature=0.0"),
+        ({"temperature": float("nan")}, "finite"),
+        ({"learning_rate": -1.0}, "--learning_rate=-1.0"),
+        ({"batch_size": 0}, "--batch_size=0"),
+        ({"steps": 5, "epochs": 1.0}, "one of the two"),
+        ({"steps": -5}, "negative"),
+        ({"seed": 2**31}, "--seed"),
+        ({"warmup_steps": -2}, "--warmup_steps"),
+        ({"distance": "labels", "teacher": ("keras:x",)}, "no teacher"),
+        ({"teacher": ("a", "b", "c"), "teacher_image_size": (1, 2)}, "2 times for 3 teachers"),
+        ({"teacher_range": ("0,2",)}, "0,255"),
+        ({"precision": "float16"}, "mixed_bfloat16"),
+    ],
+)
+def test_bad_values_are_named(changes: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
+        Config(**changes)
+
+
+@pytest.mark.parametrize("missing", ["data", "workdir", "steps", "teacher"])
+def test_incomplete_is_named(missing: str) -> None:
+    complete = {"data": "d", "workdir": "w", "steps": 3, "teacher": ("keras:x",)}
+    Config(**complete).require_complete()
+    del complete[missing]
+    with pytest.raises(ConfigError, match=f"--{missing}"):
+        Config(**complete).require_complete()
+
+
+def test_round_trip_through_json() -> None:
+    first = Config(teacher=("keras:a",), teacher_image_size=(32,), epochs=2.5)
+    assert Config.from_dict(first.to_dict()) == first
+    with pytest.raises(ConfigError, match="tempreature"):
+        Config.from_dict({"tempreature": 1})
+
+
+@pytest.mark.parametrize(
+    ("epochs", "examples", "batch", "steps"), [(1000, 1020, 512, 1992), (10_000, 1020, 512, 19922), (300, 3312, 512, 1941), (0.001, 10, 512, 1)]
+)
+def test_epochs_become_steps_as_in_big_vision(epochs: float, examples: int, batch: int, steps: int) -> None:
+    assert Config(epochs=epochs, batch_size=batch).resolve(examples).steps == steps
+
+
+def test_automatic_warmup_is_a_tenth_of_a_short_run() -> None:
+    assert Config(steps=480).resolve(10).warmup_steps == 48
+    assert Config(steps=100_000).resolve(10).warmup_steps == 1500
+    assert Config(steps=480, warmup_steps=1500).resolve(10).warmup_steps == 1500
+
+
+def test_identity_knows_what_decides_the_weights() -> None:
+    base = Config(steps=10)
+    for change in ({"workdir": "elsewhere"}, {"log_every": 3}, {"steps_per_loop": 7}, {"tpu": "local"}, {"data": "copy"}):
+        assert dataclasses.replace(base, **change).identity() == base.identity()
+    for change in ({"seed": 1}, {"steps": 11}, {"temperature": 2.0}, {"student": "resnet50v2"}, {"mixup": "none"}):
+        assert config.fingerprint(dataclasses.replace(base, **change).identity()) != config.fingerprint(base.identity())

@@ -1,0 +1,119 @@
+"""How good the student is and how close to its teacher: every example of a split exactly once, on the central crop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer import distill, views
+from trainer.models.teachers import Teacher, mean_logits
+from trainer.store import Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Logits on a whole split.
+
+    Attributes:
+        labels: int32 [n], -1 where there is none.
+        student: float32 [n, classes].
+        teacher: float32 [n, classes], or None without teacher.
+    """
+
+    labels: np.ndarray
+    student: np.ndarray
+    teacher: np.ndarray | None
+
+    def metrics(self) -> dict[str, float]:
+        """student_top1, student_top5, teacher_top1, teacher_top5, agreement_top1 (all 0..1) and kl (nats, T = 1).
+
+        Accuracies are over labelled examples and absent if there are none; what needs a teacher is absent without one.
+        """
+        found: dict[str, float] = {}
+        labelled = self.labels >= 0
+        for name, logits in (("student", self.student), ("teacher", self.teacher)):
+            if logits is not None and labelled.any():
+                found[f"{name}_top1"] = top_k(logits[labelled], self.labels[labelled], 1)
+                found[f"{name}_top5"] = top_k(logits[labelled], self.labels[labelled], 5)
+        if self.teacher is not None:
+            found["agreement_top1"] = float((self.teacher.argmax(1) == self.student.argmax(1)).mean())
+            found["kl"] = float(distill.kl(self.teacher, self.student).numpy().mean(dtype=np.float64))
+        return found
+
+
+def top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Share (0..1) of rows whose label is among the k largest logits; ties count against the label."""
+    own = np.take_along_axis(logits, labels[:, None].astype(np.int64), axis=1)
+    # Anything that is not a finite number is no correct answer.
+    rank = (logits >= own).sum(axis=1)
+    return float((np.isfinite(logits).all(axis=1) & (rank <= k)).mean())
+
+
+class Evaluator:
+    """Runs models over one split. A frozen teacher sees the same views each time, so its logits are computed once."""
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        store: Store,
+        image_size: int,
+        batch_size: int,
+        *,
+        jit_compile: bool,
+    ) -> None:
+        """
+        Args:
+            strategy: that the models were made under.
+            store: the split.
+            image_size: side of the student's images in pixels.
+            batch_size: images a step over all replicas; rounded up to a multiple of the replicas.
+            jit_compile: let XLA compile the forward passes.
+        """
+        self._strategy, self._store, self._size, self._jit = strategy, store, image_size, jit_compile
+        replicas = strategy.num_replicas_in_sync
+        self._share = -(-min(batch_size, max(1, len(store))) // replicas)
+        self._teacher: np.ndarray | None = None
+        self._student: Callable[[np.ndarray, np.ndarray], tf.Tensor] | None = None
+        self._model: keras.Model | None = None
+
+    def run(self, student: keras.Model, teachers: tuple[Teacher, ...]) -> Outcome:
+        """Logits of both on every example. The teachers must be the same at each call."""
+        if self._model is not student:
+            self._model = student
+            self._student = self._compile({self._size}, lambda made: student(made[self._size], training=False))
+        if teachers and self._teacher is None:
+            sizes = {teacher.size for teacher in teachers}
+            self._teacher = self._over_all(self._compile(sizes, lambda made: mean_logits(teachers, made)))
+        assert self._student is not None
+        return Outcome(self._store.labels, self._over_all(self._student), self._teacher)
+
+    def _compile(self, sizes: set[int], model: Callable[[dict[int, tf.Tensor]], tf.Tensor]) -> Callable:
+        def forward(images: tf.Tensor, originals: tf.Tensor) -> tf.Tensor:
+            made = {size: views.evaluation_view(images, originals, size) for size in sizes}
+            return tf.cast(model(made), tf.float32)
+
+        compiled = tf.function(forward, jit_compile=self._jit)
+        return tf.function(lambda images, originals: self._strategy.run(compiled, (images, originals)))
+
+    def _over_all(self, run: Callable) -> np.ndarray:
+        store, strategy = self._store, self._strategy
+        batch = self._share * strategy.num_replicas_in_sync
+        parts = []
+        for start in range(0, len(store), batch):
+            # The last batch is filled up with its first image, so that every shape is the same; the filling is cut off.
+            ids = np.minimum(np.arange(start, start + batch), len(store) - 1)
+            images, sizes = store.images[ids], store.sizes[ids]
+
+            def share(context: tf.distribute.ValueContext, source: np.ndarray) -> tf.Tensor:
+                first = context.replica_id_in_sync_group * self._share
+                return tf.constant(source[first : first + self._share])
+
+            distribute = strategy.experimental_distribute_values_from_function
+            values = [distribute(lambda c, s=source: share(c, s)) for source in (images, sizes)]
+            local = strategy.experimental_local_results(run(*values))
+            parts.append(np.concatenate([value.numpy() for value in local])[: len(store) - start])
+        return np.concatenate(parts)

@@ -1,0 +1,147 @@
+"""The student as others load it: a SavedModel (JPEG bytes, or image tensors) and a `.keras` file without our code.
+
+Both signatures contain the whole of evaluation's preprocessing, so what is served is what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from trainer import files, records, store, views
+from trainer.errors import DataError
+from trainer.models import bit
+
+TOP = 5
+
+
+class Servable(tf.Module):
+    """A student with its preprocessing.
+
+    Signatures, each returning logits float32 [n, classes], probabilities float32 [n, classes], top_classes string [n, k] and
+    top_probabilities float32 [n, k], k = min(5, classes):
+        serving_default: image_bytes string [n], encoded JPEG, PNG, BMP or GIF, any size.
+        images: images uint8 [n, height, width, 3], any one size.
+    """
+
+    def __init__(self, model: keras.Model, classes: tuple[str, ...], image_size: int, store_size: int) -> None:
+        super().__init__(name="funmatch_student")
+        self.model = model
+        self._names = tf.constant(list(classes))
+        self._size, self._store = image_size, store_size
+        self._top = min(TOP, len(classes))
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
+    def serve_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        def one(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            image = records.decode(encoded)
+            return store.squash(image, self._store), tf.cast(tf.shape(image)[:2], tf.float32)
+
+        spec = (
+            tf.TensorSpec([self._store, self._store, 3], tf.uint8),
+            tf.TensorSpec([2], tf.float32),
+        )
+        return self._classify(*tf.map_fn(one, image_bytes, fn_output_signature=spec))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, "images")])
+    def serve_images(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        original = tf.cast(tf.shape(images)[1:3], tf.float32)
+        sizes = tf.tile(original[None], [tf.shape(images)[0], 1])
+        squares = tf.ensure_shape(store.squash(images, self._store), [None, self._store, self._store, 3])
+        return self._classify(squares, sizes)
+
+    def _classify(self, squares: tf.Tensor, sizes: tf.Tensor) -> dict[str, tf.Tensor]:
+        logits = tf.cast(self.model(views.evaluation_view(squares, sizes, self._size), training=False), tf.float32)
+        probabilities = tf.nn.softmax(logits)
+        best, which = tf.math.top_k(probabilities, self._top)
+        return {
+            "logits": logits,
+            "probabilities": probabilities,
+            "top_classes": tf.gather(self._names, which),
+            "top_probabilities": best,
+        }
+
+
+def single_device_copy(model: keras.Model) -> keras.Model:
+    """The model outside of any strategy, float32 throughout, weight standardisation folded in."""
+    config = model.get_config()
+    copy = type(model).from_config(_float32(config))
+    copy.set_weights(model.get_weights())
+    return bit.fold(copy)
+
+
+def _float32(value: Any) -> Any:
+    """A model's configuration with every dtype policy of its layers set to float32."""
+    if isinstance(value, dict):
+        if value.get("class_name") == "DTypePolicy":
+            return value | {"config": {"name": "float32"}}
+        return {key: _float32(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_float32(item) for item in value)
+    return value
+
+
+def write(folder: str, model: keras.Model, classes: tuple[str, ...], image_size: int, store_size: int, card: dict[str, Any]) -> None:
+    """Writes saved_model/, model.keras, classes.json and MODEL_CARD.md into `folder`, on a disk or gs://.
+
+    Args:
+        folder: made if it is not there.
+        model: the trained student.
+        classes: class names in the order of the logits.
+        image_size, store_size: sides in pixels that evaluation used.
+        card: facts for the card, by name.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    copy = single_device_copy(model)
+    servable = Servable(copy, classes, image_size, store_size)
+    signatures = {"serving_default": servable.serve_bytes, "images": servable.serve_images}
+    try:
+        tf.saved_model.save(servable, files.join(folder, "saved_model"), signatures=signatures)
+    except (tf.errors.OpError, OSError) as error:
+        raise DataError(f"cannot write the exported model {folder}: {files.reason(error)}") from error
+    save_keras(copy, files.join(folder, "model.keras"))
+    names = json.dumps(list(classes), ensure_ascii=False, indent=1) + "\n"
+    files.write(files.join(folder, "classes.json"), names.encode(), "the class names")
+    files.write(files.join(folder, "MODEL_CARD.md"), _card(card, image_size).encode(), "the model card")
+
+
+def save_keras(model: keras.Model, path: str) -> None:
+    """Writes a `.keras` file whole or not at all, on a disk or gs://.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "model.keras")
+        model.save(local)
+        with open(local, "rb") as file:
+            files.write(path, file.read(), "a model")
+
+
+def _card(facts: dict[str, Any], image_size: int) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return f"""# Image classifier distilled by function matching
+
+Made by funmatch with the method of Beyer et al. 2021 (arXiv 2106.05237): the model learned the outputs of a larger
+teacher on cropped and mixed images.
+
+| fact | value |
+|---|---|
+{rows}
+
+## Use
+`model.keras` takes float32 images [n, {image_size}, {image_size}, 3] in [-1, 1] and returns logits; `keras.saving.load_model` needs
+nothing of funmatch. `saved_model` takes encoded images (`serving_default`, `image_bytes`) or uint8 images of any size
+(`images`) and does the preprocessing itself. Class names are in `classes.json`, in the order of the logits.
+
+## Limits
+Accuracy was measured on the split named above and says nothing about other images. The student repeats what its
+teacher knows, errors included.
+"""

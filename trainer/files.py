@@ -1,0 +1,149 @@
+"""Files on a disk and in a bucket alike (tf.io.gfile): whole reads, atomic whole writes, errors as one line."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import uuid
+from typing import Any
+
+import tensorflow as tf
+
+from trainer.errors import DataError
+
+
+def is_remote(path: str) -> bool:
+    """True for gs:// and other schemes, whose objects appear whole when their upload completes."""
+    return "://" in path
+
+
+def join(folder: str, *parts: str) -> str:
+    """Joins with slashes, keeping the double one of gs://."""
+    return posixpath.join(folder, *parts)
+
+
+def read(path: str, what: str) -> bytes:
+    """The whole content of `path`.
+
+    Raises:
+        DataError: it cannot be read; the text says `what` it was meant to be.
+    """
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            return file.read()
+    except tf.errors.OpError as error:
+        raise DataError(f"cannot read {what} {path}: {reason(error)}") from error
+
+
+def write(path: str, content: bytes, what: str) -> None:
+    """Makes `path` hold `content`, whole or not at all, through a crash too.
+
+    On a disk: a temporary file, flushed to the platter, then renamed over `path`. In a bucket an object becomes
+    visible only when its upload is complete, so it is written directly (a rename there is copy plus delete).
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:
+        if is_remote(path):
+            with tf.io.gfile.GFile(path, "wb") as file:
+                file.write(content)
+            return
+        make_folder(posixpath.dirname(path), what)
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+        sync_folder(posixpath.dirname(path))
+    except (tf.errors.OpError, OSError) as error:
+        raise DataError(f"cannot write {what} {path}: {reason(error)}") from error
+
+
+def sync_folder(path: str) -> None:
+    """Makes the names in a local folder survive a power cut."""
+    handle = os.open(path or ".", os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: str, what: str) -> None:
+    """Creates a folder and its parents; a bucket needs none.
+
+    Raises:
+        DataError: it cannot be created, or a file is in its place.
+    """
+    try:
+        if path and not is_remote(path):
+            os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot create the folder of {what} {path}: {reason(error)}") from error
+
+
+def require_writable(folder: str, what: str) -> None:
+    """Writes and deletes a small object in `folder`, so that a job fails before its work and not after.
+
+    Raises:
+        DataError: that did not work.
+    """
+    probe = join(folder, f".write-probe-{uuid.uuid4().hex[:8]}")
+    try:
+        write(probe, b"", what)
+        tf.io.gfile.remove(probe)
+    except (tf.errors.OpError, DataError) as error:
+        raise DataError(f"{what} {folder} is not writable: {reason(error)}; choose another or change its permissions") from error
+
+
+def exists(path: str) -> bool:
+    """Whether a file or object is at `path`.
+
+    Raises:
+        DataError: the answer cannot be had (no permission, no such bucket).
+    """
+    try:
+        return bool(tf.io.gfile.exists(path))
+    except tf.errors.OpError as error:
+        raise DataError(f"cannot look at {path}: {reason(error)}") from error
+
+
+def names(folder: str) -> list[str]:
+    """Names directly in `folder`, sorted, without trailing slashes; empty if there is no such folder.
+
+    Raises:
+        DataError: it cannot be listed.
+    """
+    try:
+        return sorted(name.rstrip("/") for name in tf.io.gfile.listdir(folder))
+    except tf.errors.NotFoundError:
+        return []
+    except tf.errors.OpError as error:
+        raise DataError(f"cannot list {folder}: {reason(error)}") from error
+
+
+def remove(path: str) -> None:
+    """Deletes a file or object; one that is gone already is fine.
+
+    Raises:
+        DataError: it cannot be deleted.
+    """
+    try:
+        tf.io.gfile.remove(path)
+    except tf.errors.NotFoundError:
+        pass
+    except tf.errors.OpError as error:
+        raise DataError(f"cannot delete {path}: {reason(error)}") from error
+
+
+def reason(error: Any) -> str:
+    """The first line of an error, without TensorFlow's wrapping."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = getattr(error, "message", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0].strip()

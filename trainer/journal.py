@@ -1,0 +1,94 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard, and a line or a bar on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import tensorflow as tf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from trainer import files
+
+
+class Journal:
+    """Rows of metrics.jsonl and their copies in TensorBoard.
+
+    The file is written whole at `flush`, which the loop calls before each checkpoint commits: a resumed run cuts
+    the rows after its checkpoint off and writes the same ones again, so there are no gaps and no repeats.
+    """
+
+    def __init__(self, workdir: str) -> None:
+        self._path = files.join(workdir, "metrics.jsonl")
+        self._boards = files.join(workdir, "tensorboard")
+        self._writer: Any = None
+        self.rows: list[dict[str, Any]] = []
+
+    def rewind(self, step: int) -> None:
+        """Takes up the training and evaluation rows of an earlier process up to `step` updates; others are dropped."""
+        self.rows = []
+        if files.exists(self._path):
+            for line in files.read(self._path, "the metrics").decode().splitlines():
+                row = json.loads(line)
+                if row["step"] <= step and row["kind"] != "final":
+                    self.rows.append(row)
+
+    def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One row; numbers go to TensorBoard too."""
+        self.rows.append({"kind": kind, "step": step} | values)
+        if self._writer is None:
+            self._writer = tf.summary.create_file_writer(self._boards)
+        with self._writer.as_default(step=step):
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    tf.summary.scalar(f"{kind}/{name}", value)
+
+    def flush(self) -> None:
+        """Makes the rows so far durable."""
+        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.rows)
+        files.write(self._path, text.encode(), "the metrics")
+        if self._writer is not None:
+            self._writer.flush()
+
+
+class Screen:
+    """Progress on a terminal as a bar, elsewhere as a line now and then; everything goes to standard error."""
+
+    def __init__(self, quiet_seconds: float = 20.0) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live = sys.stderr.isatty()
+        self._quiet = quiet_seconds
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last = 0.0
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self._console.print(text, markup=False)
+
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
+        """How far `what` is: `done` of `total`. Off a terminal, at most a line each `quiet_seconds` and one at the end."""
+        if not self._live:
+            now = time.monotonic()
+            if now - self._last >= self._quiet or done >= total:
+                self._last = now
+                self.say(f"{what} {done}/{total} {note}".rstrip())
+            return
+        if self._bar is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self._bar = Progress(*columns, console=self._console, transient=False)
+            self._bar.start()
+            self._task = self._bar.add_task(what, total=total, note=note)
+        assert self._task is not None
+        self._bar.update(self._task, description=what, completed=done, total=total, note=note)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None

@@ -1,0 +1,302 @@
+"""The outer loop: what the host does between the device's loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer import distill, files, optim
+from trainer.accelerator import Accelerator
+from trainer.checkpoint import Checkpoints
+from trainer.config import Config
+from trainer.errors import DataError, Diverged, Stopped
+from trainer.evaluate import Evaluator
+from trainer.journal import Journal, Screen
+from trainer.models import students, teachers
+from trainer.records import Dataset
+from trainer.signals import StopRequest
+from trainer.store import Order, Store
+
+
+@dataclasses.dataclass
+class Job:
+    """A run, built and ready to train.
+
+    Attributes:
+        config: resolved; nothing in it is left to a default.
+        identity: JSON value that decides which weights come out: configuration, data, teachers.
+        step: updates made so far.
+        seconds: wall time of training so far, over all processes of this run.
+        pending: steps and metrics of the device's loops since the last row of metrics.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    identity: dict[str, Any]
+    train: Store
+    stores: dict[str, Store]
+    student: keras.Model
+    teachers: tuple[teachers.Teacher, ...]
+    optimizer: keras.optimizers.Optimizer
+    run_steps: Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
+    step: int = 0
+    seconds: float = 0.0
+    pending: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
+    evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
+
+    def evaluator(self, split: str) -> Evaluator:
+        """The evaluator of one of `stores`."""
+        if split not in self.evaluators:
+            config = self.config
+            self.evaluators[split] = Evaluator(
+                self.accelerator.strategy, self.stores[split], config.image_size, config.eval_batch_size,
+                jit_compile=self.accelerator.jit_compile(config.jit_compile),
+            )
+        return self.evaluators[split]
+
+    def advance(self, steps: int, order: Order) -> dict[str, float]:
+        """Makes `steps` updates on the device and returns the mean of each metric over them.
+
+        Raises:
+            Diverged: a loss or gradient was not finite.
+        """
+        first = self.step
+        ids = order.batches(first, steps)
+        means = self.run_steps(tf.constant(ids), tf.constant(first, tf.int64))
+        metrics = {name: float(value) for name, value in means.items()}
+        if not all(math.isfinite(value) for value in metrics.values()):
+            found = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+            raise Diverged(
+                f"not finite between steps {first} and {first + steps}: {found}. The last good checkpoint is kept; "
+                "try a lower --learning_rate, a longer --warmup_steps or --precision=float32"
+            )
+        self.step += steps
+        made = int(keras.ops.convert_to_numpy(self.optimizer.iterations))
+        if made != self.step:
+            raise AssertionError(f"{made} updates were made where {self.step} were due")
+        return metrics
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that the next step depends on beside configuration, data and teachers, by name."""
+        groups = {"student": self.student.variables, "optimizer": self.optimizer.variables}
+        return {
+            f"{group}/{number:04d}/{variable.path}": keras.ops.convert_to_numpy(variable)
+            for group, variables in groups.items()
+            for number, variable in enumerate(variables)
+        }
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """The inverse of `state`.
+
+        Raises:
+            DataError: names or shapes differ.
+        """
+        variables = [*self.student.variables, *self.optimizer.variables]
+        names = list(self.state())
+        if names != list(arrays):
+            odd = sorted(set(names) ^ set(arrays))[:5]
+            raise DataError(f"the checkpoint does not hold this model's variables; the first that differ: {', '.join(odd)}")
+        for variable, (name, array) in zip(variables, arrays.items(), strict=True):
+            if tuple(variable.shape) != array.shape:
+                raise DataError(f"the checkpoint's {name} has shape {array.shape}; this model's has {tuple(variable.shape)}")
+            variable.assign(array)
+
+
+def identify(config: Config) -> tuple[Config, Dataset, Dataset, dict[str, Any]]:
+    """What a run is, without building it: resolved configuration, data sets, identity. Reads small files and teachers' bytes.
+
+    Raises:
+        DataError: a data set or split is missing or empty.
+    """
+    data = Dataset.load(config.data)
+    held_out = Dataset.load(config.eval_data, "eval_data") if config.eval_data else data
+    split = data.split(config.train_split, "train_split")
+    for flag in ("eval_split", "final_split"):
+        held_out.split(getattr(config, flag), flag)
+    if held_out.classes != data.classes and data.classes:
+        raise DataError(
+            f"--eval_data={held_out.folder} has {len(held_out.classes)} classes and --data={data.folder} has "
+            f"{len(data.classes)}, or their names differ: both must name the same classes in the same order"
+        )
+    if not held_out.classes:
+        raise DataError(f"{held_out.folder} has no classes; evaluation needs labelled images: give --eval_data")
+    config = config.resolve(split.examples)
+    identity = config.identity() | {
+        "classes": len(held_out.classes),
+        "data": f"{split.name}: {split.examples} examples, {split.crc32c}",
+        "teacher": [teachers.checksum(config, name) for name in config.teacher],
+    }
+    return config, data, held_out, identity
+
+
+def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
+    """Loads data and teachers, makes student, optimizer and the compiled loop.
+
+    Args:
+        config: as the user gave it.
+
+    Raises:
+        ConfigError, DataError: what cannot be run, as one line.
+    """
+    config, data, held_out, identity = identify(config)
+    accelerator.check_batch(config.batch_size)
+    config = dataclasses.replace(config, steps_per_loop=config.steps_per_loop or accelerator.steps_per_loop)
+    strategy, classes = accelerator.strategy, len(held_out.classes)
+    with strategy.scope():
+        loaded = teachers.load(config, classes)
+        for teacher in loaded:
+            screen.say(f"teacher {teacher.name}: {teacher.model.count_params():,} parameters, {teacher.size} px, {teacher.value_range}")
+        student = students.build(config.student, classes, config.image_size, precision=config.precision, seed=config.seed)
+        screen.say(f"student {config.student}: {student.count_params():,} parameters, {config.image_size} px")
+
+    def decode(dataset: Dataset, name: str, flag: str, side: int) -> Store:
+        split = dataset.split(name, flag)
+        return Store(dataset, split, side, lambda done, total: screen.progress(f"decode {name}", done, total))
+
+    train = decode(data, config.train_split, "train_split", config.store_size)
+    if config.distance == "labels" and (train.labels < 0).any():
+        raise DataError(f"--distance=labels, but {config.train_split} of {config.data} has images without labels")
+    stores: dict[str, Store] = {}
+    for flag in ("eval_split", "final_split"):
+        name = getattr(config, flag)
+        if name not in stores:
+            stores[name] = decode(held_out, name, flag, config.store_size)
+    with strategy.scope():
+        optimizer = optim.build(config, student.trainable_variables)
+        resident = tuple(tf.Variable(a, trainable=False) for a in (train.images, train.sizes, train.labels))
+    run_steps = distill.make_loop(
+        config, strategy, student, loaded, optimizer, resident, jit_compile=accelerator.jit_compile(config.jit_compile)
+    )
+    return Job(config, accelerator, identity, train, stores, student, loaded, optimizer, run_steps)
+
+
+def train(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) -> None:
+    """Trains to the end of the run from its newest checkpoint.
+
+    Raises:
+        Diverged: a value that is not finite; the last good checkpoint is kept.
+        Stopped: a signal asked for it; the state is saved.
+    """
+    config = job.config
+    resume(job, journal, checkpoints, screen)
+    order = Order(config.seed, len(job.train), config.batch_size)
+    meter = _Meter(job)
+    with StopRequest() as stop:
+        while job.step < config.steps and not stop.name:
+            steps = _until_due(config, job.step)
+            metrics = job.advance(steps, order)
+            job.pending.append((steps, metrics))
+            note = meter.tick(steps, metrics)
+            screen.progress("train", job.step, config.steps, note)
+            last = job.step == config.steps
+            if last or job.step % config.log_every == 0:
+                journal.add("train", job.step, _mean(job.pending) | meter.row())
+                job.pending.clear()
+            if last or job.step % config.eval_every == 0:
+                evaluate(job, config.eval_split, "eval", journal, screen)
+                meter.skip()
+            if last or stop.name or job.step % config.checkpoint_every == 0:
+                save(job, journal, checkpoints)
+                meter.skip()
+    screen.close()
+    if job.step < config.steps:
+        raise Stopped(f"stopped by {stop.name} at step {job.step} of {config.steps}; saved: the same command goes on")
+
+
+def resume(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) -> None:
+    """Takes up the newest whole checkpoint, if there is one.
+
+    Raises:
+        DataError: it belongs to another run, or all are damaged.
+    """
+    restored = checkpoints.restore()
+    for line in checkpoints.passed_over:
+        screen.say(f"warning: {line}")
+    if restored is not None:
+        job.load(restored.arrays)
+        job.step, job.seconds = restored.step, restored.extra["seconds"]
+        job.pending = [(steps, metrics) for steps, metrics in restored.extra["pending"]]
+        screen.say(f"resumed at step {job.step} of {job.config.steps}")
+    journal.rewind(job.step)
+
+
+def save(job: Job, journal: Journal, checkpoints: Checkpoints) -> None:
+    """Commits the state. Rows of metrics are made durable first, so that none is missing after a crash."""
+    journal.flush()
+    checkpoints.save(job.step, job.state(), {"seconds": job.seconds, "pending": job.pending})
+
+
+def evaluate(job: Job, split: str, kind: str, journal: Journal, screen: Screen) -> Any:
+    """Evaluates on one of the job's splits, writes a row, says it, and returns the `Outcome`."""
+    outcome = job.evaluator(split).run(job.student, job.teachers)
+    metrics = outcome.metrics()
+    journal.add(kind, job.step, {"split": split} | metrics)
+    names = {"student_top1": "student", "teacher_top1": "teacher", "agreement_top1": "agreement"}
+    told = ", ".join(f"{word} {100 * metrics[name]:.1f}%" for name, word in names.items() if name in metrics)
+    screen.say(f"step {job.step}, {split} ({len(outcome.labels)} images): {told}")
+    return outcome
+
+
+def _until_due(config: Config, step: int) -> int:
+    """Steps to the next moment at which the host has something to do, at most `steps_per_loop`."""
+    intervals = (config.log_every, config.eval_every, config.checkpoint_every)
+    return min(config.steps - step, config.steps_per_loop, *(every - step % every for every in intervals))
+
+
+def _mean(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    total = sum(steps for steps, _ in parts)
+    return {name: sum(steps * values[name] for steps, values in parts) / total for name in parts[0][1]}
+
+
+class _Meter:
+    """Speed and time left; compilation, evaluation and saving do not count towards speed."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._began, self._before = job, time.monotonic(), job.seconds
+        self._mark, self._steps, self._seconds, self._warm = self._began, 0, 0.0, False
+
+    def tick(self, steps: int, metrics: dict[str, float]) -> str:
+        now = time.monotonic()
+        if self._warm:
+            self._steps, self._seconds = self._steps + steps, self._seconds + now - self._mark
+        self._warm, self._mark = True, now
+        self._job.seconds = self._before + now - self._began
+        config, rate = self._job.config, self.images_per_second()
+        left = (config.steps - self._job.step) * config.batch_size / rate if rate else 0.0
+        speed = f", {rate:,.0f} images/s, {_clock(left)} left" if rate else ""
+        return f"loss {metrics['loss']:.3f}, agreement {100 * metrics['agreement']:.0f}%{speed}"
+
+    def skip(self) -> None:
+        """Leaves the time since the last tick out."""
+        self._mark = time.monotonic()
+
+    def images_per_second(self) -> float:
+        return self._steps * self._job.config.batch_size / self._seconds if self._seconds else 0.0
+
+    def row(self) -> dict[str, float]:
+        schedule = optim.WarmupCosine(self._job.config.learning_rate, self._job.config.warmup_steps, self._job.config.steps)
+        return {
+            "learning_rate": float(schedule(self._job.step - 1)),
+            "images_per_second": self.images_per_second(),
+            "wall_seconds": self._job.seconds,
+        }
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def open_run(job: Job) -> tuple[Journal, Checkpoints]:
+    """The journal and the checkpoints of a job's workdir."""
+    config = job.config
+    folder = files.join(config.workdir, "checkpoints")
+    return Journal(config.workdir), Checkpoints(folder, job.identity, config.keep_checkpoints)

@@ -1,0 +1,1 @@
+"""Networks: the BiT family, students, teachers."""

@@ -1,0 +1,126 @@
+"""Every kind of teacher as one frozen function from our views to float32 logits.
+
+A teacher is data: loaded before anything else, checked against the data set's classes, made cheap once (weight
+standardisation folded in), never trained and never part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import Config
+from trainer.errors import ConfigError, DataError
+from trainer.models import bit, loading, students
+
+_UNKNOWN = "--teacher={}: it must be keras:PATH or random:NAME"
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen classifier.
+
+    Attributes:
+        name: the flag's value.
+        model: Keras model; its own value range and outputs.
+        size: side of the images that it takes, in pixels.
+        value_range: "-1,1", "0,1" or "0,255".
+        probabilities: it returns probabilities that could not be turned back into logits inside.
+    """
+
+    name: str
+    model: keras.Model
+    size: int
+    value_range: str
+    probabilities: bool
+
+    def logits(self, views: tf.Tensor) -> tf.Tensor:
+        """Float32 [n, size, size, 3] in [-1, 1] -> float32 logits [n, classes]."""
+        if self.value_range == "0,1":
+            views = (views + 1.0) / 2.0
+        elif self.value_range == "0,255":
+            views = (views + 1.0) * 127.5
+        outputs = tf.cast(self.model(views, training=False), tf.float32)
+        if self.probabilities:
+            # softmax(log p / T) = softmax(z / T): a logarithm gives logits back up to a constant.
+            outputs = tf.math.log(tf.maximum(outputs, 1e-30))
+        return tf.stop_gradient(outputs)
+
+
+def load(config: Config, classes: int) -> tuple[Teacher, ...]:
+    """Loads every `--teacher`.
+
+    Raises:
+        ConfigError: unknown kind, or sizes that contradict the model.
+        DataError: a file that does not load, or whose head does not fit the data set.
+    """
+    teachers = []
+    for position, name in enumerate(config.teacher):
+        sizes, ranges = config.teacher_image_size, config.teacher_range
+        size = sizes[min(position, len(sizes) - 1)] if sizes else 0
+        value_range = ranges[min(position, len(ranges) - 1)]
+        teachers.append(_load(config, name, size, value_range, classes))
+    return tuple(teachers)
+
+
+def checksum(config: Config, name: str) -> str:
+    """What identifies the teacher `name` in a run's fingerprint: the SHA-256 of its file, or how it was drawn.
+
+    Raises:
+        ConfigError: unknown kind.
+        DataError: the file is not there.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "random" and rest:
+        return f"{name}, seed {config.seed}"
+    if kind == "keras" and rest:
+        return loading.checksum(rest, "teacher")
+    raise ConfigError(_UNKNOWN.format(name))
+
+
+def _load(config: Config, name: str, size: int, value_range: str, classes: int) -> Teacher:
+    kind, _, rest = name.partition(":")
+    softmax = False
+    if kind == "keras" and rest:
+        model, softmax = loading.load_keras(rest, "teacher")
+    elif kind == "random" and rest:
+        model = students.build(rest, classes, size or config.image_size, seed=config.seed)
+    else:
+        raise ConfigError(_UNKNOWN.format(name))
+    if model.output_shape[-1] != classes:
+        raise DataError(
+            f"--teacher={name} knows {model.output_shape[-1]} classes; --data={config.data} has {classes}: "
+            "the head of the teacher must be the data set's"
+        )
+    height, width = model.input_shape[1:3]
+    if height != width:
+        raise DataError(f"--teacher={name} takes images of {height} x {width} pixels; only squares are made")
+    if size and height and size != height:
+        raise ConfigError(f"--teacher_image_size={size}, but {name} takes {height} x {height} pixels")
+    size = size or height or config.image_size
+    if config.teacher_outputs != "probabilities" and softmax:
+        model, softmax = loading.strip_softmax(model), False
+    elif config.teacher_outputs == "auto":
+        softmax = _look_like_probabilities(model, size, value_range)
+    else:
+        softmax = config.teacher_outputs == "probabilities"
+    if any(isinstance(layer, bit.StdConv2D) for layer in model.layers):
+        model = bit.fold(model)
+    model.trainable = False
+    return Teacher(name, model, size, value_range, softmax)
+
+
+def _look_like_probabilities(model: keras.Model, size: int, value_range: str) -> bool:
+    """Whether outputs on noise are non-negative and sum to one."""
+    low, high = (float(bound) for bound in value_range.split(","))
+    noise = np.random.Generator(np.random.Philox(0)).uniform(low, high, (4, size, size, 3)).astype(np.float32)
+    outputs = np.asarray(model(noise, training=False), np.float32)
+    return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1.0, atol=1e-3))
+
+
+def mean_logits(teachers: tuple[Teacher, ...], views: dict[int, tf.Tensor]) -> tf.Tensor:
+    """The ensemble's logits (paper, section 3.6: the mean of the logits) for views keyed by their size."""
+    return tf.add_n([teacher.logits(views[teacher.size]) for teacher in teachers]) / float(len(teachers))

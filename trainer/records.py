@@ -1,0 +1,280 @@
+"""TFRecord shards and their index: written once, checked on every read, each record known by file, number and offset.
+
+A data set is a folder with `dataset.json` (written last: it commits the rest) and shards `SPLIT-00000-of-00004.tfrecord`.
+A record is a tf.train.Example: image/encoded (bytes as they came), image/height, image/width (pixels of the original),
+image/filename, and label (absent where there is none).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import tensorflow as tf
+
+from trainer import files
+from trainer.errors import DataError
+
+FORMAT = "funmatch-dataset/1"
+INDEX = "dataset.json"
+_HEADER = struct.Struct("<QI")  # length, masked CRC of the length
+_FOOTER = struct.Struct("<I")  # masked CRC of the payload
+_LONGEST = 1 << 31  # a tf.train.Example cannot be longer
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """One encoded image: `encoded` bytes, `height` and `width` of the original in pixels, `label` (-1: none), name."""
+
+    encoded: bytes
+    height: int
+    width: int
+    label: int = -1
+    filename: str = ""
+
+    def serialize(self) -> bytes:
+        """The tf.train.Example's bytes, the same on every run (map entries in sorted order)."""
+        feature = {
+            "image/encoded": _bytes(self.encoded),
+            "image/filename": _bytes(self.filename.encode()),
+            "image/height": _int(self.height),
+            "image/width": _int(self.width),
+        }
+        if self.label >= 0:
+            feature["label"] = _int(self.label)
+        example = tf.train.Example(features=tf.train.Features(feature=feature))
+        return example.SerializeToString(deterministic=True)
+
+    @classmethod
+    def parse(cls, payload: bytes, where: str) -> Picture:
+        """The inverse of `serialize`.
+
+        Raises:
+            DataError: not such a record; `where` is named.
+        """
+        try:
+            feature = tf.train.Example.FromString(payload).features.feature
+        except Exception as error:  # protobuf's DecodeError differs between its implementations
+            raise DataError(f"{where}: not a tf.train.Example") from error
+        encoded = feature["image/encoded"].bytes_list.value
+        height, width = feature["image/height"].int64_list.value, feature["image/width"].int64_list.value
+        label, name = feature["label"].int64_list.value, feature["image/filename"].bytes_list.value
+        if len(encoded) != 1 or len(height) != 1 or len(width) != 1 or len(label) > 1:
+            raise DataError(f"{where}: a tf.train.Example without image/encoded, image/height and image/width")
+        if height[0] < 1 or width[0] < 1:
+            raise DataError(f"{where}: image size {height[0]} x {width[0]} pixels")
+        text = name[0].decode(errors="replace") if name else ""
+        return cls(encoded[0], height[0], width[0], label[0] if label else -1, text)
+
+
+def _bytes(value: bytes) -> Any:
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+
+def _int(value: int) -> Any:
+    return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of a split: its name in the data set's folder, records, length in bytes, CRC32C of the whole file."""
+
+    file: str
+    examples: int
+    bytes: int
+    crc32c: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A named part of a data set."""
+
+    name: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def examples(self) -> int:
+        return sum(shard.examples for shard in self.shards)
+
+    @property
+    def crc32c(self) -> str:
+        """A short name of the split's content: CRC32C (8 hex digits) over its shards' lengths and CRCs."""
+        text = ",".join(f"{shard.bytes}:{shard.crc32c}" for shard in self.shards)
+        return f"{google_crc32c.value(text.encode()):08x}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What dataset.json says.
+
+    Attributes:
+        folder: where it lies, on a disk or gs://.
+        name: of the source, for people.
+        classes: class names; the label of a record is a position in it. Empty: unlabelled.
+        splits: by name.
+        image_size: largest and median height and width of the originals, in pixels.
+    """
+
+    folder: str
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    image_size: dict[str, int]
+
+    def split(self, name: str, flag: str) -> Split:
+        """The split called `name`, which must not be empty.
+
+        Raises:
+            DataError: there is none or it has no examples; `flag` says where the name came from.
+        """
+        if name not in self.splits:
+            known = ", ".join(f"{s.name} ({s.examples})" for s in self.splits.values()) or "none"
+            raise DataError(f"{self.folder} has no split {name!r} (from --{flag}); it has: {known}")
+        if not self.splits[name].examples:
+            raise DataError(f"split {name!r} (from --{flag}) of {self.folder} is empty: prepare it with images in it")
+        return self.splits[name]
+
+    def save(self) -> None:
+        """Writes dataset.json, which makes the data set complete."""
+        value = dataclasses.asdict(self) | {"format": FORMAT}
+        del value["folder"]
+        value["splits"] = {
+            name: {"examples": split.examples, "shards": [dataclasses.asdict(s) for s in split.shards]}
+            for name, split in self.splits.items()
+        }
+        text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        files.write(files.join(self.folder, INDEX), text.encode(), "the data set's index")
+
+    @classmethod
+    def load(cls, folder: str, flag: str = "data") -> Dataset:
+        """Reads dataset.json in `folder`.
+
+        Raises:
+            DataError: there is none, or it is not one of ours.
+        """
+        path = files.join(folder, INDEX)
+        if not files.exists(path):
+            raise DataError(
+                f"no data set at --{flag}={folder}: {INDEX} is not there; "
+                "make one with `python -m trainer.prepare --dataset=... --out=...`"
+            )
+        try:
+            value = json.loads(files.read(path, "the data set's index"))
+            if value["format"] != FORMAT:
+                raise DataError(f"{path} has format {value['format']!r}; this version reads {FORMAT!r}: prepare it again")
+            splits = {
+                name: Split(name, tuple(Shard(**shard) for shard in split["shards"]))
+                for name, split in value["splits"].items()
+            }
+            return cls(folder, value["name"], tuple(value["classes"]), splits, value["image_size"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is damaged ({error!r}): prepare the data set again") from error
+
+
+def masked_crc(payload: bytes | memoryview) -> int:
+    """TFRecord's masked CRC32C of `payload`."""
+    crc = google_crc32c.value(bytes(payload))
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def frame(payload: bytes) -> bytes:
+    """A TFRecord: length, its CRC, payload, its CRC."""
+    length = struct.pack("<Q", len(payload))
+    return length + _FOOTER.pack(masked_crc(length)) + payload + _FOOTER.pack(masked_crc(payload))
+
+
+def write_shard(folder: str, file: str, pictures: Iterable[Picture]) -> Shard:
+    """Writes one shard whole; a shard is held in memory, so keep it to some hundred megabytes."""
+    parts = [frame(picture.serialize()) for picture in pictures]
+    content = b"".join(parts)
+    files.write(files.join(folder, file), content, "a shard")
+    return Shard(file, len(parts), len(content), google_crc32c.value(content))
+
+
+def payloads(content: bytes | memoryview, where: str) -> Iterator[tuple[int, memoryview]]:
+    """Offsets and payloads of the records in a TFRecord file's `content`, each checked against its CRC.
+
+    Raises:
+        DataError: a record is cut off or damaged; the text has file, record number and byte offset.
+    """
+    view, offset, number = memoryview(content), 0, 0
+    while offset < len(view):
+        place = f"{where}: record {number} at byte {offset}"
+        if offset + _HEADER.size > len(view):
+            raise DataError(f"{place} is cut off")
+        length, crc = _HEADER.unpack_from(view, offset)
+        if masked_crc(view[offset : offset + 8]) != crc:
+            raise DataError(f"{place} has a damaged length")
+        start, end = offset + _HEADER.size, offset + _HEADER.size + length
+        if length > _LONGEST or end + _FOOTER.size > len(view):
+            raise DataError(f"{place} is cut off")
+        if masked_crc(view[start:end]) != _FOOTER.unpack_from(view, end)[0]:
+            raise DataError(f"{place} is damaged (its CRC32C does not match)")
+        yield offset, view[start:end]
+        offset, number = end + _FOOTER.size, number + 1
+
+
+def decode(encoded: tf.Tensor) -> tf.Tensor:
+    """Decodes one JPEG, PNG, BMP or GIF (its first frame): string scalar -> uint8 [height, width, 3]."""
+    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+class EncodedSplit:
+    """All records of a split in memory, still encoded, checked once, reached by example id.
+
+    An example's id is its position in the split: shard after shard, record after record.
+
+    Attributes:
+        labels: int32 [examples], -1 where a record has none.
+        sizes: float32 [examples, 2], height and width of the originals in pixels.
+    """
+
+    labels: np.ndarray
+    sizes: np.ndarray
+
+    def __init__(self, dataset: Dataset, split: Split) -> None:
+        """Reads and checks every shard.
+
+        Raises:
+            DataError: a shard is missing, has another length or count than dataset.json says, or is damaged.
+        """
+        self._records: list[tuple[memoryview, str]] = []
+        labels: list[int] = []
+        sizes: list[tuple[int, int]] = []
+        for shard in split.shards:
+            path = files.join(dataset.folder, shard.file)
+            content = files.read(path, "a shard")
+            if len(content) != shard.bytes:
+                raise DataError(f"{path} has {len(content)} bytes; {INDEX} says {shard.bytes}: prepare or copy it again")
+            count = 0
+            for offset, payload in payloads(content, path):
+                where = f"{path}: record {count} at byte {offset}"
+                picture = Picture.parse(bytes(payload), where)
+                if picture.label >= max(1, len(dataset.classes)):
+                    raise DataError(f"{where}: label {picture.label}, but {INDEX} names {len(dataset.classes)} classes")
+                self._records.append((payload, where))
+                labels.append(picture.label)
+                sizes.append((picture.height, picture.width))
+                count += 1
+            if count != shard.examples:
+                raise DataError(f"{path} has {count} records; {INDEX} says {shard.examples}")
+        self.labels = np.asarray(labels, np.int32)
+        self.sizes = np.asarray(sizes, np.float32).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def picture(self, example: int) -> Picture:
+        """The record with id `example`, parsed."""
+        payload, where = self._records[example]
+        return Picture.parse(bytes(payload), where)
+
+    def where(self, example: int) -> str:
+        """File, record number and byte offset of an example, for messages."""
+        return self._records[example][1]
