@@ -37,14 +37,15 @@ RUN apt-get update \
 FROM packages-cpu AS program
 COPY . /src
 RUN /opt/venv/bin/pip install --no-build-isolation --no-deps --prefix=/opt/program /src \
- && mkdir -p /workspace/recipes \
- && if [ -d /src/recipes ]; then cp -R /src/recipes /workspace; fi
+ && mkdir -p /opt/recipes \
+ && if [ -d /src/recipes ]; then cp -R /src/recipes /opt; fi
 
 # What every flavour shares: who runs, and where. /tmp is HOME because it is the one place that is writable under any user,
 # and under `--read-only --tmpfs /tmp`; Keras, Matplotlib and others keep their settings and caches there.
 FROM ${BASE} AS runtime
 RUN groupadd --gid 10001 funmatch \
- && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin funmatch
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin funmatch \
+ && install -d -o 10001 -g 10001 /workspace
 ENV HOME=/tmp \
     PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -57,7 +58,7 @@ ENTRYPOINT ["python", "-m", "trainer.task"]
 FROM runtime AS cpu
 COPY --from=packages-cpu /opt/venv /opt/venv
 COPY --from=program /opt/program /opt/venv
-COPY --from=program --chown=10001:10001 /workspace /workspace
+COPY --from=program /opt/recipes /workspace/recipes
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="funmatch" \

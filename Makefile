@@ -5,6 +5,7 @@ VENV ?= .venv
 IMAGE ?= funmatch:cpu
 SMOKE_FLAGS ?=
 PYTEST_FLAGS ?=
+BUILD_FLAGS ?=
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -43,8 +44,8 @@ lock: venv  ## Resolve requirements/*.in again. UPGRADE=--upgrade takes the newe
 	$(LOCK) $(UPGRADE) -o requirements/cpu.txt requirements/cpu.in
 	$(LOCK) $(UPGRADE) -o requirements/dev.txt requirements/dev.in
 
-image: ## Build the CPU image as IMAGE (funmatch:cpu).
-	docker build --target cpu --tag $(IMAGE) \
+image:  ## Build the CPU image as IMAGE. More for docker build: BUILD_FLAGS="--pull".
+	docker build --target cpu --tag $(IMAGE) $(BUILD_FLAGS) \
 		--build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)" \
 		--build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" .
 

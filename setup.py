@@ -1,4 +1,4 @@
-"""The distribution `funmatch`. TensorFlow is chosen by an extra: cpu, gpu or tpu, never two of them."""
+"""The distribution `funmatch`. One extra chooses TensorFlow: cpu, gpu or tpu, never two."""
 
 import re
 from pathlib import Path
@@ -18,8 +18,8 @@ def version() -> str:
     return found[1]
 
 
-# `tensorflow` and `tensorflow-tpu` own the same files of site-packages, so neither may be an unconditional requirement:
-# the one that pip installs last would silently overwrite the other.
+# `tensorflow` and `tensorflow-tpu` own the same files of site-packages, so neither may be an
+# unconditional requirement: the one that pip installs last would silently overwrite the other.
 TENSORFLOW = ">=2.19.1,<2.22"
 
 EXTRAS = {
@@ -29,11 +29,12 @@ EXTRAS = {
     "tpu": ["tensorflow-tpu==2.19.1", "libtpu==0.0.10"],
     # Only to wait for a named TPU node. Not for Vertex AI: it hides TensorFlow's own, newer client.
     "tpu-client": ["cloud-tpu-client"],
-    # tensorflow-metadata 1.21 is generated for protobuf 6.31 without saying so; TensorFlow 2.19 needs protobuf 5.
+    # tensorflow-metadata 1.21 needs protobuf 6.31 without saying so; TensorFlow 2.19 needs 5.
     "datasets": ["tensorflow-datasets>=4.9.9", "tensorflow-metadata<1.18"],
     "kaggle": ["kaggle>=1.6"],
     "report": ["jinja2>=3.1", "matplotlib>=3.8"],
-    # Compiles for a TPU without one, with private interfaces of these very builds. Their libtpu is not the one of `tpu`.
+    # Compiles for a TPU without one, with private interfaces of these very builds. Not together
+    # with `tpu`, which needs another libtpu.
     "preflight": ["jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.52"],
     "dev": ["hypothesis", "mypy", "pip-tools", "pytest>=8", "pytest-timeout", "ruff", "scipy"],
 }
@@ -41,13 +42,13 @@ EXTRAS = {
 setup(
     name="funmatch",
     version=version(),
-    description="Distil a big image classifier into a small one by function matching (arXiv 2106.05237), on CPU or TPU.",
+    description="Function matching knowledge distillation (arXiv 2106.05237) on CPU, GPU and TPU",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     author="The funmatch authors",
     license="Apache-2.0",
     packages=["trainer", "trainer.models"],
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.11,<3.13",
     install_requires=[
         "absl-py>=2.1",
         "google-cloud-storage>=3,<4",
@@ -65,7 +66,6 @@ setup(
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -46,7 +46,12 @@ def funmatch(*arguments: str, timeout: float = 240, **environment: str) -> subpr
     """Runs `python -m trainer.cli ...` as a user would, in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "trainer.cli", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=os.environ | environment, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | environment,
+        check=False,
     )
 
 
@@ -80,9 +85,20 @@ def make_config(data: str, teacher_file: str, tmp_path: pathlib.Path) -> Callabl
 
     def make(**changes: object) -> Config:
         values: dict[str, object] = {
-            "data": data, "teacher": (f"keras:{teacher_file}",), "workdir": str(tmp_path / "run"), "student": "bit-tiny",
-            "image_size": IMAGE, "store_size": SIDE, "steps": 12, "batch_size": 8, "learning_rate": 0.003,
-            "steps_per_loop": 2, "log_every": 3, "eval_every": 6, "checkpoint_every": 4, "eval_batch_size": 10,
+            "data": data,
+            "teacher": (f"keras:{teacher_file}",),
+            "workdir": str(tmp_path / "run"),
+            "student": "bit-tiny",
+            "image_size": IMAGE,
+            "store_size": SIDE,
+            "steps": 12,
+            "batch_size": 8,
+            "learning_rate": 0.003,
+            "steps_per_loop": 2,
+            "log_every": 3,
+            "eval_every": 6,
+            "checkpoint_every": 4,
+            "eval_batch_size": 10,
         }
         return Config(**(values | changes))  # type: ignore[arg-type]
 

@@ -75,11 +75,31 @@ def test_only_accelerator_knows_hardware() -> None:
     for name, path in modules().items():
         with open(path, encoding="utf-8") as file:
             text = file.read()
-        for word in ("TPUClusterResolver", "TPUStrategy", "list_physical_devices", "MirroredStrategy", "OneDeviceStrategy"):
+        for word in (
+            "TPUClusterResolver",
+            "TPUStrategy",
+            "list_physical_devices",
+            "MirroredStrategy",
+            "OneDeviceStrategy",
+        ):
             assert word not in text or name == "accelerator", f"{name} mentions {word}"
 
 
 def test_light_modules_import_no_tensorflow() -> None:
-    light = ["task", "teacher", "prepare", "smoke", "cli", "config", "synthetic", "report", "errors"]
-    code = "import sys; " + "; ".join(f"import trainer.{name}" for name in light) + "; sys.exit('tensorflow' in sys.modules)"
+    light = [
+        "task",
+        "teacher",
+        "prepare",
+        "smoke",
+        "cli",
+        "config",
+        "synthetic",
+        "report",
+        "errors",
+    ]
+    code = (
+        "import sys; "
+        + "; ".join(f"import trainer.{name}" for name in light)
+        + "; sys.exit('tensorflow' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -16,7 +16,10 @@ IDENTITY = {"seed": 0, "steps": 10}
 
 
 def arrays(value: float) -> dict[str, np.ndarray]:
-    return {"student/0000/conv/kernel": np.full((3, 2), value, np.float32), "optimizer/0000/iterations": np.array(7, np.int64)}
+    return {
+        "student/0000/conv/kernel": np.full((3, 2), value, np.float32),
+        "optimizer/0000/iterations": np.array(7, np.int64),
+    }
 
 
 def filled(folder: pathlib.Path, *steps: int, keep: int = 2) -> Checkpoints:
@@ -28,7 +31,9 @@ def filled(folder: pathlib.Path, *steps: int, keep: int = 2) -> Checkpoints:
 
 def test_round_trip_is_exact(tmp_path: pathlib.Path) -> None:
     odd = np.array([1e-45, -0.0, np.float32(1) / 3, 3e38], np.float32)
-    Checkpoints(str(tmp_path), IDENTITY, 1).save(3, {"a/b": odd, "n": np.array(2**40)}, {"pending": [[2, {"loss": 0.1}]]})
+    Checkpoints(str(tmp_path), IDENTITY, 1).save(
+        3, {"a/b": odd, "n": np.array(2**40)}, {"pending": [[2, {"loss": 0.1}]]}
+    )
     found = Checkpoints(str(tmp_path), IDENTITY, 1).restore()
     assert found is not None
     assert found.step == 3
@@ -44,7 +49,10 @@ def test_nothing_there_is_none(tmp_path: pathlib.Path) -> None:
 def test_newest_wins_and_old_ones_go(tmp_path: pathlib.Path) -> None:
     made = filled(tmp_path, 1, 2, 3, 10)
     assert made.restore().step == 10  # type: ignore[union-attr]
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-0000000003.json", "checkpoint-0000000010.json"]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-0000000003.json",
+        "checkpoint-0000000010.json",
+    ]
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -90,7 +98,9 @@ def test_nothing_that_is_not_finite_is_committed(tmp_path: pathlib.Path, bad: fl
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_crash_at_any_write_leaves_the_last_one_whole(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_at_any_write_leaves_the_last_one_whole(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every call that changes the folder fails in turn, during a save; then the same save goes through."""
 
     class Crash(Exception):
@@ -131,7 +141,10 @@ def test_pickles_are_not_read(tmp_path: pathlib.Path) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, a=np.array([{}], object))
     (tmp_path / commit["state"]).write_bytes(buffer.getvalue())
-    commit |= {"bytes": len(buffer.getvalue()), "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    commit |= {
+        "bytes": len(buffer.getvalue()),
+        "sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+    }
     (tmp_path / "checkpoint-0000000001.json").write_text(json.dumps(commit))
     with pytest.raises(DataError, match="whole"):
         Checkpoints(str(tmp_path), IDENTITY, 1).restore()

@@ -14,7 +14,13 @@ from conftest import CLASSES, IMAGE, ROOT, funmatch
 from trainer import cli
 from trainer.records import Dataset, Split
 
-FLAGS = ["--steps=2", "--batch_size=4", f"--image_size={IMAGE}", "--student=bit-tiny", "--store_size=32"]
+FLAGS = [
+    "--steps=2",
+    "--batch_size=4",
+    f"--image_size={IMAGE}",
+    "--student=bit-tiny",
+    "--store_size=32",
+]
 
 
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
@@ -38,7 +44,12 @@ def one_line(done, code: int) -> str:
 
 @pytest.mark.parametrize(
     ("typo", "meant"),
-    [("--tempreature=2", "temperature"), ("--learnign_rate=1", "learning_rate"), ("--worksdir=x", "workdir"), ("--stduent=x", "student")],
+    [
+        ("--tempreature=2", "temperature"),
+        ("--learnign_rate=1", "learning_rate"),
+        ("--worksdir=x", "workdir"),
+        ("--stduent=x", "student"),
+    ],
 )
 def test_mistyped_flag_names_the_nearest(typo: str, meant: str) -> None:
     assert meant in one_line(funmatch("task", typo), 2)
@@ -59,14 +70,27 @@ def test_stray_word_and_bad_value_and_missing_flag() -> None:
 
 
 def test_missing_data(tmp_path: pathlib.Path, teacher_file: str) -> None:
-    done = funmatch("task", "--data=/no/such", f"--teacher=keras:{teacher_file}", f"--workdir={tmp_path}/r", *FLAGS)
+    done = funmatch(
+        "task",
+        "--data=/no/such",
+        f"--teacher=keras:{teacher_file}",
+        f"--workdir={tmp_path}/r",
+        *FLAGS,
+    )
     line = one_line(done, 3)
     assert "/no/such" in line
     assert "trainer.prepare" in line
 
 
 def test_missing_split_names_those_there_are(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
-    done = funmatch("task", f"--data={data}", f"--teacher=keras:{teacher_file}", f"--workdir={tmp_path}/r", "--eval_split=valid", *FLAGS)
+    done = funmatch(
+        "task",
+        f"--data={data}",
+        f"--teacher=keras:{teacher_file}",
+        f"--workdir={tmp_path}/r",
+        "--eval_split=valid",
+        *FLAGS,
+    )
     line = one_line(done, 3)
     assert "validation (15)" in line
     assert "--eval_split" in line
@@ -74,9 +98,21 @@ def test_missing_split_names_those_there_are(data: str, tmp_path: pathlib.Path, 
 
 def test_empty_split(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
     dataset = Dataset.load(data)
-    empty = Dataset(str(tmp_path / "d"), "x", dataset.classes, dataset.splits | {"train": Split("train", ())}, {})
+    empty = Dataset(
+        str(tmp_path / "d"),
+        "x",
+        dataset.classes,
+        dataset.splits | {"train": Split("train", ())},
+        {},
+    )
     empty.save()
-    done = funmatch("task", f"--data={tmp_path}/d", f"--teacher=keras:{teacher_file}", f"--workdir={tmp_path}/r", *FLAGS)
+    done = funmatch(
+        "task",
+        f"--data={tmp_path}/d",
+        f"--teacher=keras:{teacher_file}",
+        f"--workdir={tmp_path}/r",
+        *FLAGS,
+    )
     assert "is empty" in one_line(done, 3)
 
 
@@ -92,7 +128,13 @@ def test_teacher_of_other_classes(data: str, tmp_path: pathlib.Path) -> None:
 def test_unwritable_workdir(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
     # Root may write anywhere, so a file is in the way.
     (tmp_path / "file").write_text("")
-    done = funmatch("task", f"--data={data}", f"--teacher=keras:{teacher_file}", f"--workdir={tmp_path}/file/run", *FLAGS)
+    done = funmatch(
+        "task",
+        f"--data={data}",
+        f"--teacher=keras:{teacher_file}",
+        f"--workdir={tmp_path}/file/run",
+        *FLAGS,
+    )
     line = one_line(done, 3)
     assert "not writable" in line
     assert str(tmp_path / "file") in line
@@ -107,12 +149,25 @@ def test_unreadable_image(tmp_path: pathlib.Path) -> None:
 
 
 def test_unknown_student_names_the_nearest(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
-    done = funmatch("task", f"--data={data}", f"--teacher=keras:{teacher_file}", f"--workdir={tmp_path}/r", *FLAGS, "--student=bit-r50x11")
+    done = funmatch(
+        "task",
+        f"--data={data}",
+        f"--teacher=keras:{teacher_file}",
+        f"--workdir={tmp_path}/r",
+        *FLAGS,
+        "--student=bit-r50x11",
+    )
     assert "did you mean bit-r50x1?" in one_line(done, 2)
 
 
 def test_dry_run_writes_nothing_and_check_stops_early(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
-    job = ["task", f"--data={data}", f"--teacher=keras:{teacher_file}", f"--workdir={tmp_path}/r", *FLAGS]
+    job = [
+        "task",
+        f"--data={data}",
+        f"--teacher=keras:{teacher_file}",
+        f"--workdir={tmp_path}/r",
+        *FLAGS,
+    ]
     done = funmatch(*job, "--dry_run")
     assert done.returncode == 0, done.stderr
     assert "plan: 2 steps = 8 images" in done.stderr
@@ -123,13 +178,25 @@ def test_dry_run_writes_nothing_and_check_stops_early(data: str, tmp_path: pathl
 
 
 def test_tpu_that_is_not_there(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
-    job = ["task", f"--data={data}", f"--teacher=keras:{teacher_file}", f"--workdir={tmp_path}/r", *FLAGS]
+    job = [
+        "task",
+        f"--data={data}",
+        f"--teacher=keras:{teacher_file}",
+        f"--workdir={tmp_path}/r",
+        *FLAGS,
+    ]
     assert "tensorflow-tpu" in one_line(funmatch(*job, "--tpu=local"), 2)
     assert "no TPU is named" in one_line(funmatch(*job, "--tpu="), 2)
 
 
 def test_same_command_on_a_finished_run_says_so(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
-    job = ["task", f"--data={data}", f"--teacher=keras:{teacher_file}", f"--workdir={tmp_path}/r", *FLAGS]
+    job = [
+        "task",
+        f"--data={data}",
+        f"--teacher=keras:{teacher_file}",
+        f"--workdir={tmp_path}/r",
+        *FLAGS,
+    ]
     assert funmatch(*job).returncode == 0
     before = json.loads((tmp_path / "r/result.json").read_text())
     again = funmatch(*job)

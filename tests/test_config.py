@@ -13,10 +13,43 @@ from trainer.errors import ConfigError
 
 # Flags that job specs, recipes and scripts rely on. Adding one is a decision: it is made here.
 FLAGS = frozenset(
-    """batch_size check checkpoint_every clip_norm data distance dry_run epochs eval_batch_size eval_data eval_every eval_split
-    final_split image_size jit_compile keep_checkpoints learning_rate log_every mixup precision seed steps
-    steps_per_loop store_size student teacher teacher_image_size teacher_outputs teacher_range temperature tpu train_split
-    warmup_steps weight_decay workdir""".split()
+    [
+        "batch_size",
+        "check",
+        "checkpoint_every",
+        "clip_norm",
+        "data",
+        "distance",
+        "dry_run",
+        "epochs",
+        "eval_batch_size",
+        "eval_data",
+        "eval_every",
+        "eval_split",
+        "final_split",
+        "image_size",
+        "jit_compile",
+        "keep_checkpoints",
+        "learning_rate",
+        "log_every",
+        "mixup",
+        "precision",
+        "seed",
+        "steps",
+        "steps_per_loop",
+        "store_size",
+        "student",
+        "teacher",
+        "teacher_image_size",
+        "teacher_outputs",
+        "teacher_range",
+        "temperature",
+        "tpu",
+        "train_split",
+        "warmup_steps",
+        "weight_decay",
+        "workdir",
+    ]
 )
 
 
@@ -38,11 +71,24 @@ def test_defaults_of_flags_are_defaults_of_fields() -> None:
 
 
 def test_flags_reach_their_fields() -> None:
-    found = parsed("--teacher=keras:a", "--teacher=keras:b", "--teacher_image_size=32", "--teacher_image_size=64", "--steps=7",
-                   "--temperature=2.5", "--teacher_range=0,1", "--dry_run")
+    found = parsed(
+        "--teacher=keras:a",
+        "--teacher=keras:b",
+        "--teacher_image_size=32",
+        "--teacher_image_size=64",
+        "--steps=7",
+        "--temperature=2.5",
+        "--teacher_range=0,1",
+        "--dry_run",
+    )
     assert found.teacher == ("keras:a", "keras:b")
     assert found.teacher_image_size == (32, 64)
-    assert (found.steps, found.temperature, found.teacher_range, found.dry_run) == (7, 2.5, ("0,1",), True)
+    assert (found.steps, found.temperature, found.teacher_range, found.dry_run) == (
+        7,
+        2.5,
+        ("0,1",),
+        True,
+    )
 
 
 def test_every_flag_has_help() -> None:
@@ -88,7 +134,13 @@ def test_round_trip_through_json() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "examples", "batch", "steps"), [(1000, 1020, 512, 1992), (10_000, 1020, 512, 19922), (300, 3312, 512, 1941), (0.001, 10, 512, 1)]
+    ("epochs", "examples", "batch", "steps"),
+    [
+        (1000, 1020, 512, 1992),
+        (10_000, 1020, 512, 19922),
+        (300, 3312, 512, 1941),
+        (0.001, 10, 512, 1),
+    ],
 )
 def test_epochs_become_steps_as_in_big_vision(epochs: float, examples: int, batch: int, steps: int) -> None:
     assert Config(epochs=epochs, batch_size=batch).resolve(examples).steps == steps
@@ -102,7 +154,19 @@ def test_automatic_warmup_is_a_tenth_of_a_short_run() -> None:
 
 def test_identity_knows_what_decides_the_weights() -> None:
     base = Config(steps=10)
-    for change in ({"workdir": "elsewhere"}, {"log_every": 3}, {"steps_per_loop": 7}, {"tpu": "local"}, {"data": "copy"}):
+    for change in (
+        {"workdir": "elsewhere"},
+        {"log_every": 3},
+        {"steps_per_loop": 7},
+        {"tpu": "local"},
+        {"data": "copy"},
+    ):
         assert dataclasses.replace(base, **change).identity() == base.identity()
-    for change in ({"seed": 1}, {"steps": 11}, {"temperature": 2.0}, {"student": "resnet50v2"}, {"mixup": "none"}):
+    for change in (
+        {"seed": 1},
+        {"steps": 11},
+        {"temperature": 2.0},
+        {"student": "resnet50v2"},
+        {"mixup": "none"},
+    ):
         assert config.fingerprint(dataclasses.replace(base, **change).identity()) != config.fingerprint(base.identity())

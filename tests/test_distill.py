@@ -20,7 +20,11 @@ from trainer.store import Order
 def reference_kl(teacher: np.ndarray, student: np.ndarray, temperature: float) -> np.ndarray:
     p = special.log_softmax(teacher.astype(np.float64) / temperature, axis=1)
     q = special.log_softmax(student.astype(np.float64) / temperature, axis=1)
-    return temperature**2 * special.rel_entr(np.exp(p), np.exp(q)).sum(1) if np.exp(q).min() > 0 else temperature**2 * (np.exp(p) * (p - q)).sum(1)
+    return (
+        temperature**2 * special.rel_entr(np.exp(p), np.exp(q)).sum(1)
+        if np.exp(q).min() > 0
+        else temperature**2 * (np.exp(p) * (p - q)).sum(1)
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 5.0, 10.0])
@@ -81,7 +85,13 @@ def test_loss_is_the_mean_over_the_global_batch(make_config: Callable[..., Confi
     rows = views.Rows.of(0, 1, 8)
     chosen = ids[rows.numbers.numpy()]
     (view,), _ = views.training_views(
-        tf.constant(job.train.images[chosen]), tf.constant(job.train.sizes[chosen]), rows, 0, tf.constant(0), (IMAGE,), mixup=True
+        tf.constant(job.train.images[chosen]),
+        tf.constant(job.train.sizes[chosen]),
+        rows,
+        0,
+        tf.constant(0),
+        (IMAGE,),
+        mixup=True,
     )
     teacher = mean_logits(job.teachers, {IMAGE: view}).numpy()
     student = np.asarray(job.student(view, training=True))
@@ -125,7 +135,9 @@ def test_labels_are_mixed_as_the_pictures_are(make_config: Callable[..., Config]
     assert job.advance(1, Order(0, len(job.train), 8))["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_whole_step_compiles_with_xla_and_gives_the_same(make_config: Callable[..., Config]) -> None:
+def test_the_whole_step_compiles_with_xla_and_gives_the_same(
+    make_config: Callable[..., Config],
+) -> None:
     """A TPU runs nothing else: static shapes, no host callback, no string or image-decoding operation in the step."""
     found = []
     for flag in ("off", "on"):
@@ -143,8 +155,15 @@ def test_batch_norm_students_compile_with_xla(make_config: Callable[..., Config]
 
 
 def test_batch_norm_and_ensembles_and_sizes_train(make_config: Callable[..., Config], teacher_file: str) -> None:
-    job = build(make_config(student="mobilenetv3-small", image_size=32, teacher=(f"keras:{teacher_file}", "random:bit-tiny"),
-                            teacher_image_size=(IMAGE, 16), precision="mixed_bfloat16"))
+    job = build(
+        make_config(
+            student="mobilenetv3-small",
+            image_size=32,
+            teacher=(f"keras:{teacher_file}", "random:bit-tiny"),
+            teacher_image_size=(IMAGE, 16),
+            precision="mixed_bfloat16",
+        )
+    )
     moving = [v.numpy().copy() for v in job.student.non_trainable_variables]
     metrics = job.advance(2, Order(0, len(job.train), 8))
     assert np.isfinite(list(metrics.values())).all()

@@ -21,7 +21,7 @@ from trainer.store import Store
 @pytest.fixture(scope="module")
 def store(data: str) -> Store:
     dataset = Dataset.load(data)
-    return Store(dataset, dataset.split("test", "final_split"), SIDE)
+    return Store(dataset, dataset.split("test", "final_split"), SIDE, lambda *_: None)
 
 
 def outcome(store: Store, teacher_file: str, batch: int, replicas: int) -> evaluate.Outcome:

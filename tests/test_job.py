@@ -55,9 +55,22 @@ def same(one: str, other: str) -> None:
 
 @pytest.fixture(scope="module")
 def flags(data: str, teacher_file: str) -> list[str]:
-    return ["task", f"--data={data}", f"--teacher=keras:{teacher_file}", "--student=bit-tiny", f"--image_size={IMAGE}", f"--store_size={SIDE}",
-            "--steps=12", "--batch_size=8", "--learning_rate=0.003", "--steps_per_loop=2", "--log_every=3", "--eval_every=6",
-            "--checkpoint_every=4", "--eval_batch_size=10"]
+    return [
+        "task",
+        f"--data={data}",
+        f"--teacher=keras:{teacher_file}",
+        "--student=bit-tiny",
+        f"--image_size={IMAGE}",
+        f"--store_size={SIDE}",
+        "--steps=12",
+        "--batch_size=8",
+        "--learning_rate=0.003",
+        "--steps_per_loop=2",
+        "--log_every=3",
+        "--eval_every=6",
+        "--checkpoint_every=4",
+        "--eval_batch_size=10",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +83,27 @@ def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_a_run_leaves_what_is_promised(uninterrupted: str) -> None:
     names = set(os.listdir(uninterrupted))
-    assert names == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints", "export", "result.json", "report.html"}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "export",
+        "result.json",
+        "report.html",
+    }
     found = json.loads(pathlib.Path(uninterrupted, "result.json").read_text())
-    promised = {"teacher_top1", "student_top1", "agreement_top1", "kl", "steps", "images_per_second", "wall_seconds", "seed", "versions"}
+    promised = {
+        "teacher_top1",
+        "student_top1",
+        "agreement_top1",
+        "kl",
+        "steps",
+        "images_per_second",
+        "wall_seconds",
+        "seed",
+        "versions",
+    }
     assert promised <= found.keys()
     assert found["steps"] == 12
     assert found["images_per_second"] > 0
@@ -86,7 +117,15 @@ def test_a_run_leaves_what_is_promised(uninterrupted: str) -> None:
 
 def test_metrics_have_no_gap_and_no_repeat(uninterrupted: str) -> None:
     found = [(row["kind"], row["step"]) for row in rows(uninterrupted)]
-    assert found == [("train", 3), ("train", 6), ("eval", 6), ("train", 9), ("train", 12), ("eval", 12), ("final", 12)]
+    assert found == [
+        ("train", 3),
+        ("train", 6),
+        ("eval", 6),
+        ("train", 9),
+        ("train", 12),
+        ("eval", 12),
+        ("final", 12),
+    ]
     assert all(np.isfinite(v) for row in rows(uninterrupted) for v in row.values() if isinstance(v, float))
 
 
@@ -96,7 +135,9 @@ def test_two_fresh_runs_are_equal_to_the_bit(flags: list[str], uninterrupted: st
 
 
 @pytest.mark.parametrize("steps_per_loop", [1, 5])
-def test_loop_length_does_not_change_the_weights(flags: list[str], uninterrupted: str, tmp_path: pathlib.Path, steps_per_loop: int) -> None:
+def test_loop_length_does_not_change_the_weights(
+    flags: list[str], uninterrupted: str, tmp_path: pathlib.Path, steps_per_loop: int
+) -> None:
     assert funmatch(*flags, f"--workdir={tmp_path}/run", f"--steps_per_loop={steps_per_loop}").returncode == 0
     assert final_state(f"{tmp_path}/run") == final_state(uninterrupted)
 
@@ -142,7 +183,12 @@ KILLS = [  # (function, which call, before or after it)
 @pytest.mark.slow
 @pytest.mark.parametrize(("where", "count", "after"), KILLS)
 def test_killed_anywhere_the_same_command_ends_equal_to_the_bit(
-    flags: list[str], uninterrupted: str, tmp_path: pathlib.Path, where: str, count: int, after: bool
+    flags: list[str],
+    uninterrupted: str,
+    tmp_path: pathlib.Path,
+    where: str,
+    count: int,
+    after: bool,
 ) -> None:
     workdir = str(tmp_path / "run")
     assert killed(flags, workdir, where, count, "SIGKILL", after) == -signal.SIGKILL
@@ -152,7 +198,9 @@ def test_killed_anywhere_the_same_command_ends_equal_to_the_bit(
     same(uninterrupted, workdir)
 
 
-def test_killed_once_the_same_command_ends_equal_to_the_bit(flags: list[str], uninterrupted: str, tmp_path: pathlib.Path) -> None:
+def test_killed_once_the_same_command_ends_equal_to_the_bit(
+    flags: list[str], uninterrupted: str, tmp_path: pathlib.Path
+) -> None:
     """After step 8's checkpoint and two steps more, which are made again."""
     workdir = str(tmp_path / "run")
     assert killed(flags, workdir, "loop:Job.advance", 7, "SIGKILL") == -signal.SIGKILL
@@ -174,7 +222,14 @@ def test_sigterm_saves_says_so_and_exits_75(flags: list[str], uninterrupted: str
 
 
 def test_a_signal_from_outside_stops_it(flags: list[str], tmp_path: pathlib.Path) -> None:
-    arguments = [sys.executable, "-m", "trainer.cli", *flags, "--steps=100000", f"--workdir={tmp_path}/run"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "trainer.cli",
+        *flags,
+        "--steps=100000",
+        f"--workdir={tmp_path}/run",
+    ]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("run/checkpoints/checkpoint-*")):
@@ -204,8 +259,11 @@ def test_what_is_not_finite_stops_before_a_commit(built: loop.Job, what: str) ->
 
     def poisoned(steps: int, order: object) -> dict[str, float]:
         if built.step == 6:
-            target = {"student": built.student.trainable_variables[0], "teacher": built.teachers[0].model.variables[-1],
-                      "optimizer": built.optimizer.variables[3]}[what]
+            target = {
+                "student": built.student.trainable_variables[0],
+                "teacher": built.teachers[0].model.variables[-1],
+                "optimizer": built.optimizer.variables[3],
+            }[what]
             target.assign(np.full(target.shape, np.nan, np.float32))
         return real(steps, order)
 
@@ -224,7 +282,7 @@ def test_a_checkpoint_of_another_model_is_refused(built: loop.Job) -> None:
     first = next(iter(state))
     with pytest.raises(DataError, match="shape"):
         built.load(state | {first: np.zeros((1, 1), np.float32)})
-    with pytest.raises(DataError, match="do not hold|does not hold"):
+    with pytest.raises(DataError, match="does not hold"):
         built.load({k: v for k, v in state.items() if k != first})
 
 
@@ -237,15 +295,17 @@ def test_state_goes_out_and_in_unchanged(built: loop.Job) -> None:
     assert all(after[k].tobytes() == v.tobytes() for k, v in other.items())
 
 
-def test_other_flags_in_the_same_workdir_are_refused(built: loop.Job, make_config: Callable[..., Config]) -> None:
+def test_other_flags_in_the_same_workdir_are_refused(built: loop.Job) -> None:
     journal, checkpoints = loop.open_run(built)
     loop.save(built, journal, checkpoints)
     identity = built.identity | {"temperature": 9.0}
-    with pytest.raises(DataError, match=r"temperature: 1.0 there, 9.0 here"):
+    with pytest.raises(DataError, match=r"temperature: 1\.0 there, 9\.0 here"):
         Checkpoints(f"{built.config.workdir}/checkpoints", identity, 2).restore()
 
 
-def test_a_teacher_changed_between_runs_is_refused(make_config: Callable[..., Config], tmp_path: pathlib.Path, teacher_file: str) -> None:
+def test_a_teacher_changed_between_runs_is_refused(
+    make_config: Callable[..., Config], tmp_path: pathlib.Path, teacher_file: str
+) -> None:
     path = tmp_path / "teacher.keras"
     path.write_bytes(pathlib.Path(teacher_file).read_bytes())
     config = make_config(teacher=(f"keras:{path}",))
@@ -275,17 +335,42 @@ def test_bring_your_own_images_and_teacher(tmp_path: pathlib.Path) -> None:
     for split, count in (("train", 6), ("valid", 3)):
         for name, level in (("dark", 60), ("light", 190)):
             for i in range(count):
-                mode, bands, kind = [("L", 1, "png"), ("RGBA", 4, "png"), ("CMYK", 4, "jpg"), ("RGB", 3, "jpg")][i % 4]
-                pixels = np.clip(rng.normal(level, 30, (int(rng.integers(9, 70)), int(rng.integers(9, 70)), bands)), 0, 255).astype(np.uint8)
+                mode, bands, kind = [
+                    ("L", 1, "png"),
+                    ("RGBA", 4, "png"),
+                    ("CMYK", 4, "jpg"),
+                    ("RGB", 3, "jpg"),
+                ][i % 4]
+                pixels = np.clip(
+                    rng.normal(level, 30, (int(rng.integers(9, 70)), int(rng.integers(9, 70)), bands)),
+                    0,
+                    255,
+                ).astype(np.uint8)
                 path = tmp_path / "images" / split / name / f"{i}.{kind}"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels[..., 0] if bands == 1 else pixels, mode).save(path)
-    keras.Sequential([
-        keras.Input((20, 20, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(2, activation="softmax"),
-    ]).save(tmp_path / "mine.keras")
+    keras.Sequential(
+        [
+            keras.Input((20, 20, 3)),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2, activation="softmax"),
+        ]
+    ).save(tmp_path / "mine.keras")
     assert funmatch("prepare", f"--dataset=folder:{tmp_path}/images", f"--out={tmp_path}/data").returncode == 0
-    done = funmatch("task", f"--data={tmp_path}/data", f"--teacher=keras:{tmp_path}/mine.keras", "--teacher_range=0,255", "--student=app:MobileNetV2",
-                    "--image_size=32", "--epochs=2", "--batch_size=4", "--eval_split=valid", "--final_split=valid", f"--workdir={tmp_path}/run")
+    done = funmatch(
+        "task",
+        f"--data={tmp_path}/data",
+        f"--teacher=keras:{tmp_path}/mine.keras",
+        "--teacher_range=0,255",
+        "--student=app:MobileNetV2",
+        "--image_size=32",
+        "--epochs=2",
+        "--batch_size=4",
+        "--eval_split=valid",
+        "--final_split=valid",
+        f"--workdir={tmp_path}/run",
+    )
     assert done.returncode == 0, done.stderr
     found = result(f"{tmp_path}/run")
     assert found["steps"] == 6
@@ -293,7 +378,15 @@ def test_bring_your_own_images_and_teacher(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_teacher_is_trained_with_labels(data: str, tmp_path: pathlib.Path) -> None:
-    done = funmatch("teacher", f"--data={data}", "--model=bit-tiny", f"--image_size={IMAGE}", "--steps=4", "--batch_size=8", f"--out={tmp_path}/t.keras")
+    done = funmatch(
+        "teacher",
+        f"--data={data}",
+        "--model=bit-tiny",
+        f"--image_size={IMAGE}",
+        "--steps=4",
+        "--batch_size=8",
+        f"--out={tmp_path}/t.keras",
+    )
     assert done.returncode == 0, done.stderr
     assert keras.saving.load_model(tmp_path / "t.keras").output_shape == (None, CLASSES)
     assert "student_top1" in result(f"{tmp_path}/t")

@@ -26,6 +26,13 @@ def test_exported_keras_file_needs_nothing_of_ours(tmp_path: pathlib.Path) -> No
         "sys.exit('trainer' in sys.modules)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert np.allclose(np.load(tmp_path / "y.npy"), np.asarray(model(x)), atol=1e-5)

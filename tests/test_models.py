@@ -18,7 +18,13 @@ from trainer.models import bit, loading, students, teachers
 
 @pytest.mark.parametrize(
     ("arch", "classes", "count"),
-    [("R50x1", 102, 23_709_350), ("R50x1", 37, 23_576_165), ("R50x1", 1000, 25_549_352), ("R101x3", 102, 382_416_678), ("R152x2", 102, 232_656_102)],
+    [
+        ("R50x1", 102, 23_709_350),
+        ("R50x1", 37, 23_576_165),
+        ("R50x1", 1000, 25_549_352),
+        ("R101x3", 102, 382_416_678),
+        ("R152x2", 102, 232_656_102),
+    ],
 )
 def test_parameter_counts_are_the_published(arch: str, classes: int, count: int) -> None:
     """Counts of the seed example's models and of the paper's teacher."""
@@ -89,7 +95,12 @@ def test_bit_is_the_described_network(root_pool: str, size: int) -> None:
     arch = bit.Arch((2, 1, 2), 8, groups=4)
     model = shaken(bit.bit(arch, 5, None, root_pool=root_pool))
     x = np.random.default_rng(0).uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
-    assert np.allclose(np.asarray(model(x)), np_bit(model, arch, x.astype(np.float64), root_pool), rtol=1e-4, atol=1e-4)
+    assert np.allclose(
+        np.asarray(model(x)),
+        np_bit(model, arch, x.astype(np.float64), root_pool),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 def test_root_pool_matters_and_typos_are_refused() -> None:
@@ -116,7 +127,18 @@ def test_same_seed_same_student() -> None:
         assert any((x != y).any() for x, y in zip(a.get_weights(), c.get_weights(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["bit-tiny", "bit-small", "resnet50v2", "mobilenetv3-large", "mobilenetv3-small", "app:MobileNetV2", "app:EfficientNetV2B0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bit-tiny",
+        "bit-small",
+        "resnet50v2",
+        "mobilenetv3-large",
+        "mobilenetv3-small",
+        "app:MobileNetV2",
+        "app:EfficientNetV2B0",
+    ],
+)
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 def test_students_give_logits(name: str, precision: str) -> None:
     model = students.build(name, 7, 32, precision=precision)
@@ -171,7 +193,10 @@ def test_any_ending_and_range_gives_logits(tmp_path: pathlib.Path, ending: str, 
 
 
 def test_size_comes_from_the_file_or_the_flag(tmp_path: pathlib.Path) -> None:
-    fixed, free = classifier(tmp_path / "a.keras", "logits"), classifier(tmp_path / "b.keras", "logits", None)
+    fixed, free = (
+        classifier(tmp_path / "a.keras", "logits"),
+        classifier(tmp_path / "b.keras", "logits", None),
+    )
     assert load(fixed).size == 16
     assert load(free, image_size=48).size == 48
     assert load(free, teacher_image_size=(20,)).size == 20
@@ -193,7 +218,14 @@ def test_ensemble_is_the_mean_of_logits(teacher_file: str) -> None:
     assert np.allclose(found, (one.logits(view) + other.logits(view)).numpy() / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "words"), [("keras:/no/such.keras", "no such file"), ("keras:", "must be keras:PATH"), ("pickle:x", "must be keras:PATH")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("keras:/no/such.keras", "no such file"),
+        ("keras:", "must be keras:PATH"),
+        ("pickle:x", "must be keras:PATH"),
+    ],
+)
 def test_bad_teacher_names(name: str, words: str) -> None:
     with pytest.raises((ConfigError, DataError), match=words):
         load(name)
@@ -211,7 +243,12 @@ def test_files_that_are_no_classifiers(tmp_path: pathlib.Path) -> None:
 def test_code_inside_a_file_does_not_run(tmp_path: pathlib.Path) -> None:
     mark = str(tmp_path / "mark")
     keras.Sequential(
-        [keras.Input((8, 8, 3)), keras.layers.Lambda(lambda x: (open(mark, "w").close(), x)[1]), keras.layers.Flatten(), keras.layers.Dense(CLASSES)]
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Lambda(lambda x: (open(mark, "w").close(), x)[1]),
+            keras.layers.Flatten(),
+            keras.layers.Dense(CLASSES),
+        ]
     ).save(tmp_path / "evil.keras")
     assert os.path.exists(mark)  # building it ran it: the file does hold code
     os.unlink(mark)

@@ -42,7 +42,9 @@ def reference(start: list[np.ndarray], gradients: list[list[np.ndarray]], kernel
             m[i] = 0.9 * m[i] + 0.1 * x
             v[i] = 0.999 * v[i] + 0.001 * x**2
             adam = (m[i] / (1 - 0.9 ** (t + 1))) / (np.sqrt(v[i] / (1 - 0.999 ** (t + 1))) + 1e-8)
-            p[i] = p[i] - schedule(t) * (CONFIG.learning_rate * adam + (CONFIG.weight_decay * p[i] if kernels[i] else 0))
+            p[i] = p[i] - schedule(t) * (
+                CONFIG.learning_rate * adam + (CONFIG.weight_decay * p[i] if kernels[i] else 0)
+            )
     return p
 
 
@@ -52,11 +54,15 @@ def test_two_hundred_updates_are_the_formula(replicas: int) -> None:
     shapes, kernels = [(3, 4), (4,), (2, 3)], [True, False, True]
     start = [rng.normal(0, 1, s).astype(np.float32) for s in shapes]
     # Each replica's share of the gradient; sizes change over time so that the clip binds at times.
-    parts = [[[rng.normal(0, 10 ** rng.uniform(-2, 1), s).astype(np.float32) for s in shapes] for _ in range(replicas)] for _ in range(200)]
+    parts = [
+        [[rng.normal(0, 10 ** rng.uniform(-2, 1), s).astype(np.float32) for s in shapes] for _ in range(replicas)]
+        for _ in range(200)
+    ]
     made = strategy(replicas)
     with made.scope():
         variables = [
-            keras.Variable(w, name=f"{i}_{'kernel' if k else 'bias'}") for i, (w, k) in enumerate(zip(start, kernels, strict=True))
+            keras.Variable(w, name=f"{i}_{'kernel' if k else 'bias'}")
+            for i, (w, k) in enumerate(zip(start, kernels, strict=True))
         ]
         optimizer = optim.build(CONFIG, variables)
 
@@ -77,13 +83,23 @@ def test_two_hundred_updates_are_the_formula(replicas: int) -> None:
 
 def test_decay_is_on_kernels_only() -> None:
     model = keras.Sequential(
-        [keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3), keras.layers.BatchNormalization(), keras.layers.DepthwiseConv2D(3),
-         keras.layers.GroupNormalization(2), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(4, 3),
+            keras.layers.BatchNormalization(),
+            keras.layers.DepthwiseConv2D(3),
+            keras.layers.GroupNormalization(2),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(2),
+        ]
     )
     decayed = [v.path.split("/")[-1] for v in model.trainable_variables if optim.is_kernel(v)]
     assert decayed == ["kernel", "kernel", "kernel"]
     before = {v.path: keras.ops.convert_to_numpy(v).copy() for v in model.trainable_variables}
-    optimizer = optim.build(Config(learning_rate=0.1, weight_decay=0.5, steps=10, warmup_steps=0), model.trainable_variables)
+    optimizer = optim.build(
+        Config(learning_rate=0.1, weight_decay=0.5, steps=10, warmup_steps=0),
+        model.trainable_variables,
+    )
     optimizer.apply_gradients([(tf.zeros(v.shape), v) for v in model.trainable_variables])
     for v in model.trainable_variables:
         share = 0.5 if optim.is_kernel(v) else 1.0

@@ -42,7 +42,10 @@ def test_many_shards_hold_all_in_order(tmp_path: pathlib.Path, monkeypatch: pyte
     monkeypatch.setattr(prepare, "_SHARD_BYTES", 2000)
     parts = garden(tmp_path / "many")
     assert len(parts.splits["train"].shards) > 2
-    one, many = EncodedSplit(whole, whole.splits["train"]), EncodedSplit(parts, parts.splits["train"])
+    one, many = (
+        EncodedSplit(whole, whole.splits["train"]),
+        EncodedSplit(parts, parts.splits["train"]),
+    )
     assert [one.picture(i) for i in range(7)] == [many.picture(i) for i in range(7)]
 
 
@@ -156,7 +159,7 @@ def test_truncated_jpeg_is_named(tmp_path: pathlib.Path) -> None:
 def test_empty_and_missing_folders(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         prepare.folder(str(tmp_path / "nowhere"), "x", silent)
-    with pytest.raises(DataError, match="train/daisy/1.jpg"):
+    with pytest.raises(DataError, match=r"train/daisy/1\.jpg"):
         prepare.folder(str(tmp_path), "x", silent)
 
 

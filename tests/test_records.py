@@ -32,11 +32,19 @@ def test_tensorflow_reads_our_shards(tmp_path: pathlib.Path) -> None:
     for i, payload in enumerate(tf.data.TFRecordDataset(str(tmp_path / "s"))):
         parsed = tf.io.parse_single_example(
             payload,
-            {"image/encoded": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64),
-             "image/height": tf.io.FixedLenFeature([], tf.int64), "image/width": tf.io.FixedLenFeature([], tf.int64)},
+            {
+                "image/encoded": tf.io.FixedLenFeature([], tf.string),
+                "label": tf.io.FixedLenFeature([], tf.int64),
+                "image/height": tf.io.FixedLenFeature([], tf.int64),
+                "image/width": tf.io.FixedLenFeature([], tf.int64),
+            },
         )
         assert parsed["image/encoded"] == bytes([i]) * 100
-        assert (int(parsed["label"]), int(parsed["image/height"]), int(parsed["image/width"])) == (i, 20, 30)
+        assert (int(parsed["label"]), int(parsed["image/height"]), int(parsed["image/width"])) == (
+            i,
+            20,
+            30,
+        )
 
 
 def test_we_read_tensorflows_shards(tmp_path: pathlib.Path) -> None:
@@ -97,11 +105,14 @@ def test_missing_short_and_foreign_shards(tmp_path: pathlib.Path) -> None:
 
 def test_label_outside_the_classes_is_named(tmp_path: pathlib.Path) -> None:
     made = dataset(tmp_path, [picture(0), picture(3)])
-    with pytest.raises(DataError, match="record 1 .*label 3, but dataset.json names 3 classes"):
+    with pytest.raises(DataError, match=r"record 1 .*label 3, but dataset\.json names 3 classes"):
         EncodedSplit(made, made.splits["train"])
 
 
-@pytest.mark.parametrize("payload", [b"\xff\xff", b"", tf.train.Example().SerializeToString(), Picture(b"x", 0, 5).serialize()])
+@pytest.mark.parametrize(
+    "payload",
+    [b"\xff\xff", b"", tf.train.Example().SerializeToString(), Picture(b"x", 0, 5).serialize()],
+)
 def test_other_protos_are_refused(payload: bytes) -> None:
     with pytest.raises(DataError, match="here"):
         Picture.parse(payload, "here")

@@ -269,11 +269,9 @@ def test_large_pictures_are_shrunk():
 def test_page_is_accessible(page):
     assert page.all("html")[0]["lang"] == "en"
     assert all(a.get("alt") for a in page.all("img"))
-    assert (
-        f"True class: daisy. Student: {_EVIL} 65.4%; Teacher: daisy 81.2%"
-        in page.all("img")[2]["alt"]
-    )
-    assert page.all("th") and all(a.get("scope") in ("col", "row") for a in page.all("th"))
+    assert f"True class: daisy. Student: {_EVIL} 65.4%; Teacher: daisy 81.2%" in page.all("img")[2]["alt"]
+    assert page.all("th")
+    assert all(a.get("scope") in ("col", "row") for a in page.all("th"))
     charts = [a["aria-label"] for a in page.all("div") if a.get("role") == "img"]
     assert len(charts) == 7  # six curves and the matrix
     assert "student 75.0%; teacher 87.5%" in " ".join(charts)
@@ -283,15 +281,18 @@ def test_ids_are_unique_and_references_resolve(text, page):
     ids = [a["id"] for _, a in page.elements if a.get("id")]
     assert len(ids) == len(set(ids))
     references = re.findall(r'(?:href="#|url\(#|aria-labelledby=")([^")]+)', text)
-    assert references and set(references) <= set(ids)
+    assert references
+    assert set(references) <= set(ids)
 
 
 def test_curves_take_the_colours_of_the_page(text):
     curves = text[text.index('id="curves"') : text.index('id="training"')]
-    assert "var(--student)" in curves and "var(--teacher)" in curves
+    assert "var(--student)" in curves
+    assert "var(--teacher)" in curves
     assert "stroke-dasharray" in curves  # the teacher's line is told apart without colour
     assert not re.search(r"#0[1-5]0[1-5]0[1-5]", curves)
-    assert "prefers-color-scheme: dark" in text and "@media print" in text
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
 
 
 def test_equal_input_gives_equal_text(text):
@@ -329,7 +330,8 @@ def test_everything_may_be_missing():
     page = _Page(report.render(title="", **_EMPTY))
     assert "No accuracy was measured." in page.text
     assert "No measurements were recorded." in page.text
-    assert "None" not in page.text and "nan" not in page.text
+    assert "None" not in page.text
+    assert "nan" not in page.text
 
 
 @pytest.mark.parametrize(
@@ -345,12 +347,14 @@ def test_everything_may_be_missing():
 )
 def test_short_and_odd_histories(history):
     page = _Page(report.render(**_arguments(history=history)))
-    assert "nan" not in page.text and "inf" not in page.text
+    assert "nan" not in page.text
+    assert "inf" not in page.text
 
 
 def test_without_a_final_result_the_last_evaluation_stands_in():
     page = _Page(report.render(**_arguments(result={})))
-    assert "no final result" in page.text and "at step 1,200" in page.text
+    assert "no final result" in page.text
+    assert "at step 1,200" in page.text
     assert "12.5 points below the teacher's 87.5%" in page.text
 
 
@@ -372,7 +376,8 @@ def test_without_a_teacher():
     )
     assert "there was no teacher to compare it with" in page.text
     assert "Most frequent mistakes" in page.text
-    assert "disagreements" not in page.text and "they agree" not in page.text
+    assert "disagreements" not in page.text
+    assert "they agree" not in page.text
     assert "Who is right" not in page.text
 
 
@@ -395,9 +400,7 @@ def test_predictions_must_be_of_one_length():
 
 
 def test_a_resumed_run_counts_its_last_rows():
-    rows = [
-        {"kind": "train", "step": s, "loss": v} for s, v in ((1, 9.0), (2, 9.0), (1, 5.0), (2, 4.0))
-    ]
+    rows = [{"kind": "train", "step": s, "loss": v} for s, v in ((1, 9.0), (2, 9.0), (1, 5.0), (2, 4.0))]
     assert "loss 4.000" in _Page(report.render(**_arguments(history=rows))).text
 
 

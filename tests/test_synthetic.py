@@ -46,15 +46,11 @@ def test_another_process_draws_the_same_bytes() -> None:
         f"for key in reversed({keys!r}):\n"
         "    print(hashlib.sha256(synthetic.example(*key)[0]).hexdigest())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [_digest(*key) for key in reversed(keys)]
 
 
-@pytest.mark.parametrize(
-    "other", [(1, "train", 0), (0, "test", 0), (0, "train", 20), (0, "train", 1)]
-)
+@pytest.mark.parametrize("other", [(1, "train", 0), (0, "test", 0), (0, "train", 20), (0, "train", 1)])
 def test_other_arguments_other_pictures(other: tuple[int, str, int]) -> None:
     assert _digest(*other) != _digest(0, "train", 0)
 

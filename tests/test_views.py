@@ -57,7 +57,14 @@ def tensorflows_boxes(height: int, width: int, count: int) -> np.ndarray:
     def sample() -> tf.Tensor:
         def one(seed: tf.Tensor) -> tf.Tensor:
             begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
-                [height, width, 3], tf.zeros([0, 0, 4]), tf.stack([seed, 11]), 0.0, views.ASPECT, views.AREA, 100, True
+                [height, width, 3],
+                tf.zeros([0, 0, 4]),
+                tf.stack([seed, 11]),
+                0.0,
+                views.ASPECT,
+                views.AREA,
+                100,
+                True,
             )
             return tf.cast(tf.concat([begin[:2], size[:2]], 0), tf.float32)
 
@@ -92,7 +99,10 @@ PICTURES = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), np.uint8)
 
 
 @pytest.mark.parametrize("size", [7, 16, 20, 33, 64])
-@pytest.mark.parametrize(("top", "left", "height", "width"), [(0, 0, 40, 40), (4, 8, 20, 28), (39, 0, 1, 40), (10, 30, 5, 10)])
+@pytest.mark.parametrize(
+    ("top", "left", "height", "width"),
+    [(0, 0, 40, 40), (4, 8, 20, 28), (39, 0, 1, 40), (10, 30, 5, 10)],
+)
 def test_render_is_crop_then_tensorflows_resize(size: int, top: int, left: int, height: int, width: int) -> None:
     box = tf.constant([[top / 40, left / 40, height / 40, width / 40]] * 3)
     flip = tf.constant([False, True, False])
@@ -139,7 +149,13 @@ def global_views(replicas: int, batch: int, **options: object) -> np.ndarray:
         rows = views.Rows.of(replica, replicas, batch)
         chosen = rows.numbers.numpy()
         (view,), own = views.training_views(
-            tf.constant(images[chosen]), tf.constant(sizes[chosen]), rows, 7, tf.constant(3), (8,), **options
+            tf.constant(images[chosen]),
+            tf.constant(sizes[chosen]),
+            rows,
+            7,
+            tf.constant(3),
+            (8,),
+            **options,
         )
         parts.append(view.numpy())
     return np.concatenate(parts), float(own)

@@ -26,6 +26,7 @@ class Accelerator:
 
     @property
     def description(self) -> str:
+        """Kind and number of replicas, for people."""
         count = self.strategy.num_replicas_in_sync
         return f"{self.kind}, {count} replica{'s' if count > 1 else ''}"
 
@@ -40,7 +41,9 @@ class Accelerator:
         """
         count = self.strategy.num_replicas_in_sync
         if batch_size % count:
-            raise ConfigError(f"--batch_size={batch_size} is not a multiple of the {count} replicas of this {self.kind}")
+            raise ConfigError(
+                f"--batch_size={batch_size} is not a multiple of the {count} replicas of this {self.kind}"
+            )
 
 
 def resolve(tpu: str) -> Accelerator:
@@ -58,7 +61,9 @@ def resolve(tpu: str) -> Accelerator:
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
         names = [f"GPU:{i}" for i in range(len(gpus))]
-        strategy = tf.distribute.MirroredStrategy(names) if len(names) > 1 else tf.distribute.OneDeviceStrategy(names[0])
+        strategy = (
+            tf.distribute.MirroredStrategy(names) if len(names) > 1 else tf.distribute.OneDeviceStrategy(names[0])
+        )
         return Accelerator(strategy, "GPU", 50)
     return Accelerator(tf.distribute.OneDeviceStrategy("CPU:0"), "CPU", 10)
 
@@ -78,7 +83,9 @@ def _tpu(tpu: str) -> tf.distribute.Strategy:
 def _advice(error: Exception) -> str:
     text = str(error)
     if "No OpKernel was registered" in text:
-        return "this TensorFlow has no TPU support; install tensorflow-tpu and libtpu (extra `tpu`) instead of tensorflow"
+        return (
+            "this TensorFlow has no TPU support; install tensorflow-tpu and libtpu (extra `tpu`) instead of tensorflow"
+        )
     if "No matching devices found" in text:
         return "libtpu is not loaded; check TPU_LOAD_LIBRARY and the PJRT variables of the image"
     if "Please provide a TPU Name" in text:

@@ -65,11 +65,20 @@ class Checkpoints:
         name = f"state-{step:010d}-{digest[:16]}.npz"
         files.write(files.join(self._folder, name), content, "a checkpoint")
         commit = {
-            "format": FORMAT, "step": step, "state": name, "bytes": len(content), "sha256": digest,
-            "identity": self._identity, "extra": extra,
+            "format": FORMAT,
+            "step": step,
+            "state": name,
+            "bytes": len(content),
+            "sha256": digest,
+            "identity": self._identity,
+            "extra": extra,
         }
         text = json.dumps(commit, indent=1, sort_keys=True) + "\n"
-        files.write(files.join(self._folder, f"checkpoint-{step:010d}.json"), text.encode(), "a checkpoint's commit")
+        files.write(
+            files.join(self._folder, f"checkpoint-{step:010d}.json"),
+            text.encode(),
+            "a checkpoint's commit",
+        )
         self._sweep()
 
     def restore(self) -> Restored | None:

@@ -89,14 +89,19 @@ def _import_tensorflow() -> None:
 def main(argv: list[str] | None = None) -> int:
     """`funmatch VERB ...`; returns the verb's exit code."""
     arguments: list[str] = list(sys.argv[1:] if argv is None else argv)
-    usage = "usage: funmatch VERB --flag=value ...\n\n" + "\n".join(f"  {verb:9} {what}" for verb, what in VERBS.items())
+    usage = "usage: funmatch VERB --flag=value ...\n\n" + "\n".join(
+        f"  {verb:9} {what}" for verb, what in VERBS.items()
+    )
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(f"{usage}\n\n`funmatch VERB --help` lists a verb's flags.")
         return EXIT_DONE if arguments else EXIT_CONFIG
     verb = arguments[0]
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
-        print(f"error: unknown verb {verb!r}{f'; did you mean {near[0]}?' if near else ''}\n{usage}", file=sys.stderr)
+        print(
+            f"error: unknown verb {verb!r}{f'; did you mean {near[0]}?' if near else ''}\n{usage}",
+            file=sys.stderr,
+        )
         return EXIT_CONFIG
     module: Any = importlib.import_module(f"trainer.{verb}")
     return int(module.main(arguments[1:]))

@@ -61,9 +61,7 @@ def example_losses(
         loss, kl (T = 1, nats) and agreement (of top-1), each float32 [n]. Against labels, kl is the cross-entropy with them.
     """
     resolutions = tuple(dict.fromkeys([config.image_size, *(t.size for t in teachers)]))
-    made, own = views.training_views(
-        images, sizes, rows, config.seed, step, resolutions, mixup=config.mixup == "batch"
-    )
+    made, own = views.training_views(images, sizes, rows, config.seed, step, resolutions, mixup=config.mixup == "batch")
     by_size = dict(zip(resolutions, made, strict=True))
     guess = tf.cast(student(by_size[config.image_size], training=True), tf.float32)
     if config.distance == "labels":
@@ -110,8 +108,14 @@ def make_loop(
         chosen = tf.gather(ids, rows.numbers)
         with tf.GradientTape() as tape:
             values = example_losses(
-                config, student, teachers,
-                tf.gather(images, chosen), tf.gather(sizes, chosen), tf.gather(labels, chosen), rows, step,
+                config,
+                student,
+                teachers,
+                tf.gather(images, chosen),
+                tf.gather(sizes, chosen),
+                tf.gather(labels, chosen),
+                rows,
+                step,
             )
             # The global batch divides, so that a sum over replicas is the mean over the batch.
             loss = tf.reduce_sum(values["loss"]) / config.batch_size

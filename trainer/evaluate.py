@@ -73,7 +73,12 @@ class Evaluator:
             batch_size: images a step over all replicas; rounded up to a multiple of the replicas.
             jit_compile: let XLA compile the forward passes.
         """
-        self._strategy, self._store, self._size, self._jit = strategy, store, image_size, jit_compile
+        self._strategy, self._store, self._size, self._jit = (
+            strategy,
+            store,
+            image_size,
+            jit_compile,
+        )
         replicas = strategy.num_replicas_in_sync
         self._share = -(-min(batch_size, max(1, len(store))) // replicas)
         self._teacher: np.ndarray | None = None

@@ -38,6 +38,8 @@ class Servable(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
     def serve_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The signature `serving_default`."""
+
         def one(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             image = records.decode(encoded)
             return store.squash(image, self._store), tf.cast(tf.shape(image)[:2], tf.float32)
@@ -50,13 +52,17 @@ class Servable(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, "images")])
     def serve_images(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The signature `images`."""
         original = tf.cast(tf.shape(images)[1:3], tf.float32)
         sizes = tf.tile(original[None], [tf.shape(images)[0], 1])
         squares = tf.ensure_shape(store.squash(images, self._store), [None, self._store, self._store, 3])
         return self._classify(squares, sizes)
 
     def _classify(self, squares: tf.Tensor, sizes: tf.Tensor) -> dict[str, tf.Tensor]:
-        logits = tf.cast(self.model(views.evaluation_view(squares, sizes, self._size), training=False), tf.float32)
+        logits = tf.cast(
+            self.model(views.evaluation_view(squares, sizes, self._size), training=False),
+            tf.float32,
+        )
         probabilities = tf.nn.softmax(logits)
         best, which = tf.math.top_k(probabilities, self._top)
         return {
@@ -86,7 +92,14 @@ def _float32(value: Any) -> Any:
     return value
 
 
-def write(folder: str, model: keras.Model, classes: tuple[str, ...], image_size: int, store_size: int, card: dict[str, Any]) -> None:
+def write(
+    folder: str,
+    model: keras.Model,
+    classes: tuple[str, ...],
+    image_size: int,
+    store_size: int,
+    card: dict[str, Any],
+) -> None:
     """Writes saved_model/, model.keras, classes.json and MODEL_CARD.md into `folder`, on a disk or gs://.
 
     Args:

@@ -98,7 +98,9 @@ def require_writable(folder: str, what: str) -> None:
         write(probe, b"", what)
         tf.io.gfile.remove(probe)
     except (tf.errors.OpError, DataError) as error:
-        raise DataError(f"{what} {folder} is not writable: {reason(error)}; choose another or change its permissions") from error
+        raise DataError(
+            f"{what} {folder} is not writable: {reason(error)}; choose another or change its permissions"
+        ) from error
 
 
 def exists(path: str) -> bool:

@@ -78,7 +78,12 @@ class Screen:
                 self.say(f"{what} {done}/{total} {note}".rstrip())
             return
         if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self._bar = Progress(*columns, console=self._console, transient=False)
             self._bar.start()
             self._task = self._bar.add_task(what, total=total, note=note)

@@ -56,7 +56,10 @@ class Job:
         if split not in self.evaluators:
             config = self.config
             self.evaluators[split] = Evaluator(
-                self.accelerator.strategy, self.stores[split], config.image_size, config.eval_batch_size,
+                self.accelerator.strategy,
+                self.stores[split],
+                config.image_size,
+                config.eval_batch_size,
                 jit_compile=self.accelerator.jit_compile(config.jit_compile),
             )
         return self.evaluators[split]
@@ -102,10 +105,14 @@ class Job:
         names = list(self.state())
         if names != list(arrays):
             odd = sorted(set(names) ^ set(arrays))[:5]
-            raise DataError(f"the checkpoint does not hold this model's variables; the first that differ: {', '.join(odd)}")
+            raise DataError(
+                f"the checkpoint does not hold this model's variables; the first that differ: {', '.join(odd)}"
+            )
         for variable, (name, array) in zip(variables, arrays.items(), strict=True):
             if tuple(variable.shape) != array.shape:
-                raise DataError(f"the checkpoint's {name} has shape {array.shape}; this model's has {tuple(variable.shape)}")
+                raise DataError(
+                    f"the checkpoint's {name} has shape {array.shape}; this model's has {tuple(variable.shape)}"
+                )
             variable.assign(array)
 
 
@@ -152,8 +159,12 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
     with strategy.scope():
         loaded = teachers.load(config, classes)
         for teacher in loaded:
-            screen.say(f"teacher {teacher.name}: {teacher.model.count_params():,} parameters, {teacher.size} px, {teacher.value_range}")
-        student = students.build(config.student, classes, config.image_size, precision=config.precision, seed=config.seed)
+            screen.say(
+                f"teacher {teacher.name}: {teacher.model.count_params():,} parameters, {teacher.size} px, {teacher.value_range}"
+            )
+        student = students.build(
+            config.student, classes, config.image_size, precision=config.precision, seed=config.seed
+        )
         screen.say(f"student {config.student}: {student.count_params():,} parameters, {config.image_size} px")
 
     def decode(dataset: Dataset, name: str, flag: str, side: int) -> Store:
@@ -172,7 +183,13 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         optimizer = optim.build(config, student.trainable_variables)
         resident = tuple(tf.Variable(a, trainable=False) for a in (train.images, train.sizes, train.labels))
     run_steps = distill.make_loop(
-        config, strategy, student, loaded, optimizer, resident, jit_compile=accelerator.jit_compile(config.jit_compile)
+        config,
+        strategy,
+        student,
+        loaded,
+        optimizer,
+        resident,
+        jit_compile=accelerator.jit_compile(config.jit_compile),
     )
     return Job(config, accelerator, identity, train, stores, student, loaded, optimizer, run_steps)
 
@@ -281,7 +298,9 @@ class _Meter:
         return self._steps * self._job.config.batch_size / self._seconds if self._seconds else 0.0
 
     def row(self) -> dict[str, float]:
-        schedule = optim.WarmupCosine(self._job.config.learning_rate, self._job.config.warmup_steps, self._job.config.steps)
+        schedule = optim.WarmupCosine(
+            self._job.config.learning_rate, self._job.config.warmup_steps, self._job.config.steps
+        )
         return {
             "learning_rate": float(schedule(self._job.step - 1)),
             "images_per_second": self.images_per_second(),

@@ -25,12 +25,14 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         self.peak, self.warmup, self.total = peak, warmup, total
 
     def __call__(self, step: Any) -> tf.Tensor:
+        """Learning rate of the update after `step` updates, float32 scalar."""
         t = tf.cast(step, tf.float32)
         rise = tf.minimum(1.0, t / max(1, self.warmup)) if self.warmup else 1.0
         progress = tf.clip_by_value((t - self.warmup) / max(1, self.total - self.warmup), 0.0, 1.0)
         return self.peak * rise * 0.5 * (1.0 + tf.cos(math.pi * progress))
 
     def get_config(self) -> dict[str, Any]:
+        """What the constructor takes."""
         return {"peak": self.peak, "warmup": self.warmup, "total": self.total}
 
 
@@ -56,7 +58,10 @@ def build(config: Config, variables: list[Any]) -> keras.optimizers.Optimizer:
 
 
 def apply(
-    optimizer: keras.optimizers.Optimizer, gradients: list[tf.Tensor], variables: list[Any], clip_norm: float
+    optimizer: keras.optimizers.Optimizer,
+    gradients: list[tf.Tensor],
+    variables: list[Any],
+    clip_norm: float,
 ) -> tf.Tensor:
     """One update from gradients of the loss summed over this replica and divided by the *global* batch.
 

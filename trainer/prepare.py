@@ -25,7 +25,12 @@ from trainer.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from trainer.records import Dataset, Picture, Shard
 
-SYNTHETIC_SPLITS = {"train": 1020, "validation": 1020, "test": 6149, "pretrain": 40800}  # Flowers102's, and one for teachers
+SYNTHETIC_SPLITS = {
+    "train": 1020,
+    "validation": 1020,
+    "test": 6149,
+    "pretrain": 40800,
+}  # Flowers102's, and one for teachers
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _SHARD_BYTES = 128 << 20
 _CHUNK = 256
@@ -35,10 +40,15 @@ Progress = Callable[[str, int, int], None]
 
 def define_flags(values: flags.FlagValues) -> None:
     """The verb's flags."""
-    group = {"flag_values": values, "module_name": "prepare"}
+    group: dict[str, Any] = {"flag_values": values, "module_name": "prepare"}
     flags.DEFINE_string("dataset", "", "synthetic, or folder:PATH with PATH/SPLIT/CLASS/IMAGE files.", **group)
     flags.DEFINE_string("out", "", "Folder or gs:// prefix to write to.", **group)
-    flags.DEFINE_string("verify", "", "A prepared data set to read back: counts, CRCs, every image decoded.", **group)
+    flags.DEFINE_string(
+        "verify",
+        "",
+        "A prepared data set to read back: counts, CRCs, every image decoded.",
+        **group,
+    )
     flags.DEFINE_integer("seed", 0, "Seed of the synthetic garden.", **group)
     flags.DEFINE_integer("classes", 102, "Species of the synthetic garden, at least 2.", **group)
     flags.DEFINE_integer("size", 256, "Longer side of synthetic pictures in pixels, at least 16.", **group)
@@ -65,7 +75,13 @@ def _run(values: Any) -> None:
     if kind == "synthetic" and not rest:
         splits = {name: getattr(values, name) for name in SYNTHETIC_SPLITS}
         dataset = synthetic(
-            values.out, values.seed, values.classes, values.size, splits, screen.progress, overwrite=values.overwrite
+            values.out,
+            values.seed,
+            values.classes,
+            values.size,
+            splits,
+            screen.progress,
+            overwrite=values.overwrite,
         )
     elif kind == "folder" and rest:
         dataset = folder(rest, values.out, screen.progress, overwrite=values.overwrite)
@@ -77,7 +93,14 @@ def _run(values: Any) -> None:
 
 
 def synthetic(
-    out: str, seed: int, classes: int, size: int, splits: dict[str, int], progress: Progress, *, overwrite: bool = False
+    out: str,
+    seed: int,
+    classes: int,
+    size: int,
+    splits: dict[str, int],
+    progress: Progress,
+    *,
+    overwrite: bool = False,
 ) -> Dataset:
     """Draws a garden (trainer.synthetic) with a process per core.
 
@@ -124,7 +147,9 @@ def synthetic(
     return writer.finish()
 
 
-def _draw(seed: int, split: str, start: int, stop: int, classes: int, size: int) -> list[tuple[bytes, int, tuple[int, int]]]:
+def _draw(
+    seed: int, split: str, start: int, stop: int, classes: int, size: int
+) -> list[tuple[bytes, int, tuple[int, int]]]:
     from trainer import synthetic as garden
 
     return [garden.example(seed, split, index, classes, size) for index in range(start, stop)]
@@ -163,7 +188,11 @@ def folder(path: str, out: str, progress: Progress, *, overwrite: bool = False) 
                 for start in range(0, len(images), _CHUNK):
                     part = images[start : start + _CHUNK]
                     yield from pool.map(
-                        lambda item: picture(files.join(path, split, *item), classes.index(item[0]), "/".join((split, *item))),
+                        lambda item: picture(
+                            files.join(path, split, *item),
+                            classes.index(item[0]),
+                            "/".join((split, *item)),
+                        ),
                         part,
                     )
                     progress(f"read {split}", start + len(part), len(images))
@@ -189,14 +218,26 @@ def picture(path: str, label: int, name: str) -> Picture:
         with Image.open(io.BytesIO(encoded)) as image:
             image.load()
             plain = image.format in ("JPEG", "PNG", "BMP", "GIF") and "transparency" not in image.info
-            plain = plain and image.mode in ("L", "RGB", "CMYK", "YCCK", "1", "P") and not getattr(image, "is_animated", False)
+            plain = (
+                plain
+                and image.mode in ("L", "RGB", "CMYK", "YCCK", "1", "P")
+                and not getattr(image, "is_animated", False)
+            )
             if not plain:
                 buffer = io.BytesIO()
                 _opaque(image).save(buffer, "PNG")
                 encoded = buffer.getvalue()
         height, width, _ = decode(tf.constant(encoded)).shape
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, tf.errors.OpError) as error:
-        raise DataError(f"{path}: the image cannot be read ({files.reason(error)}); replace it or take it out") from error
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+        tf.errors.OpError,
+    ) as error:
+        raise DataError(
+            f"{path}: the image cannot be read ({files.reason(error)}); replace it or take it out"
+        ) from error
     return Picture(encoded, height, width, label, name)
 
 
@@ -296,7 +337,9 @@ def verify(path: str, progress: Progress) -> str:
             except tf.errors.OpError as error:
                 raise DataError(f"{encoded.where(number)} ({picture.filename}): the image cannot be decoded") from error
             if (height, width) != (picture.height, picture.width):
-                raise DataError(f"{encoded.where(number)}: {height} x {width} pixels; its record says {picture.height} x {picture.width}")
+                raise DataError(
+                    f"{encoded.where(number)}: {height} x {width} pixels; its record says {picture.height} x {picture.width}"
+                )
             progress(f"verify {split.name}", number + 1, len(encoded))
         total += len(encoded)
     return f"{path}: {total:,} images in {len(dataset.splits)} splits are whole and decodable"

@@ -62,7 +62,10 @@ class Picture:
         except Exception as error:  # protobuf's DecodeError differs between its implementations
             raise DataError(f"{where}: not a tf.train.Example") from error
         encoded = feature["image/encoded"].bytes_list.value
-        height, width = feature["image/height"].int64_list.value, feature["image/width"].int64_list.value
+        height, width = (
+            feature["image/height"].int64_list.value,
+            feature["image/width"].int64_list.value,
+        )
         label, name = feature["label"].int64_list.value, feature["image/filename"].bytes_list.value
         if len(encoded) != 1 or len(height) != 1 or len(width) != 1 or len(label) > 1:
             raise DataError(f"{where}: a tf.train.Example without image/encoded, image/height and image/width")
@@ -99,6 +102,7 @@ class Split:
 
     @property
     def examples(self) -> int:
+        """Records in all shards."""
         return sum(shard.examples for shard in self.shards)
 
     @property
@@ -144,7 +148,10 @@ class Dataset:
         value = dataclasses.asdict(self) | {"format": FORMAT}
         del value["folder"]
         value["splits"] = {
-            name: {"examples": split.examples, "shards": [dataclasses.asdict(s) for s in split.shards]}
+            name: {
+                "examples": split.examples,
+                "shards": [dataclasses.asdict(s) for s in split.shards],
+            }
             for name, split in self.splits.items()
         }
         text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
@@ -166,7 +173,9 @@ class Dataset:
         try:
             value = json.loads(files.read(path, "the data set's index"))
             if value["format"] != FORMAT:
-                raise DataError(f"{path} has format {value['format']!r}; this version reads {FORMAT!r}: prepare it again")
+                raise DataError(
+                    f"{path} has format {value['format']!r}; this version reads {FORMAT!r}: prepare it again"
+                )
             splits = {
                 name: Split(name, tuple(Shard(**shard) for shard in split["shards"]))
                 for name, split in value["splits"].items()
@@ -251,7 +260,9 @@ class EncodedSplit:
             path = files.join(dataset.folder, shard.file)
             content = files.read(path, "a shard")
             if len(content) != shard.bytes:
-                raise DataError(f"{path} has {len(content)} bytes; {INDEX} says {shard.bytes}: prepare or copy it again")
+                raise DataError(
+                    f"{path} has {len(content)} bytes; {INDEX} says {shard.bytes}: prepare or copy it again"
+                )
             count = 0
             for offset, payload in payloads(content, path):
                 where = f"{path}: record {count} at byte {offset}"

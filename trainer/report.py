@@ -130,9 +130,7 @@ def render(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(
-        percent=_percent, count=_count, css=lambda share: f"{100 * _clip(share):.1f}%"
-    )
+    environment.filters.update(percent=_percent, count=_count, css=lambda share: f"{100 * _clip(share):.1f}%")
     page = environment.from_string(_PAGE).render(
         title=title,
         headline=_headline(config, history, result, predictions),
@@ -240,8 +238,7 @@ def _headline(
     if _number(result.get("student_top1")) is None and evaluations:
         source = evaluations[-1]
         note = (
-            f"This run has no final result; these figures are of its last evaluation, at step "
-            f"{_count(source['step'])}."
+            f"This run has no final result; these figures are of its last evaluation, at step {_count(source['step'])}."
         )
     student, teacher, agreement, kl = (
         _number(source.get(key)) for key in ("student_top1", "teacher_top1", "agreement_top1", "kl")
@@ -258,11 +255,7 @@ def _headline(
             sentence += "; there was no teacher to compare it with."
         else:
             size = _points(abs(gap)).lstrip("+")
-            word = (
-                "level with"
-                if size == "0.0"
-                else f"{size} points {'below' if gap < 0 else 'above'}"
-            )
+            word = "level with" if size == "0.0" else f"{size} points {'below' if gap < 0 else 'above'}"
             sentence += f", {word} the teacher's {_percent(teacher)}."
 
     tiles = []
@@ -273,7 +266,8 @@ def _headline(
     if kl is not None:
         tiles.append(("KL divergence", f"{_real(kl)} nats", "teacher to student, temperature 1"))
     of = _number(config.get("steps"))
-    more = f"of {_count(of)}" if of and _number(steps) is not None and of > float(steps) else ""
+    made = _number(steps)
+    more = f"of {_count(of)}" if of and made is not None and of > made else ""
     tiles.append(("Steps", _count(steps), more))
     tiles.append(("Speed", _real(rate), "images trained on in a second"))
     tiles.append(("Wall time", _duration(result.get("wall_seconds", last.get("wall_seconds"))), ""))
@@ -414,8 +408,7 @@ def _curves(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "title": name,
                 "last": "; ".join(words),
                 "caption": caption,
-                "label": f"Line chart of {name}, steps {first:,.0f} to {last:,.0f}: "
-                f"{'; '.join(words)}.",
+                "label": f"Line chart of {name}, steps {first:,.0f} to {last:,.0f}: {'; '.join(words)}.",
                 "svg": _draw(f"c{number}", lines, scale, end),
             }
         )
@@ -490,8 +483,7 @@ def _draw(prefix: str, lines: list[dict[str, Any]], scale: str, end: float) -> A
                 if len(shown) > _CURVE_POINTS:
                     buckets = np.array_split(np.arange(len(shown)), _CURVE_POINTS)
                     steps, shown, smooth = (
-                        np.array([axis[bucket].mean() for bucket in buckets])
-                        for axis in (steps, shown, smooth)
+                        np.array([axis[bucket].mean() for bucket in buckets]) for axis in (steps, shown, smooth)
                     )
                 dot = "o" if len(shown) == 1 else ""
                 if noisy and len(shown) >= 50:
@@ -554,9 +546,7 @@ def _inline(svg: str, prefix: str) -> str:
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg)
     svg = re.sub(r"\bfont: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(
-        r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg
-    )
+    svg = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg)
     for colour, variable in _INK.items():
         svg = svg.replace(colour, variable)
     return re.sub(r"\n\s*", "\n", svg).strip()
@@ -591,9 +581,7 @@ def _card(sample: Sample) -> dict[str, Any]:
                 "answers": answers[:3],
             }
         )
-    said = "; ".join(
-        f"{o['name']}: {o['answers'][0][0]} {_percent(o['answers'][0][1])}" for o in opinions
-    )
+    said = "; ".join(f"{o['name']}: {o['answers'][0][0]} {_percent(o['answers'][0][1])}" for o in opinions)
     truth = "" if sample.truth is None else f" True class: {sample.truth}."
     height, width = np.shape(sample.image)[:2]
     return {
@@ -625,8 +613,7 @@ def _confusions(predictions: Predictions) -> dict[str, Any] | None:
     """Tables {title, caption, columns, rows, empty} and the matrix of who takes what for what."""
     student = np.asarray(predictions.student, np.int64)
     labels, teacher = (
-        None if x is None else np.asarray(x, np.int64)
-        for x in (predictions.labels, predictions.teacher)
+        None if x is None else np.asarray(x, np.int64) for x in (predictions.labels, predictions.teacher)
     )
     if student.size == 0:
         return None
@@ -656,9 +643,7 @@ def _name(names: list[str], index: int) -> str:
     return names[index] if index >= 0 else f"class {index}"
 
 
-def _mistakes(
-    labels: np.ndarray, teacher: np.ndarray | None, student: np.ndarray, names: list[str]
-) -> dict[str, Any]:
+def _mistakes(labels: np.ndarray, teacher: np.ndarray | None, student: np.ndarray, names: list[str]) -> dict[str, Any]:
     caption = "A row counts the pictures of one class that the student takes for another"
     columns = ["True class", "Student says", "Pictures", "Share of class"]
     if teacher is not None:
@@ -706,9 +691,7 @@ def _disagreements(
     }
 
 
-def _worst(
-    labels: np.ndarray, teacher: np.ndarray | None, student: np.ndarray, names: list[str]
-) -> dict[str, Any]:
+def _worst(labels: np.ndarray, teacher: np.ndarray | None, student: np.ndarray, names: list[str]) -> dict[str, Any]:
     columns = ["Class", "Pictures", "Student"]
     if teacher is not None:
         columns += ["Teacher", "Gap, points"]
@@ -746,8 +729,7 @@ def _who_is_right(labels: np.ndarray, teacher: np.ndarray, student: np.ndarray) 
     ]
     return {
         "title": "Who is right",
-        "caption": "Every picture is in one row; “only the student right” shows what it did not "
-        "take from the teacher.",
+        "caption": "Every picture is in one row; “only the student right” shows what it did not take from the teacher.",
         "columns": ["First answers", "Pictures", "Share"],
         "words": 1,
         "rows": [[name, _count(at.sum()), _percent(at.mean())] for name, at in groups],
@@ -763,9 +745,7 @@ def _pairs(rows: np.ndarray, columns: np.ndarray) -> list[tuple[int, int, np.nda
     return [(a, b, (rows == a) & (columns == b)) for a, b in pairs[order].tolist()]
 
 
-def _matrix(
-    rows: np.ndarray, columns: np.ndarray, names: list[str], meaning: str
-) -> dict[str, Any]:
+def _matrix(rows: np.ndarray, columns: np.ndarray, names: list[str], meaning: str) -> dict[str, Any]:
     """The geometry of the confusion matrix, in pixels of its drawing."""
     side = len(names)
     counts = np.zeros((side, side), np.int64)
@@ -791,10 +771,7 @@ def _matrix(
                 "title": f"{names[a]} → {names[b]}: {count:,} ({_percent(share)})",
             }
         )
-    labels = [
-        {"name": short[i], "at": margin + cell * i, "mid": margin + cell * (i + 0.5)}
-        for i in range(side)
-    ]
+    labels = [{"name": short[i], "at": margin + cell * i, "mid": margin + cell * (i + 0.5)} for i in range(side)]
     right = _percent(counts.trace() / max(1, counts.sum()))
     return {
         "cell": cell,
@@ -1077,7 +1054,7 @@ teacher's, whatever is in the picture.</p>
 {% if eval_cards %}
 <section aria-labelledby="evaluation">
 <h2 id="evaluation">Evaluation pictures</h2>
-<p class="how">Whole pictures that neither crop nor mixing has touched; the true class is
+<p class="how">The central crop of whole pictures, without mixing; the true class is
 underlined where a model names it, and “≠ they disagree” marks two different first answers
 {%- if differing %} ({{ differing }} of {{ eval_cards|length }} here){% endif %}.</p>
 {{ cards(eval_cards) }}

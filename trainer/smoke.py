@@ -37,16 +37,31 @@ class Preset:
 
 PRESETS = {
     # Chosen by trial for five minutes on two cores; see docs/recipe.md.
-    "default": Preset(classes=40, pretrain=12000, train=400, test=1500, picture=64, image=32, steps=(1600, 2000), batch=128),
+    "default": Preset(
+        classes=40,
+        pretrain=12000,
+        train=400,
+        test=1500,
+        picture=64,
+        image=32,
+        steps=(1600, 2000),
+        batch=128,
+    ),
     "tiny": Preset(classes=8, pretrain=640, train=80, test=160, picture=48, image=24, steps=(60, 60), batch=64),
 }
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The verb's flags."""
-    own = {"flag_values": values, "module_name": "smoke"}
+    own: dict[str, Any] = {"flag_values": values, "module_name": "smoke"}
     flags.DEFINE_string("workdir", "smoke", "Folder or gs:// prefix for everything that the run makes.", **own)
-    flags.DEFINE_enum("preset", "default", list(PRESETS), "default: about five minutes on two cores. tiny: proves that it runs.", **own)
+    flags.DEFINE_enum(
+        "preset",
+        "default",
+        list(PRESETS),
+        "default: about five minutes on two cores. tiny: proves that it runs.",
+        **own,
+    )
     flags.DEFINE_integer("seed", 0, "Seed of pictures and models.", **own)
     flags.DEFINE_string("tpu", "none", "As for trainer.task.", **own)
 
@@ -60,22 +75,51 @@ def commands(preset: Preset, workdir: str, seed: int, tpu: str) -> list[tuple[st
     """The verbs to run with their flags, in order."""
     data, teacher = f"{workdir}/data", f"{workdir}/teacher.keras"
     shared = [
-        f"--data={data}", f"--image_size={preset.image}", f"--store_size={preset.picture}", f"--batch_size={preset.batch}",
-        "--eval_batch_size=250", f"--seed={seed}", f"--tpu={tpu}",
+        f"--data={data}",
+        f"--image_size={preset.image}",
+        f"--store_size={preset.picture}",
+        f"--batch_size={preset.batch}",
+        "--eval_batch_size=250",
+        f"--seed={seed}",
+        f"--tpu={tpu}",
     ]
     student = [
-        *shared, "--student=bit-tiny", f"--steps={preset.steps[1]}", "--learning_rate=0.003", "--weight_decay=0.0001",
-        f"--checkpoint_every={preset.steps[1] // 4}", f"--eval_every={preset.steps[1] // 4}",
+        *shared,
+        "--student=bit-tiny",
+        f"--steps={preset.steps[1]}",
+        "--learning_rate=0.003",
+        "--weight_decay=0.0001",
+        f"--checkpoint_every={preset.steps[1] // 4}",
+        f"--eval_every={preset.steps[1] // 4}",
     ]
     return [
-        ("prepare", [
-            "--dataset=synthetic", f"--out={data}", f"--seed={seed}", f"--classes={preset.classes}", f"--size={preset.picture}",
-            f"--pretrain={preset.pretrain}", f"--train={preset.train}", f"--validation={preset.train}", f"--test={preset.test}",
-        ]),
-        ("teacher", [
-            *shared, "--model=bit-small", "--train_split=pretrain", f"--steps={preset.steps[0]}", "--learning_rate=0.003",
-            f"--eval_every={preset.steps[0] // 2}", f"--checkpoint_every={preset.steps[0] // 2}", f"--out={teacher}",
-        ]),
+        (
+            "prepare",
+            [
+                "--dataset=synthetic",
+                f"--out={data}",
+                f"--seed={seed}",
+                f"--classes={preset.classes}",
+                f"--size={preset.picture}",
+                f"--pretrain={preset.pretrain}",
+                f"--train={preset.train}",
+                f"--validation={preset.train}",
+                f"--test={preset.test}",
+            ],
+        ),
+        (
+            "teacher",
+            [
+                *shared,
+                "--model=bit-small",
+                "--train_split=pretrain",
+                f"--steps={preset.steps[0]}",
+                "--learning_rate=0.003",
+                f"--eval_every={preset.steps[0] // 2}",
+                f"--checkpoint_every={preset.steps[0] // 2}",
+                f"--out={teacher}",
+            ],
+        ),
         ("task", [*student, f"--teacher=keras:{teacher}", f"--workdir={workdir}/distill"]),
         ("task", [*student, "--distance=labels", f"--workdir={workdir}/labels"]),
     ]
@@ -98,7 +142,10 @@ def _main(values: Any) -> None:
             error = FunmatchError(f"funmatch {verb} ended with exit code {code}")
             error.exit_code = code
             raise error
-    results = {name: json.loads(files.read(f"{workdir}/{name}/result.json", "a result")) for name in ("teacher", "distill", "labels")}
+    results = {
+        name: json.loads(files.read(f"{workdir}/{name}/result.json", "a result"))
+        for name in ("teacher", "distill", "labels")
+    }
     served = _serve(workdir, results["distill"]["student_top1"])
     table = summary(results, served, time.monotonic() - began)
     files.write(f"{workdir}/summary.md", table.encode(), "the summary")
@@ -140,19 +187,29 @@ def summary(results: dict[str, dict[str, Any]], served: float, seconds: float) -
     def row(name: str, top1: float, agreement: str) -> str:
         return f"| {name} | {100 * top1:.1f} % | {agreement} |"
 
-    return "\n".join([
-        "| model | test top-1 | agrees with the teacher |",
-        "|---|---|---|",
-        row("teacher (bit-small, trained from labels on many pictures)", teacher, ""),
-        row("student by function matching (bit-tiny, few pictures, no labels)", distilled["student_top1"], f"{100 * distilled['agreement_top1']:.1f} %"),
-        row("the same student from labels (same pictures, same steps)", labels["student_top1"], ""),
-        row("the distilled student as exported, on JPEG bytes", served, ""),
-        "",
-        f"{distilled['steps']} steps of {distilled['batch_size']} images on {distilled['examples']} pictures; "
-        f"distillation {distilled['images_per_second']:,.0f} images/s; {seconds / 60:.1f} min in all; "
-        f"{distilled['device']}, {os.cpu_count()} cores, TensorFlow {distilled['versions']['tensorflow']}.",
-        "",
-    ])
+    return "\n".join(
+        [
+            "| model | test top-1 | agrees with the teacher |",
+            "|---|---|---|",
+            row("teacher (bit-small, trained from labels on many pictures)", teacher, ""),
+            row(
+                "student by function matching (bit-tiny, few pictures, no labels)",
+                distilled["student_top1"],
+                f"{100 * distilled['agreement_top1']:.1f} %",
+            ),
+            row(
+                "the same student from labels (same pictures, same steps)",
+                labels["student_top1"],
+                "",
+            ),
+            row("the distilled student as exported, on JPEG bytes", served, ""),
+            "",
+            f"{distilled['steps']} steps of {distilled['batch_size']} images on {distilled['examples']} pictures; "
+            f"distillation {distilled['images_per_second']:,.0f} images/s; {seconds / 60:.1f} min in all; "
+            f"{distilled['device']}, {os.cpu_count()} cores, TensorFlow {distilled['versions']['tensorflow']}.",
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

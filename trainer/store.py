@@ -77,7 +77,7 @@ class Store:
         dataset: Dataset,
         split: Split,
         side: int,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[[int, int], None],
     ) -> None:
         """Reads, checks and decodes the whole split with a thread per core.
 

@@ -256,9 +256,7 @@ def _paint(area: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> None:
     area += mask * (colour - area)
 
 
-def _window(
-    canvas: np.ndarray, y: float, x: float, reach: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _window(canvas: np.ndarray, y: float, x: float, reach: float) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """The part of a canvas within `reach` of a point: area [3, h, w], dy [h, 1], dx [1, w]."""
     _, height, width = canvas.shape
     top, bottom = max(0, int(y - reach)), min(height, int(y + reach) + 2)
@@ -290,7 +288,7 @@ def _clutter(rng: np.random.Generator, canvas: np.ndarray, side: int) -> None:
     for _ in range(int(rng.integers(1, 5))):
         length = side * float(rng.uniform(0.15, 0.5))
         slim, angle = float(rng.uniform(0.2, 0.5)), float(rng.uniform(0, 2 * np.pi))
-        soft = np.float32(max(1.0, length * slim * rng.choice([0.05, 0.3, 0.9])))
+        soft = float(np.float32(max(1.0, length * slim * rng.choice([0.05, 0.3, 0.9]))))
         colour = _rgb(rng.uniform(0.18, 0.4), rng.uniform(0.3, 0.9), rng.uniform(0.15, 0.65))
         if rng.random() < 0.3:
             hue, saturation, value = _FAMILIES[int(rng.integers(len(_FAMILIES)))]
@@ -308,9 +306,7 @@ def _clutter(rng: np.random.Generator, canvas: np.ndarray, side: int) -> None:
         _paint(area, mask, colour * fold)
 
 
-def _blade(
-    rng: np.random.Generator, canvas: np.ndarray, x: float, y: float, half: float, below: bool
-) -> None:
+def _blade(rng: np.random.Generator, canvas: np.ndarray, x: float, y: float, half: float, below: bool) -> None:
     """A stem (`below` the point only) or a blade of grass through a point, `half` its width."""
     _, height, width = canvas.shape
     lean, bend = rng.normal(0, 0.35), rng.normal(0, 0.4)
@@ -364,9 +360,7 @@ def _flower(
 
     hue, saturation = rng.normal(0, 0.022), rng.uniform(0.62, 1.1)
     value = rng.uniform(0.8, 1.05)
-    colours = [
-        _rgb(h + hue, s * saturation, b * value) for h, s, b in (kind.base, kind.tip, kind.mark)
-    ]
+    colours = [_rgb(h + hue, s * saturation, b * value) for h, s, b in (kind.base, kind.tip, kind.mark)]
     whorls = [(1.0, 0.0, 1.0)]
     if kind.whorl > 0.8:
         whorls.insert(0, (kind.whorl, 0.5, 0.7))

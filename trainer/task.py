@@ -13,8 +13,6 @@ import platform
 import sys
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-
 from trainer import __version__, cli, config
 from trainer.config import Config
 from trainer.errors import DataError
@@ -62,7 +60,10 @@ def run(chosen: Config, screen: Screen) -> dict[str, Any]:
     if chosen.check or chosen.dry_run:
         _rehearse(job, screen)
         return {}
-    _write_json(files.join(chosen.workdir, "config.json"), {"config": job.config.to_dict(), "identity": identity})
+    _write_json(
+        files.join(chosen.workdir, "config.json"),
+        {"config": job.config.to_dict(), "identity": identity},
+    )
     journal, checkpoints = loop.open_run(job)
     loop.train(job, journal, checkpoints, screen)
     return finish(job, journal, screen, print_)
@@ -149,8 +150,13 @@ def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list
     chosen = ids[rows.numbers.numpy()]
     sizes = tuple(dict.fromkeys([settings.image_size, *(t.size for t in job.teachers)]))
     made, own = views.training_views(
-        tf.constant(job.train.images[chosen]), tf.constant(job.train.sizes[chosen]), rows, settings.seed,
-        tf.constant(step), sizes, mixup=settings.mixup == "batch",
+        tf.constant(job.train.images[chosen]),
+        tf.constant(job.train.sizes[chosen]),
+        rows,
+        settings.seed,
+        tf.constant(step),
+        sizes,
+        mixup=settings.mixup == "batch",
     )
     by_size = dict(zip(sizes, made, strict=True))
     student = best(job.student(by_size[settings.image_size], training=False))
@@ -158,7 +164,12 @@ def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list
     seen = [
         report.Sample(picture, f"{float(own):.0%} of image {a}, the rest of image {b}", t, s, None)
         for picture, a, b, t, s in zip(
-            pixels(by_size[settings.image_size]), chosen[1:], chosen[:-1], teacher, student, strict=True
+            pixels(by_size[settings.image_size]),
+            chosen[1:],
+            chosen[:-1],
+            teacher,
+            student,
+            strict=True,
         )
     ]
     store = job.stores[settings.final_split]
@@ -200,7 +211,9 @@ def _rehearse(job: Job, screen: Screen) -> None:
     began = time.monotonic()
     metrics = job.advance(1, order)
     compiled = time.monotonic() - began
-    screen.say(f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4f}, {compiled:.1f} s with compilation")
+    screen.say(
+        f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4f}, {compiled:.1f} s with compilation"
+    )
     if settings.check:
         screen.say("check passed: accelerator, data, teacher, workdir and the first batch are fine")
         return
@@ -240,7 +253,11 @@ def _finished(workdir: str, fingerprint: str) -> dict[str, Any] | None:
 
 
 def _summary(result: dict[str, Any]) -> str:
-    told = [("student", "student_top1"), ("teacher", "teacher_top1"), ("agreement", "agreement_top1")]
+    told = [
+        ("student", "student_top1"),
+        ("teacher", "teacher_top1"),
+        ("agreement", "agreement_top1"),
+    ]
     return ", ".join(f"{word} {100 * result[name]:.1f}%" for word, name in told if name in result)
 
 

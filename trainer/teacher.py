@@ -1,6 +1,6 @@
 """Train a teacher with labels and save it as a `.keras` file: the same loop, checkpoints and resume as the main job.
 
-    python -m trainer.teacher --data=DATA --train_split=pretrain --model=bit-small --epochs=20 --out=teacher.keras
+python -m trainer.teacher --data=DATA --train_split=pretrain --model=bit-small --epochs=20 --out=teacher.keras
 """
 
 from __future__ import annotations
@@ -14,14 +14,21 @@ from trainer import cli, config
 from trainer.errors import ConfigError
 
 _HIDDEN = (
-    "teacher", "teacher_image_size", "teacher_range", "teacher_outputs", "student", "distance", "temperature", "workdir",
+    "teacher",
+    "teacher_image_size",
+    "teacher_range",
+    "teacher_outputs",
+    "student",
+    "distance",
+    "temperature",
+    "workdir",
 )
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The main job's flags without those about teachers, and this verb's own."""
     config.define_flags(values, skip=_HIDDEN, mixup="none")
-    own = {"flag_values": values, "module_name": "teacher"}
+    own: dict[str, Any] = {"flag_values": values, "module_name": "teacher"}
     flags.DEFINE_string("model", "bit-r50x1", "What to train: a name as for --student of trainer.task.", **own)
     flags.DEFINE_string("out", "", "The .keras file to write, on a disk or gs://.", **own)
     flags.DEFINE_string("workdir", "", "Where the run keeps its results; empty: --out without .keras.", **own)

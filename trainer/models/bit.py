@@ -54,6 +54,7 @@ class StdConv2D(keras.layers.Conv2D):
     """
 
     def convolution_op(self, inputs: Any, kernel: Any) -> Any:
+        """Convolves with the standardised kernel."""
         return super().convolution_op(inputs, standardize(kernel))
 
 
@@ -62,10 +63,12 @@ class PadLowest2D(keras.layers.Layer):
     """Pads height and width by one on each side with a value that no maximum takes."""
 
     def call(self, inputs: Any) -> Any:
+        """Pads [n, height, width, channels] to [n, height + 2, width + 2, channels]."""
         lowest = -3e38 if keras.backend.standardize_dtype(inputs.dtype) != "float16" else -6e4
         return ops.pad(inputs, [[0, 0], [1, 1], [1, 1], [0, 0]], constant_values=lowest)
 
     def compute_output_shape(self, shape: Any) -> Any:
+        """Two more rows and columns where their number is known."""
         return (shape[0], *(None if side is None else side + 2 for side in shape[1:3]), shape[3])
 
 
@@ -113,9 +116,7 @@ def bit(
         if size > 1:
             x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x)
         init = keras.initializers.GlorotUniform(seed=next(seeds))
-        return conv_class(
-            filters, size, strides=stride, use_bias=False, kernel_initializer=init, name=name
-        )(x)
+        return conv_class(filters, size, strides=stride, use_bias=False, kernel_initializer=init, name=name)(x)
 
     def norm_relu(x: Any, name: str) -> Any:
         x = keras.layers.GroupNormalization(arch.groups, epsilon=GROUP_EPSILON, name=name)(x)

@@ -84,7 +84,10 @@ def _application(name: str, classes: int, size: int, flag: str) -> keras.Model:
         raise ConfigError(f"--student={flag}: keras.applications has no {name}; {hint}It has {', '.join(names)}")
     function = getattr(keras.applications, name)
     arguments: dict[str, Any] = {
-        "weights": None, "classes": classes, "classifier_activation": None, "input_shape": (size, size, 3),
+        "weights": None,
+        "classes": classes,
+        "classifier_activation": None,
+        "input_shape": (size, size, 3),
     }
     offered = inspect.signature(function).parameters
     # Models that rescale their input inside expect 0..255; without that part they take what they were built on.
@@ -93,4 +96,6 @@ def _application(name: str, classes: int, size: int, flag: str) -> keras.Model:
     try:
         return function(**{k: v for k, v in arguments.items() if k in offered})
     except ValueError as error:
-        raise ConfigError(f"--student={flag} cannot be built at {size} x {size} pixels: {files.reason(error)}") from error
+        raise ConfigError(
+            f"--student={flag} cannot be built at {size} x {size} pixels: {files.reason(error)}"
+        ) from error
