@@ -42,14 +42,14 @@ RUN /opt/venv/bin/pip install --no-build-isolation --no-deps --prefix=/opt/progr
 
 # What every flavour shares: who runs, and where. /tmp is HOME because it is the one place that is writable under any user,
 # and under `--read-only --tmpfs /tmp`; Keras, Matplotlib and others keep their settings and caches there.
+# TF_CPP_MIN_LOG_LEVEL is left to the program: it is quiet unless a user sets it.
 FROM ${BASE} AS runtime
 RUN groupadd --gid 10001 funmatch \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin funmatch \
  && install -d -o 10001 -g 10001 /workspace
 ENV HOME=/tmp \
     PATH=/opt/venv/bin:$PATH \
-    PYTHONUNBUFFERED=1 \
-    TF_CPP_MIN_LOG_LEVEL=2
+    PYTHONUNBUFFERED=1
 WORKDIR /workspace
 ENTRYPOINT ["python", "-m", "trainer.task"]
 

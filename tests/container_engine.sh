@@ -5,7 +5,7 @@
 #
 # By hand: start it, export the line it prints in another shell, and press Ctrl-D when done. A program holds the script's
 # input open: when the program ends, however it ends, the input ends too, and the engine, its containers, its images and its
-# folder go with it. Nothing outside that folder is touched, save that missing Debian packages are installed.
+# folder go with it. What stays is the Debian packages that were missing.
 set -euo pipefail
 
 BASE=python:3.11-slim-bookworm
@@ -45,7 +45,6 @@ trap 'exit 130' HUP INT
 trap 'exit 143' TERM
 
 # No bridge and no firewall rules: builds use the host's network, tests use none, and the host's tables stay as they are.
-# Its own containerd, too: the exec root keeps sockets and state out of /var/run/docker.
 setsid dockerd --data-root "$folder/data" --exec-root "$folder/exec" --pidfile "$folder/docker.pid" -H "$DOCKER_HOST" \
     --bridge=none --iptables=false --ip-masq=false >"$folder/dockerd.log" 2>&1 </dev/null &
 engine=$!

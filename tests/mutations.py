@@ -1,0 +1,208 @@
+"""Breaks each guard in turn, in a copy, and shows that a test notices. `make mutations`; a mutant that lives is a failure.
+
+Not a test module itself: a mutant takes as long as starting TensorFlow takes, so all of them take some minutes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A change of `file` from `old`, which stands there once, to `new`, and the tests that must fail for it."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant(
+        "clip after the all-reduce",
+        "optim.py",
+        "gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)",
+        "pass",
+        "test_optim.py::test_two_hundred_updates_are_the_formula",
+    ),
+    Mutant("decay on kernels only", "optim.py", "if not is_kernel(v)]", "if False]", "test_optim.py"),
+    Mutant(
+        "decay not times the learning rate",
+        "optim.py",
+        "config.weight_decay / config.learning_rate",
+        "config.weight_decay",
+        "test_optim.py::test_two_hundred_updates_are_the_formula",
+    ),
+    Mutant(
+        "loss over the global batch",
+        "distill.py",
+        'tf.reduce_sum(values["loss"]) / config.batch_size',
+        'tf.reduce_mean(values["loss"])',
+        "test_distill.py::test_one_two_and_four_replicas_give_the_same_weights",
+    ),
+    Mutant("T squared", "distill.py", "temperature**2 * tf", "temperature * tf", "test_distill.py::test_kl_is_scipys"),
+    Mutant(
+        "partner from the global batch",
+        "views.py",
+        "tf.math.floormod(first - 1 + tf.range(share + 1), batch_size)",
+        "tf.concat([[first + share - 1], first + tf.range(share)], 0)",
+        "test_views.py::test_views_are_the_same_for_any_number_of_replicas",
+    ),
+    Mutant(
+        "crop in the original's proportions",
+        "views.py",
+        "aspect = ASPECT[0] +",
+        "aspect = height / width * ASPECT[0] +",
+        "test_views.py::test_crops_are_distributed_as_tensorflows",
+    ),
+    Mutant(
+        "samples stay inside the crop",
+        "views.py",
+        "centre = tf.clip_by_value(centre, start, start + tf.maximum(extent - 1.0, 0.0))",
+        "pass",
+        "test_views.py::test_render_is_crop_then_tensorflows_resize",
+    ),
+    Mutant(
+        "an epoch shows all",
+        "store.py",
+        "return np.argsort(raw",
+        "return raw % len(raw) if raw.size else np.argsort(raw",
+        "test_store.py",
+    ),
+    Mutant(
+        "finite weights in a checkpoint", "checkpoint.py", "not np.isfinite(array).all()", "False", "test_checkpoint.py"
+    ),
+    Mutant(
+        "checkpoint's checksum",
+        "checkpoint.py",
+        '!= commit["sha256"]',
+        '== ""',
+        "test_checkpoint.py::test_a_damaged_one_is_named_and_passed_over",
+    ),
+    Mutant("another run's checkpoint", "checkpoint.py", "if differing:", "if False:", "test_checkpoint.py"),
+    Mutant(
+        "record's checksum",
+        "records.py",
+        "if masked_crc(view[start:end]) !=",
+        "if False and masked_crc(view[start:end]) !=",
+        "test_records.py",
+    ),
+    Mutant(
+        "label in range", "records.py", "if picture.label >= max", "if picture.label >= 99 + max", "test_records.py"
+    ),
+    Mutant(
+        "missing data set", "records.py", "if not files.exists(path):", "if False:", "test_cli.py::test_missing_data"
+    ),
+    Mutant("fsync before rename", "files.py", "os.fsync(file.fileno())", "pass", "test_files.py"),
+    Mutant(
+        "teacher's classes",
+        "models/teachers.py",
+        "if model.output_shape[-1] != classes:",
+        "if False:",
+        "test_cli.py::test_teacher_of_other_classes",
+    ),
+    Mutant(
+        "safe loading",
+        "models/loading.py",
+        "safe_mode=True",
+        "safe_mode=False",
+        "test_models.py::test_code_inside_a_file_does_not_run",
+    ),
+    Mutant(
+        "probabilities to logits",
+        "models/teachers.py",
+        "if self.probabilities:",
+        "if False:",
+        "test_models.py::test_any_ending_and_range_gives_logits",
+    ),
+    Mutant(
+        "each example once",
+        "evaluate.py",
+        "[: len(store) - start]",
+        "",
+        "test_evaluate.py::test_every_example_once_whatever_the_batch",
+    ),
+    Mutant("ties are wrong", "evaluate.py", "(logits >= own)", "(logits > own)", "test_evaluate.py"),
+    Mutant("folded on export", "export.py", "return bit.fold(copy)", "return copy", "test_load_alone.py"),
+    Mutant(
+        "stop on what is not finite",
+        "loop.py",
+        "if not all(math.isfinite(value) for value in metrics.values()):",
+        "if False:",
+        "test_job.py::test_what_is_not_finite_stops_before_a_commit",
+    ),
+    Mutant(
+        "rows of a crash are dropped",
+        "journal.py",
+        'row["step"] <= step and',
+        "",
+        "test_job.py::test_journal_goes_back_to_the_checkpoint",
+    ),
+    Mutant(
+        "metrics under way are saved",
+        "loop.py",
+        '"pending": job.pending}',
+        '"pending": []}',
+        "test_job.py::test_sigterm_saves_says_so_and_exits_75",
+    ),
+    Mutant(
+        "teacher in the identity",
+        "loop.py",
+        "[teachers.checksum(config, name) for name in config.teacher]",
+        "[]",
+        "test_job.py::test_a_teacher_changed_between_runs_is_refused",
+    ),
+]
+
+
+def lives(mutant: Mutant, folder: pathlib.Path) -> str:
+    """Runs a mutant's tests in a copy of the project; returns what they said if they pass, else nothing."""
+    for name in ("trainer", "tests", "pyproject.toml"):
+        source = ROOT / name
+        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
+    path = folder / "trainer" / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        return f"{mutant.file} has {text.count(mutant.old)} times: {mutant.old}"
+    path.write_text(text.replace(mutant.old, mutant.new))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        f"tests/{mutant.tests}",
+        "-m",
+        "not slow",
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    # 1 is a failed test. Anything else (no test found, a mutant that is no Python) shows nothing.
+    return "" if done.returncode == 1 else f"pytest exited with {done.returncode}: {done.stdout[-500:]}"
+
+
+def main() -> int:
+    """Tries all, or those whose description holds the first argument."""
+    wanted = [m for m in MUTANTS if len(sys.argv) < 2 or sys.argv[1] in m.what]
+    failed = 0
+    for mutant in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            alive = lives(mutant, pathlib.Path(folder))
+        failed += bool(alive)
+        print(f"{'LIVES ' if alive else 'caught'} {mutant.what}{': ' + alive if alive else ''}", flush=True)
+    print(f"{len(wanted) - failed} of {len(wanted)} broken guards were noticed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
