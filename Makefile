@@ -15,7 +15,7 @@ LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --gen
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv smoke test test-slow test-docker lint lock image clean
+.PHONY: help venv smoke test test-slow test-docker mutations lint lock image clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ help:  ## Show this list.
 smoke: venv  ## Run the whole job on built-in data on the CPU. More flags: SMOKE_FLAGS="--preset=tiny".
 	$(PY) -m trainer.smoke $(SMOKE_FLAGS)
 
-test: venv  ## Run the tests that take seconds.
+test: venv  ## Run the tests that take seconds each.
 	$(PY) -m pytest -m "not slow and not docker" $(PYTEST_FLAGS)
 
 # pytest exits with 5 when it finds no test. That is right while no test is marked slow, and a mistake afterwards.
@@ -33,6 +33,9 @@ test-slow: venv  ## Run the tests that take minutes.
 
 test-docker: venv  ## Build the image and test it. Starts an engine of its own (root, Debian) when none runs.
 	$(PY) -m pytest -m docker $(PYTEST_FLAGS)
+
+mutations: venv  ## Break each guard in turn, in a copy, and see its test fail. One: MUTANT="clip".
+	$(PY) tests/mutations.py $(MUTANT)
 
 lint: venv  ## Check style, formatting and types.
 	$(PY) -m ruff check .
@@ -57,16 +60,18 @@ venv: $(READY)
 
 # The locks are resolved for Python 3.11 and install on 3.12; Keras 3.15 has left 3.10 behind.
 $(READY): requirements/build.txt requirements/dev.txt setup.py
-	@python= ; for candidate in $(PYTHON) python3.11 python3; do \
+	@python= ; for candidate in $(or $(PYTHON),python3.11 python3); do \
 		if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
 			python=$$candidate; break; fi; done; \
 	if [ -z "$$python" ]; then \
-		echo "Need Python 3.11 or 3.12: neither python3.11 nor python3 is one. Install it, or: make PYTHON=/path/to/python3.11" >&2; \
+		echo "Needs Python 3.11 or 3.12, but $(if $(PYTHON),$(PYTHON) is not one,neither python3.11 nor python3 is one)." \
+			"Install Python 3.11, or name it: make PYTHON=/path/to/python3.11" >&2; \
 		exit 1; fi; \
 	echo "Creating $(VENV) with $$python (downloads about 1 GB the first time)"; \
 	$$python -m venv --clear $(VENV) \
 		|| { echo "$$python cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PIP_INSTALL) --require-hashes -r requirements/build.txt
 	$(PIP_INSTALL) --require-hashes -r requirements/dev.txt
-	$(PIP_INSTALL) --no-deps --editable .
+	@# setuptools warns of every editable installation that the folder it stands in may shadow it. It is the same folder.
+	PYTHONWARNINGS=ignore $(PIP_INSTALL) --no-deps --editable .
 	@touch $@

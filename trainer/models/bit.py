@@ -42,7 +42,7 @@ ARCHS = {
     "R152x4": Arch((3, 8, 36, 3), 256),
     # Ours, for smoke runs and tests on a CPU.
     "tiny": Arch((1, 1, 1), 16, groups=8, released=False),
-    "small": Arch((1, 2, 2), 24, groups=8, released=False),
+    "small": Arch((1, 1, 1), 24, groups=8, released=False),
 }
 
 
