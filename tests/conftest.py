@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pathlib
 import subprocess
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import prepare
+from trainer import cli, prepare
 from trainer.config import Config
 from trainer.models import bit
 
@@ -53,6 +55,14 @@ def funmatch(*arguments: str, timeout: float = 240, **environment: str) -> subpr
         env=os.environ | environment,
         check=False,
     )
+
+
+def here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has TensorFlow already: for mistakes, of which there are many."""
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        code = cli.main(list(arguments))
+    return subprocess.CompletedProcess(arguments, code, "", told.getvalue())
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ clean_up() {
         wait "$engine" || true
     fi
     # What a killed engine or debootstrap left mounted must go first, or rm would follow it.
-    awk -v d="$folder/" 'index($2, d) == 1 {print $2}' /proc/mounts | sort -r | xargs -r -n 1 umount -l
+    awk -v d="$folder/" 'index($2, d) == 1 {print $2}' /proc/mounts | sort -r | xargs -r -n 1 umount -l || true
     rm -rf --one-file-system "$folder"
 }
 trap clean_up EXIT

@@ -9,7 +9,7 @@ import time
 
 import keras
 import pytest
-from conftest import CLASSES, IMAGE, ROOT, funmatch
+from conftest import CLASSES, IMAGE, ROOT, funmatch, here
 
 from trainer import cli
 from trainer.records import Dataset, Split
@@ -52,25 +52,25 @@ def one_line(done, code: int) -> str:
     ],
 )
 def test_mistyped_flag_names_the_nearest(typo: str, meant: str) -> None:
-    assert meant in one_line(funmatch("task", typo), 2)
+    assert meant in one_line(here("task", typo), 2)
 
 
 def test_mistyped_verb_names_the_nearest() -> None:
-    done = funmatch("taks")
+    done = here("taks")
     assert done.returncode == 2
     assert "did you mean task?" in done.stderr
 
 
 def test_stray_word_and_bad_value_and_missing_flag() -> None:
-    assert "--name=value" in one_line(funmatch("task", "workdir"), 2)
-    assert "--steps" in one_line(funmatch("task", "--steps=many"), 2).replace("flag --", "--")
-    assert "--data is missing" in one_line(funmatch("task"), 2)
-    assert "--out is missing" in one_line(funmatch("prepare", "--dataset=synthetic"), 2)
-    assert "nowhere.flags" in one_line(funmatch("task", "--flagfile=nowhere.flags"), 2)
+    assert "--name=value" in one_line(here("task", "workdir"), 2)
+    assert "--steps" in one_line(here("task", "--steps=many"), 2).replace("flag --", "--")
+    assert "--data is missing" in one_line(here("task"), 2)
+    assert "--out is missing" in one_line(here("prepare", "--dataset=synthetic"), 2)
+    assert "nowhere.flags" in one_line(here("task", "--flagfile=nowhere.flags"), 2)
 
 
 def test_missing_data(tmp_path: pathlib.Path, teacher_file: str) -> None:
-    done = funmatch(
+    done = here(
         "task",
         "--data=/no/such",
         f"--teacher=keras:{teacher_file}",
@@ -83,7 +83,7 @@ def test_missing_data(tmp_path: pathlib.Path, teacher_file: str) -> None:
 
 
 def test_missing_split_names_those_there_are(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
-    done = funmatch(
+    done = here(
         "task",
         f"--data={data}",
         f"--teacher=keras:{teacher_file}",
@@ -106,7 +106,7 @@ def test_empty_split(data: str, tmp_path: pathlib.Path, teacher_file: str) -> No
         {},
     )
     empty.save()
-    done = funmatch(
+    done = here(
         "task",
         f"--data={tmp_path}/d",
         f"--teacher=keras:{teacher_file}",
@@ -119,7 +119,7 @@ def test_empty_split(data: str, tmp_path: pathlib.Path, teacher_file: str) -> No
 def test_teacher_of_other_classes(data: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "t.keras"
     keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(CLASSES + 2)]).save(path)
-    done = funmatch("task", f"--data={data}", f"--teacher=keras:{path}", f"--workdir={tmp_path}/r", *FLAGS)
+    done = here("task", f"--data={data}", f"--teacher=keras:{path}", f"--workdir={tmp_path}/r", *FLAGS)
     line = one_line(done, 3)
     assert f"knows {CLASSES + 2} classes" in line
     assert f"has {CLASSES}" in line
@@ -128,7 +128,7 @@ def test_teacher_of_other_classes(data: str, tmp_path: pathlib.Path) -> None:
 def test_unwritable_workdir(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
     # Root may write anywhere, so a file is in the way.
     (tmp_path / "file").write_text("")
-    done = funmatch(
+    done = here(
         "task",
         f"--data={data}",
         f"--teacher=keras:{teacher_file}",
@@ -143,13 +143,13 @@ def test_unwritable_workdir(data: str, tmp_path: pathlib.Path, teacher_file: str
 def test_unreadable_image(tmp_path: pathlib.Path) -> None:
     (tmp_path / "in/train/daisy").mkdir(parents=True)
     (tmp_path / "in/train/daisy/1.jpg").write_bytes(b"\xff\xd8\xff not a picture")
-    done = funmatch("prepare", f"--dataset=folder:{tmp_path}/in", f"--out={tmp_path}/out")
+    done = here("prepare", f"--dataset=folder:{tmp_path}/in", f"--out={tmp_path}/out")
     assert "train/daisy/1.jpg" in one_line(done, 3)
     assert not (tmp_path / "out/dataset.json").exists()
 
 
 def test_unknown_student_names_the_nearest(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
-    done = funmatch(
+    done = here(
         "task",
         f"--data={data}",
         f"--teacher=keras:{teacher_file}",
@@ -168,16 +168,16 @@ def test_dry_run_writes_nothing_and_check_stops_early(data: str, tmp_path: pathl
         f"--workdir={tmp_path}/r",
         *FLAGS,
     ]
-    done = funmatch(*job, "--dry_run")
+    done = here(*job, "--dry_run")
     assert done.returncode == 0, done.stderr
     assert "plan: 2 steps = 8 images" in done.stderr
     assert not (tmp_path / "r").exists()
-    done = funmatch(*job, "--check")
+    done = here(*job, "--check")
     assert "check passed" in done.stderr
     assert list((tmp_path / "r").iterdir()) == []
 
 
-def test_tpu_that_is_not_there(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
+def test_tpu_that_is_not_tfunmatch(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
     job = [
         "task",
         f"--data={data}",
@@ -197,11 +197,11 @@ def test_same_command_on_a_finished_run_says_so(data: str, tmp_path: pathlib.Pat
         f"--workdir={tmp_path}/r",
         *FLAGS,
     ]
-    assert funmatch(*job).returncode == 0
+    assert here(*job).returncode == 0
     before = json.loads((tmp_path / "r/result.json").read_text())
-    again = funmatch(*job)
+    again = here(*job)
     assert again.returncode == 0
     assert "is finished" in again.stderr
     assert json.loads((tmp_path / "r/result.json").read_text()) == before
-    other = funmatch(*job, "--temperature=3")
+    other = here(*job, "--temperature=3")
     assert "another configuration" in one_line(other, 3)

@@ -109,14 +109,17 @@ def test_one_two_and_four_replicas_give_the_same_weights(make_config: Callable[.
     found = {}
     for replicas in (1, 2, 4):
         job = build(config, replicas)
+        start = weights(job.student)
         metrics = job.advance(6, Order(0, len(job.train), 8))
         assert metrics["grad_norm"] > 0.05
         found[replicas] = (metrics, weights(job.student))
     for replicas in (2, 4):
         for name, value in found[1][0].items():
             assert found[replicas][0][name] == pytest.approx(value, rel=2e-3), name
-        for one, many in zip(found[1][1], found[replicas][1], strict=True):
-            assert np.abs(one - many).max() < 5e-4
+        # Adam turns rounding of a gradient near zero into a whole step of that one weight, so the update is compared as one.
+        moved = np.concatenate([(w - s).ravel() for w, s in zip(found[1][1], start, strict=True)])
+        apart = np.concatenate([(w - m).ravel() for w, m in zip(found[1][1], found[replicas][1], strict=True)])
+        assert np.linalg.norm(apart) < 0.03 * np.linalg.norm(moved)
 
 
 def test_labels_are_mixed_as_the_pictures_are(make_config: Callable[..., Config]) -> None:

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, IMAGE, ROOT, SIDE, funmatch
+from conftest import CLASSES, IMAGE, ROOT, SIDE, funmatch, here
 from PIL import Image
 
 from trainer import journal as journal_module
@@ -138,7 +138,7 @@ def test_two_fresh_runs_are_equal_to_the_bit(flags: list[str], uninterrupted: st
 def test_loop_length_does_not_change_the_weights(
     flags: list[str], uninterrupted: str, tmp_path: pathlib.Path, steps_per_loop: int
 ) -> None:
-    assert funmatch(*flags, f"--workdir={tmp_path}/run", f"--steps_per_loop={steps_per_loop}").returncode == 0
+    assert here(*flags, f"--workdir={tmp_path}/run", f"--steps_per_loop={steps_per_loop}").returncode == 0
     assert final_state(f"{tmp_path}/run") == final_state(uninterrupted)
 
 
@@ -211,13 +211,13 @@ def test_killed_once_the_same_command_ends_equal_to_the_bit(
 
 
 def test_sigterm_saves_says_so_and_exits_75(flags: list[str], uninterrupted: str, tmp_path: pathlib.Path) -> None:
-    """Stopped at step 10, which is due for nothing: the row of metrics under way goes on after it."""
+    """Stopped at step 11, which is due for nothing: the row of metrics under way goes on after it."""
     workdir = str(tmp_path / "run")
     assert killed(flags, workdir, "loop:Job.advance", 6, "SIGTERM") == 75
-    (commit,) = pathlib.Path(workdir, "checkpoints").glob("checkpoint-*10.json")
+    (commit,) = pathlib.Path(workdir, "checkpoints").glob("checkpoint-*11.json")
     assert json.loads(commit.read_text())["extra"]["pending"]
     done = funmatch(*flags, f"--workdir={workdir}")
-    assert "resumed at step 10 of 12" in done.stderr
+    assert "resumed at step 11 of 12" in done.stderr
     same(uninterrupted, workdir)
 
 
@@ -357,8 +357,8 @@ def test_bring_your_own_images_and_teacher(tmp_path: pathlib.Path) -> None:
             keras.layers.Dense(2, activation="softmax"),
         ]
     ).save(tmp_path / "mine.keras")
-    assert funmatch("prepare", f"--dataset=folder:{tmp_path}/images", f"--out={tmp_path}/data").returncode == 0
-    done = funmatch(
+    assert here("prepare", f"--dataset=folder:{tmp_path}/images", f"--out={tmp_path}/data").returncode == 0
+    done = here(
         "task",
         f"--data={tmp_path}/data",
         f"--teacher=keras:{tmp_path}/mine.keras",
@@ -378,7 +378,7 @@ def test_bring_your_own_images_and_teacher(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_teacher_is_trained_with_labels(data: str, tmp_path: pathlib.Path) -> None:
-    done = funmatch(
+    done = here(
         "teacher",
         f"--data={data}",
         "--model=bit-tiny",
@@ -390,7 +390,7 @@ def test_a_teacher_is_trained_with_labels(data: str, tmp_path: pathlib.Path) -> 
     assert done.returncode == 0, done.stderr
     assert keras.saving.load_model(tmp_path / "t.keras").output_shape == (None, CLASSES)
     assert "student_top1" in result(f"{tmp_path}/t")
-    assert funmatch("teacher", f"--data={data}", "--out=t.h5").returncode == 2
+    assert here("teacher", f"--data={data}", "--out=t.h5").returncode == 2
 
 
 @pytest.mark.slow
