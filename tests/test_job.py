@@ -138,7 +138,7 @@ def test_two_fresh_runs_are_equal_to_the_bit(flags: list[str], uninterrupted: st
 def test_loop_length_does_not_change_the_weights(
     flags: list[str], uninterrupted: str, tmp_path: pathlib.Path, steps_per_loop: int
 ) -> None:
-    assert here(*flags, f"--workdir={tmp_path}/run", f"--steps_per_loop={steps_per_loop}").returncode == 0
+    assert funmatch(*flags, f"--workdir={tmp_path}/run", f"--steps_per_loop={steps_per_loop}").returncode == 0
     assert final_state(f"{tmp_path}/run") == final_state(uninterrupted)
 
 
