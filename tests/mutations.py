@@ -155,6 +155,13 @@ MUTANTS = [
         "test_job.py::test_sigterm_saves_says_so_and_exits_75",
     ),
     Mutant(
+        "names that do not depend on the process",
+        "loop.py",
+        "{variable.path.replace('/', '_').rsplit('_', 1)[-1]}",
+        "{variable.path}",
+        "test_job.py::test_sigterm_saves_says_so_and_exits_75",
+    ),
+    Mutant(
         "teacher in the identity",
         "loop.py",
         "[teachers.checksum(config, name) for name in config.teacher]",

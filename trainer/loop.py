@@ -87,13 +87,20 @@ class Job:
         return metrics
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that the next step depends on beside configuration, data and teachers, by name."""
-        groups = {"student": self.student.variables, "optimizer": self.optimizer.variables}
-        return {
-            f"{group}/{number:04d}/{variable.path}": keras.ops.convert_to_numpy(variable)
-            for group, variables in groups.items()
-            for number, variable in enumerate(variables)
+        """Everything that the next step depends on beside configuration, data and teachers, by name.
+
+        Keras numbers layers and optimizers by how many a process has made before, so a name holds a variable's place in
+        its model and the end of its own name: the same in every process.
+        """
+        student = {
+            f"student/{number:04d}/{variable.path.rsplit('/', 1)[-1]}": variable
+            for number, variable in enumerate(self.student.variables)
         }
+        slots = {
+            f"optimizer/{number:04d}/{variable.path.replace('/', '_').rsplit('_', 1)[-1]}": variable
+            for number, variable in enumerate(self.optimizer.variables)
+        }
+        return {name: keras.ops.convert_to_numpy(variable) for name, variable in (student | slots).items()}
 
     def load(self, arrays: dict[str, np.ndarray]) -> None:
         """The inverse of `state`.
