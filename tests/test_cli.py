@@ -177,7 +177,7 @@ def test_dry_run_writes_nothing_and_check_stops_early(data: str, tmp_path: pathl
     assert list((tmp_path / "r").iterdir()) == []
 
 
-def test_tpu_that_is_not_tfunmatch(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
+def test_tpu_that_is_not_there(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
     job = [
         "task",
         f"--data={data}",

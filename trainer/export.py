@@ -140,10 +140,10 @@ def save_keras(model: keras.Model, path: str) -> None:
 
 def _card(facts: dict[str, Any], image_size: int) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"""# Image classifier distilled by function matching
+    return f"""# Image classifier made by funmatch
 
-Made by funmatch with the method of Beyer et al. 2021 (arXiv 2106.05237): the model learned the outputs of a larger
-teacher on cropped and mixed images.
+With a teacher in the table, it learned that teacher's outputs on cropped and mixed images by function matching (Beyer et al. 2021,
+arXiv 2106.05237). Without one, it learned from labels.
 
 | fact | value |
 |---|---|
@@ -155,6 +155,6 @@ nothing of funmatch. `saved_model` takes encoded images (`serving_default`, `ima
 (`images`) and does the preprocessing itself. Class names are in `classes.json`, in the order of the logits.
 
 ## Limits
-Accuracy was measured on the split named above and says nothing about other images. The student repeats what its
-teacher knows, errors included.
+Accuracy was measured on the split named above and says nothing about other images. A distilled model
+repeats what its teacher knows, errors included.
 """
