@@ -17,28 +17,39 @@ FLAGS = frozenset(
         "batch_size",
         "check",
         "checkpoint_every",
+        "central_fraction",
         "clip_norm",
+        "compat",
         "data",
         "distance",
         "dry_run",
+        "ensemble",
         "epochs",
         "eval_batch_size",
         "eval_data",
         "eval_every",
         "eval_split",
         "final_split",
+        "fixed_crops",
         "image_size",
         "jit_compile",
         "keep_checkpoints",
+        "label_smoothing",
         "learning_rate",
         "log_every",
+        "max_warmup",
+        "min_crop_area",
         "mixup",
+        "optimizer",
         "precision",
+        "recipe",
+        "schedule_steps",
         "seed",
         "steps",
         "steps_per_loop",
         "store_size",
         "student",
+        "student_range",
         "teacher",
         "teacher_image_size",
         "teacher_outputs",
@@ -46,6 +57,7 @@ FLAGS = frozenset(
         "temperature",
         "tpu",
         "train_split",
+        "views",
         "warmup_steps",
         "weight_decay",
         "workdir",
@@ -110,6 +122,16 @@ def test_every_flag_has_help() -> None:
         ({"teacher": ("a", "b", "c"), "teacher_image_size": (1, 2)}, "2 times for 3 teachers"),
         ({"teacher_range": ("0,2",)}, "0,255"),
         ({"precision": "float16"}, "mixed_bfloat16"),
+        ({"views": "same/xx"}, "fix/ic_ens"),
+        ({"compat": ("everything",)}, "keras_example"),
+        ({"central_fraction": 0.0}, "--central_fraction=0.0"),
+        ({"min_crop_area": 1.5}, "--min_crop_area=1.5"),
+        ({"max_warmup": 0.0}, "--max_warmup=0.0"),
+        ({"label_smoothing": 1.0}, "--label_smoothing=1.0"),
+        ({"fixed_crops": 0}, "--fixed_crops=0"),
+        ({"distance": "labels", "views": "ind/ic"}, "--views=ind/ic"),
+        ({"optimizer": "muon", "compat": ("keras_example",)}, "--optimizer=muon"),
+        ({"distance": "l2", "compat": ("distance",)}, "--distance=l2"),
     ],
 )
 def test_bad_values_are_named(changes: dict, words: str) -> None:
@@ -152,6 +174,21 @@ def test_automatic_warmup_is_a_tenth_of_a_short_run() -> None:
     assert Config(steps=480, warmup_steps=1500).resolve(10).warmup_steps == 1500
 
 
+def test_warmup_that_a_run_spends_its_life_in_is_told_and_capped() -> None:
+    short = Config(steps=480, warmup_steps=1500, schedule_steps=1992).resolve(10)
+    assert "never gets above 32% of its peak" in short.warnings()[0]
+    assert "--max_warmup" in short.warnings()[0]
+    long = Config(steps=1992, warmup_steps=1500).resolve(10)
+    assert "1,500 of 1,992" in long.warnings()[0]
+    assert Config(steps=1992, warmup_steps=1500, max_warmup=0.1).resolve(10).warmup_steps == 199
+    assert Config(steps=19922, warmup_steps=1500).resolve(10).warnings() == []
+    assert Config(steps=480, warmup_steps=10, max_warmup=0.1).resolve(10).warmup_steps == 10
+
+
+def test_a_schedule_that_ends_before_the_run_is_told() -> None:
+    assert "last 160 of 2,100" in Config(steps=2100, schedule_steps=1940, warmup_steps=100).resolve(10).warnings()[0]
+
+
 def test_identity_knows_what_decides_the_weights() -> None:
     base = Config(steps=10)
     for change in (
@@ -167,6 +204,10 @@ def test_identity_knows_what_decides_the_weights() -> None:
         {"steps": 11},
         {"temperature": 2.0},
         {"student": "resnet50v2"},
-        {"mixup": "none"},
+        {"views": "same/ic"},
+        {"mixup": "example"},
+        {"optimizer": "muon"},
+        {"compat": ("clip",)},
+        {"student_range": "0,1"},
     ):
         assert config.fingerprint(dataclasses.replace(base, **change).identity()) != config.fingerprint(base.identity())

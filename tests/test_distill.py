@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
+import keras
 import numpy as np
 import pytest
+import reference
 import tensorflow as tf
-from conftest import IMAGE, strategy
+from conftest import IMAGE, opinionated, strategy
 from scipy import special
 
-from trainer import distill, loop
+from trainer import distill, evaluate, loop, views
 from trainer.accelerator import Accelerator
 from trainer.config import Config
 from trainer.journal import Screen
+from trainer.models import teachers
 from trainer.store import Order
-
-
-def reference_kl(teacher: np.ndarray, student: np.ndarray, temperature: float) -> np.ndarray:
-    p = special.log_softmax(teacher.astype(np.float64) / temperature, axis=1)
-    q = special.log_softmax(student.astype(np.float64) / temperature, axis=1)
-    return (
-        temperature**2 * special.rel_entr(np.exp(p), np.exp(q)).sum(1)
-        if np.exp(q).min() > 0
-        else temperature**2 * (np.exp(p) * (p - q)).sum(1)
-    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 5.0, 10.0])
@@ -33,7 +27,43 @@ def test_kl_is_scipys(temperature: float, scale: float) -> None:
     rng = np.random.default_rng(0)
     t, s = (rng.normal(0, scale, (6, 9)).astype(np.float32) for _ in range(2))
     found = distill.kl(tf.constant(t), tf.constant(s), temperature).numpy()
-    assert np.allclose(found, reference_kl(t, s, temperature), rtol=2e-4, atol=2e-6 * temperature**2)
+    assert np.allclose(found, reference.kl(t, s, temperature), rtol=2e-4, atol=2e-6 * temperature**2)
+
+
+def gradient(function: Callable, teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
+    variable = tf.Variable(student)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(function(tf.constant(teacher), variable))
+    return tape.gradient(loss, variable).numpy()
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0, 10_000.0])
+def test_other_distances_are_their_formulas(scale: float) -> None:
+    """Values and gradients, at extreme logits too."""
+    rng = np.random.default_rng(1)
+    t, s = (rng.normal(0, scale, (6, 9)).astype(np.float32) for _ in range(2))
+    for smoothing in (0.0, 0.1):
+        found = distill.hard(tf.constant(t), tf.constant(s), smoothing).numpy()
+        assert np.allclose(found, reference.hard(t, s, smoothing), rtol=1e-5, atol=1e-5)
+        target = np.where(np.eye(9)[t.argmax(1)] > 0, 1 - smoothing, smoothing / 8)
+        found = gradient(lambda a, b, e=smoothing: distill.hard(a, b, e), t, s)
+        assert np.allclose(found, special.softmax(s.astype(np.float64), 1) - target, atol=1e-5)
+    assert np.allclose(distill.l2(t, s).numpy(), reference.l2(t, s), rtol=1e-5)
+    assert np.allclose(gradient(distill.l2, t, s), 2 * (s - t), rtol=1e-5)
+    assert np.allclose(distill.euclidean(t, s).numpy(), np.sqrt(reference.l2(t, s)), rtol=1e-5)
+    expected = (s - t) / np.sqrt(reference.l2(t, s))[:, None]
+    assert np.allclose(gradient(distill.euclidean, t, s), expected, rtol=1e-4, atol=1e-6)
+    assert np.isfinite(gradient(distill.euclidean, t, t)).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 10.0])
+def test_compat_distance_is_keras_kl_divergence(temperature: float) -> None:
+    rng = np.random.default_rng(2)
+    t, s = (rng.normal(0, 20, (6, 9)).astype(np.float32) for _ in range(2))
+    found = distill.example_kl(tf.constant(t), tf.constant(s), temperature).numpy()
+    assert np.allclose(found, reference.example_kl(t, s, temperature), rtol=1e-4, atol=1e-6)
+    softmaxes = (tf.nn.softmax(z / temperature, axis=1) for z in (t, s))
+    assert np.mean(found) == pytest.approx(float(keras.losses.KLDivergence()(*softmaxes)), rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 10.0])
@@ -75,33 +105,107 @@ def test_the_student_learns_and_the_teacher_does_not(make_config: Callable[..., 
     assert all((a != b).any() for a, b in zip(student, weights(job.student), strict=True))
 
 
-def test_loss_is_the_mean_over_the_global_batch(make_config: Callable[..., Config]) -> None:
-    """Against the definition, from the views themselves."""
-    from trainer import views
-    from trainer.models.teachers import mean_logits
-
-    job = build(make_config(temperature=3.0))
+def first_batch(job: loop.Job) -> views.Views:
+    """The views of a job's first step."""
     ids = Order(0, len(job.train), 8).batches(0, 1)[0]
-    rows = views.Rows.of(0, 1, 8)
+    rows = views.Rows.of(0, 1, 8, views.partner(job.config))
     chosen = ids[rows.numbers.numpy()]
-    (view,), _ = views.training_views(
-        tf.constant(job.train.images[chosen]),
-        tf.constant(job.train.sizes[chosen]),
-        rows,
-        0,
-        tf.constant(0),
-        (IMAGE,),
-        mixup=True,
-    )
-    teacher = mean_logits(job.teachers, {IMAGE: view}).numpy()
-    student = np.asarray(job.student(view, training=True))
+    sizes = () if job.targets else tuple({t.size for t in job.teachers})
+    pictures = tf.constant(job.train.images[chosen]), tf.constant(job.train.sizes[chosen])
+    return views.training_views(job.config, *pictures, rows, tf.constant(0), sizes)
+
+
+DISTANCES = {
+    "kl": lambda t, s: reference.kl(t, s, 3.0),
+    "hard": lambda t, s: reference.hard(t, s, 0.1),
+    "l2": reference.l2,
+    "euclidean": lambda t, s: np.sqrt(reference.l2(t, s)),
+}
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_loss_is_the_mean_over_the_global_batch(make_config: Callable[..., Config], distance: str) -> None:
+    """Against the definition, from the views themselves."""
+    job = build(make_config(temperature=3.0, distance=distance, label_smoothing=0.1))
+    opinionated(job.student, 4)
+    made = first_batch(job)
+    teacher = job.teachers[0].logits(made.teachers[IMAGE]).numpy()
+    student = np.asarray(job.student(made.student, training=True))
     metrics = job.advance(1, Order(0, len(job.train), 8))
-    assert metrics["loss"] == pytest.approx(reference_kl(teacher, student, 3.0).mean(), rel=1e-5)
-    assert metrics["kl"] == pytest.approx(reference_kl(teacher, student, 1.0).mean(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(DISTANCES[distance](teacher, student).mean(), rel=1e-5)
+    assert metrics["kl"] == pytest.approx(reference.kl(teacher, student, 1.0).mean(), rel=1e-5)
     assert metrics["agreement"] == pytest.approx((teacher.argmax(1) == student.argmax(1)).mean())
 
 
-@pytest.mark.parametrize("changes", [{}, {"distance": "labels", "teacher": ()}])
+@pytest.mark.parametrize("how", ["mean_logits", "mean_probabilities", "sum_losses"])
+def test_loss_of_several_teachers(make_config: Callable[..., Config], teacher_file: str, how: str) -> None:
+    """Two teachers that disagree, each with its own size."""
+    names = (f"keras:{teacher_file}", "random:bit-tiny")
+    job = build(make_config(teacher=names, teacher_image_size=(IMAGE, 16), temperature=2.0, ensemble=how))
+    opinionated(job.student, 4)
+    opinionated(job.teachers[1].model, 5)
+    made = first_batch(job)
+    one, two = (t.logits(made.teachers[t.size]).numpy().astype(np.float64) for t in job.teachers)
+    student = np.asarray(job.student(made.student, training=True))
+    mean_p = (special.softmax(one / 2, 1) + special.softmax(two / 2, 1)) / 2
+    expected = {
+        "mean_logits": reference.kl((one + two) / 2, student, 2.0),
+        "mean_probabilities": reference.kl(2 * np.log(mean_p), student, 2.0),
+        "sum_losses": reference.kl(one, student, 2.0) + reference.kl(two, student, 2.0),
+    }[how]
+    assert job.advance(1, Order(0, len(job.train), 8))["loss"] == pytest.approx(expected.mean(), rel=1e-5)
+
+
+def test_sum_of_kls_is_kl_to_the_mean_probabilities_up_to_a_constant() -> None:
+    """So their gradients are the same but for the number of teachers."""
+    rng = np.random.default_rng(0)
+    said = [tf.constant(rng.normal(0, 3, (5, 7)).astype(np.float32)) for _ in range(3)]
+    student = tf.Variable(rng.normal(0, 3, (5, 7)).astype(np.float32))
+    with tf.GradientTape(persistent=True) as tape:
+        summed = tf.add_n([distill.kl(t, student, 4.0) for t in said])
+        joint = distill.kl(teachers.ensemble(said, "mean_probabilities", 4.0), student, 4.0)
+    assert np.allclose(tape.gradient(summed, student), 3 * tape.gradient(joint, student), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fix/rs", "fix/cc", "fix/ic_ens"])
+def test_fixed_teachers_are_asked_once(make_config: Callable[..., Config], teacher_file: str, mode: str) -> None:
+    """The loss is the distance to constants, which are the teacher's mean over the fixed views of each example."""
+    names = (f"keras:{teacher_file}", "random:bit-tiny")
+    job = build(make_config(views=mode, teacher=names, teacher_image_size=(IMAGE, 16), fixed_crops=5, temperature=2.0))
+    opinionated(job.student, 4)
+    settings, ids = job.config, np.arange(len(job.train), dtype=np.int32)
+    pictures = tf.constant(job.train.images), tf.constant(job.train.sizes), tf.constant(ids)
+    for table, teacher in zip(job.targets, job.teachers, strict=True):
+        crops = range(5 if mode == "fix/ic_ens" else 1)
+        said = [teacher.logits(views.fixed_view(settings, *pictures, tf.constant(c), teacher.size)) for c in crops]
+        assert np.allclose(table, np.mean(said, axis=0), atol=1e-5)
+    chosen = Order(0, len(job.train), 8).batches(0, 1)[0]
+    target = np.mean([table[chosen] for table in job.targets], axis=0)
+    student = np.asarray(job.student(first_batch(job).student, training=True))
+    metrics = job.advance(1, Order(0, len(job.train), 8))
+    assert metrics["loss"] == pytest.approx(reference.kl(target, student, 2.0).mean(), rel=1e-4)
+
+
+def test_fixed_targets_are_kept_in_the_workdir(make_config: Callable[..., Config], monkeypatch: object) -> None:
+    settings = make_config(views="fix/cc")
+    first = build(settings)
+    monkeypatch.setattr(evaluate.Evaluator, "fixed_targets", None)  # type: ignore[attr-defined]
+    again = build(settings)
+    assert (first.targets[0] == again.targets[0]).all()
+    with pytest.raises(TypeError):
+        build(dataclasses.replace(settings, seed=5))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"distance": "labels", "teacher": ()},
+        {"views": "ind/ic", "mixup": "example", "optimizer": "muon"},
+        {"views": "fix/ic_ens", "fixed_crops": 3},
+        {"compat": ("keras_example",)},
+    ],
+)
 def test_one_two_and_four_replicas_give_the_same_weights(make_config: Callable[..., Config], changes: dict) -> None:
     """All-reduce, then clip: a clip on each replica would differ at once, and so would a loss over a replica's share."""
     # SGD-like sensitivity: the clip binds (norms above 0.05) and Adam's epsilon does not hide the gradient's size.
@@ -123,8 +227,6 @@ def test_one_two_and_four_replicas_give_the_same_weights(make_config: Callable[.
 
 
 def test_labels_are_mixed_as_the_pictures_are(make_config: Callable[..., Config]) -> None:
-    from trainer import views
-
     job = build(make_config(distance="labels", teacher=()))
     ids = Order(0, len(job.train), 8).batches(0, 1)[0]
     labels = job.train.labels[ids]

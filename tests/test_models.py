@@ -214,7 +214,7 @@ def test_ensemble_is_the_mean_of_logits(teacher_file: str) -> None:
     one, other = load(f"keras:{teacher_file}"), load("random:bit-tiny", image_size=IMAGE, seed=4)
     other = teachers.Teacher("x", opinionated(other.model, 9), IMAGE, "-1,1", False)
     view = tf.random.stateless_uniform([2, IMAGE, IMAGE, 3], [1, 2], -1, 1)
-    found = teachers.mean_logits((one, other), {IMAGE: view}).numpy()
+    found = teachers.ensemble(teachers.opinions((one, other), {IMAGE: view}), "mean_logits").numpy()
     assert np.allclose(found, (one.logits(view) + other.logits(view)).numpy() / 2, atol=1e-6)
 
 

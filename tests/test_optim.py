@@ -70,7 +70,7 @@ def test_two_hundred_updates_are_the_formula(replicas: int) -> None:
     def update(shares: list[tf.Tensor]) -> None:
         def one(shares: list[tf.Tensor]) -> None:
             number = tf.distribute.get_replica_context().replica_id_in_sync_group
-            optim.apply(optimizer, [tf.gather(s, number) for s in shares], variables, CONFIG.clip_norm)
+            optim.apply(CONFIG, optimizer, [tf.gather(s, number) for s in shares], variables)
 
         made.run(one, (shares,))
 

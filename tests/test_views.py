@@ -1,13 +1,17 @@
-"""Views: random bits against the published vectors, crops against TensorFlow's sampler, pixels against its resize."""
+"""Views: random bits against the published vectors, crops against TensorFlow's sampler, pixels against its resize and NumPy."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+import reference
 import tensorflow as tf
 from scipy import stats
 
-from trainer import views
+from trainer import config, views
+from trainer.config import Config
 
 
 def words(*values: int) -> tuple[tf.Tensor, ...]:
@@ -62,7 +66,7 @@ def tensorflows_boxes(height: int, width: int, count: int) -> np.ndarray:
                 tf.stack([seed, 11]),
                 0.0,
                 views.ASPECT,
-                views.AREA,
+                (0.05, 1.0),
                 100,
                 True,
             )
@@ -135,45 +139,103 @@ def test_squashed_crop_keeps_the_originals_proportions() -> None:
 
 
 def test_central_box_is_a_square_of_original_pixels() -> None:
-    box = views.central_box(tf.constant([[100.0, 200.0], [50.0, 50.0]])).numpy()
+    box = views.central_box(tf.constant([[100.0, 200.0], [50.0, 50.0]]), 0.8).numpy()
     assert np.allclose(box, [[0.1, 0.3, 0.8, 0.4], [0.1, 0.1, 0.8, 0.8]])
 
 
-def global_views(replicas: int, batch: int, **options: object) -> np.ndarray:
-    """The views of a global batch, put together from what each replica makes."""
+def batch_of(batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of 16 x 16 pixels, and sizes of the originals, of any proportions."""
     rng = np.random.default_rng(1)
-    images = rng.integers(0, 256, (batch, 16, 16, 3), np.uint8)
-    sizes = rng.integers(8, 30, (batch, 2)).astype(np.float32)
-    parts = []
-    for replica in range(replicas):
-        rows = views.Rows.of(replica, replicas, batch)
-        chosen = rows.numbers.numpy()
-        (view,), own = views.training_views(
-            tf.constant(images[chosen]),
-            tf.constant(sizes[chosen]),
-            rows,
-            7,
-            tf.constant(3),
-            (8,),
-            **options,
-        )
-        parts.append(view.numpy())
-    return np.concatenate(parts), float(own)
+    return rng.integers(0, 256, (batch, 16, 16, 3), np.uint8), rng.integers(8, 30, (batch, 2)).astype(np.float32)
 
 
-@pytest.mark.parametrize("mixup", [True, False])
-def test_views_are_the_same_for_any_number_of_replicas(mixup: bool) -> None:
-    one, _ = global_views(1, 8, mixup=mixup)
+def global_views(replicas: int, batch: int, *, compiled: bool = False, **changes: object) -> tuple[np.ndarray, ...]:
+    """The views of a global batch, put together from what each replica makes: student's, teacher's, share."""
+    images, sizes = batch_of(batch)
+    settings = Config(image_size=8, seed=7, **changes)  # type: ignore[arg-type]
+    teachers = () if views.mode(settings).fixed else (12,)
+
+    def make(replica: int) -> views.Views:
+        rows = views.Rows.of(replica, replicas, batch, views.partner(settings))
+        chosen = tf.gather(tf.constant(images), rows.numbers), tf.gather(tf.constant(sizes), rows.numbers)
+        made = views.training_views(settings, *chosen, rows, tf.constant(3), teachers)
+        return made.student, made.teachers.get(12, tf.zeros([0])), made.share
+
+    run = tf.function(make, jit_compile=True) if compiled else make
+    parts = [[part.numpy() for part in run(replica)] for replica in range(replicas)]
+    return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("mode", config.VIEWS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_mode_is_the_numpy_reference_pixel_for_pixel(mode: str, compiled: bool) -> None:
+    student, teacher, share = global_views(1, 6, compiled=compiled, views=mode)
+    images, sizes = batch_of(6)
+    expected = reference.step_views(mode, images, sizes, 7, 3, 8, 12)
+    assert np.abs(student - expected[0]).max() < 3e-4
+    assert np.allclose(share[:, 0], expected[2], atol=1e-7)
+    if expected[1] is None:
+        assert teacher.size == 0
+    else:
+        assert np.abs(teacher - expected[1]).max() < 3e-4
+
+
+def test_modes_are_the_flags() -> None:
+    assert tuple(views.MODES) == config.VIEWS
+
+
+@pytest.mark.parametrize("mode", ["ind/rc", "ind/ic"])
+def test_independent_views_differ_and_consistent_ones_do_not(mode: str) -> None:
+    """At one size, so that the crop alone decides."""
+    images, sizes = (tf.constant(a) for a in batch_of(32))
+    rows = views.Rows.of(0, 1, 32, "")
+
+    def both(name: str) -> tuple[np.ndarray, np.ndarray]:
+        made = views.training_views(Config(image_size=8, views=name), images, sizes, rows, tf.constant(0), (8,))
+        return made.student.numpy(), made.teachers[8].numpy()
+
+    student, teacher = both(mode)
+    assert (np.abs(student - teacher).max(axis=(1, 2, 3)) > 0.05).mean() > 0.9
+    student, teacher = both(mode.replace("ind", "same"))
+    assert (student == teacher).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"views": mode} for mode in config.VIEWS),
+        {"mixup": "example"},
+        {"compat": ("keras_example",)},
+    ],
+)
+def test_views_are_the_same_for_any_number_of_replicas(changes: dict) -> None:
+    one = global_views(1, 8, **changes)
     for replicas in (2, 4, 8):
-        assert (global_views(replicas, 8, mixup=mixup)[0] == one).all()
+        for part, whole in zip(global_views(replicas, 8, **changes), one, strict=True):
+            assert (part == whole).all()
 
 
 def test_mixup_rolls_the_global_batch_by_one_with_one_coefficient() -> None:
-    plain, nothing = global_views(1, 8, mixup=False)
-    mixed, own = global_views(2, 8, mixup=True)
-    assert nothing == 1.0
-    assert 0 < own < 1
-    assert np.allclose(mixed, own * plain + (1 - own) * np.roll(plain, 1, axis=0), atol=1e-6)
+    plain, _, nothing = global_views(1, 8, views="same/ic")
+    mixed, _, own = global_views(2, 8)
+    assert (nothing == 1.0).all()
+    assert 0 < own[0, 0] < 1
+    assert (own == own[0]).all()
+    assert np.allclose(mixed, own[0] * plain + (1 - own[0]) * np.roll(plain, 1, axis=0), atol=1e-6)
+
+
+def test_mixup_by_example_has_a_coefficient_for_each() -> None:
+    images, sizes = batch_of(6)
+    student, teacher, share = global_views(1, 6, mixup="example")
+    expected = reference.step_views("mix", images, sizes, 7, 3, 8, 12, each=True)
+    assert np.abs(student - expected[0]).max() < 3e-4
+    assert np.abs(teacher - expected[1]).max() < 3e-4
+    assert np.allclose(share[:, 0], expected[2], atol=1e-7)
+    rows = views.Rows.of(0, 1, 3000, "roll")
+    settings = Config(image_size=2, mixup="example")
+    small = tf.zeros([3001, 2, 2, 3], tf.uint8)
+    made = views.training_views(settings, small, tf.ones([3001, 2]) * 2, rows, tf.constant(0), ())
+    assert stats.kstest(made.share.numpy()[:, 0], "uniform").pvalue > 1e-3
 
 
 def test_mixup_coefficients_are_uniform_over_steps() -> None:
@@ -185,11 +247,115 @@ def test_mixup_coefficients_are_uniform_over_steps() -> None:
 def test_every_model_sees_the_same_crop() -> None:
     images = tf.constant(PICTURES)
     sizes = tf.constant([[40.0, 40.0]] * 3)
-    rows = views.Rows(tf.constant([2, 0, 1]))
-    (small, large), _ = views.training_views(images, sizes, rows, 1, tf.constant(0), (10, 20), mixup=True)
-    (alone,), _ = views.training_views(images, sizes, rows, 1, tf.constant(0), (20,), mixup=True)
-    assert (large.numpy() == alone.numpy()).all()
-    assert np.corrcoef(small.numpy().ravel(), tf.image.resize(large, [10, 10]).numpy().ravel())[0, 1] > 0.9
+    rows = views.Rows.of(0, 1, 3, "")
+    settings = Config(image_size=10, views="same/ic", seed=1)
+    made = views.training_views(settings, images, sizes, rows, tf.constant(0), (20,))
+    alone = views.training_views(
+        dataclasses.replace(settings, image_size=20), images, sizes, rows, tf.constant(0), ()
+    ).student
+    assert (made.teachers[20].numpy() == alone.numpy()).all()
+    shrunk = tf.image.resize(made.teachers[20], [10, 10]).numpy()
+    assert np.corrcoef(made.student.numpy().ravel(), shrunk.ravel())[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("mode", ["fix/rs", "fix/cc", "fix/ic_ens"])
+def test_fixed_views_are_functions_of_the_example(mode: str) -> None:
+    images, sizes = batch_of(5)
+    settings = Config(views=mode, seed=3)
+    ids = np.array([4, 0, 2], np.int32)
+
+    def fixed(numbers: np.ndarray, crop: int) -> np.ndarray:
+        chosen = tf.constant(images[numbers]), tf.constant(sizes[numbers]), tf.constant(numbers)
+        return views.fixed_view(settings, *chosen, tf.constant(crop), 9).numpy()
+
+    def expected(i: int, crop: int) -> np.ndarray:
+        if mode == "fix/rs":
+            return reference.area(images[i], np.array([0.0, 0, 1, 1]), 9)
+        if mode == "fix/cc":
+            return reference.area(images[i], reference.central_box(*sizes[i], 0.8), 9)
+        draws = reference.uniform(3, crop, i, 2 * reference.DRAWS + 1, reference.DRAWS)
+        return reference.crop("inception", images[i], tuple(sizes[i]), draws, 9)
+
+    for crop in (0, 6):
+        found = fixed(ids, crop)
+        assert (found == fixed(np.arange(5, dtype=np.int32), crop)[ids]).all()
+        for picture, i in zip(found, ids, strict=True):
+            assert np.abs(picture - expected(i, crop)).max() < 3e-4
+    assert (fixed(ids, 0) != fixed(ids, 6)).any() == (mode == "fix/ic_ens")
+
+
+def test_mild_crops_are_uniform_squares_of_the_original() -> None:
+    sizes = tf.tile(tf.constant([[300.0, 400.0]]), [4000, 1])
+    draws = views.uniform(0, tf.constant(0), tf.range(4000), 2)
+    box = views.mild_box(draws, sizes, 0.8).numpy()
+    assert np.allclose(box[:, 2] * 300, 240, atol=1e-3)
+    assert np.allclose(box[:, 3] * 400, 240, atol=1e-3)
+    assert stats.kstest(box[:, 0] / 0.2, "uniform").pvalue > 1e-3
+    assert stats.kstest(box[:, 1] / 0.4, "uniform").pvalue > 1e-3
+
+
+def test_least_area_of_a_crop() -> None:
+    sizes = tf.tile(tf.constant([[200.0, 300.0]]), [3000, 1])
+    draws = views.uniform(1, tf.constant(0), tf.range(3000), 18)
+    box = views.inception_box(draws, sizes, 0.4).numpy()
+    assert (box[:, 2] * box[:, 3]).min() >= 0.4 - 1e-6
+    assert (box[:, 2] * box[:, 3]).min() < 0.45
+
+
+# The Keras example, step by step with TensorFlow's own image functions.
+
+
+@pytest.mark.parametrize("size", [8, 16, 128])
+def test_compat_crop_is_the_examples(size: int) -> None:
+    """resize to 160 x 160, random_crop of 128 x 128, flip, [0, 1]; for other sizes in the same proportion."""
+    zoomed = round(size * 1.25)
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (40, 48, 48, 3), np.uint8)
+    settings = Config(image_size=size, views="same/ic", compat=("crop",))
+    rows = views.Rows.of(0, 1, 40, "")
+    made = views.training_views(settings, tf.constant(images), tf.ones([40, 2]) * 99, rows, tf.constant(2), ())
+    found = views.to_range(made.student, "0,1").numpy()
+    resized = tf.image.resize(images.astype(np.float32) / 255.0, (zoomed, zoomed)).numpy()
+    corners = set()
+    for picture, view in zip(resized, found, strict=True):
+        places = [(y, x) for y in range(zoomed - size + 1) for x in range(zoomed - size + 1)]
+        crops = [picture[y : y + size, x : x + size] for y, x in places]
+        errors = [min(np.abs(view - c).max(), np.abs(view - c[:, ::-1]).max()) for c in crops]
+        assert min(errors) < 2e-5
+        corners.add(places[int(np.argmin(errors))])
+    assert len(corners) > 5
+    assert max(max(c) for c in corners) <= zoomed - size
+
+
+def test_compat_crops_reach_every_corner_equally() -> None:
+    draws = views.uniform(0, tf.constant(0), tf.range(30_000), 2)
+    box = views.example_box(draws, 128).numpy()
+    top = np.round(box[:, 0] * 160).astype(int)
+    assert np.allclose(box[:, 0] * 160, top, atol=1e-4)
+    assert stats.chisquare(np.bincount(top, minlength=33)).pvalue > 1e-3
+    assert set(top) == set(range(33))
+    assert np.allclose(box[:, 2:], 0.8)
+
+
+def test_compat_evaluation_is_the_examples() -> None:
+    """central_crop of 0.875, then a bilinear resize, of pictures whose crop is a whole number of pixels."""
+    images = np.random.default_rng(2).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    view = views.evaluation_view(Config(compat=("central",)), tf.constant(images), tf.ones([3, 2]) * 64, 16)
+    cropped = tf.image.central_crop(images.astype(np.float32) / 255.0, 0.875)
+    expected = tf.image.resize(cropped, (16, 16)).numpy()
+    assert np.abs(views.to_range(view, "0,1").numpy() - expected).max() < 2e-5
+
+
+def test_compat_mixup_reverses_the_batch() -> None:
+    plain, _, _ = global_views(1, 8, views="same/ic")
+    mixed, _, own = global_views(4, 8, compat=("mixup",))
+    assert np.allclose(mixed, own[0] * plain + (1 - own[0]) * plain[::-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("-1,1", -1, 1), ("0,1", 0, 1), ("0,255", 0, 255)])
+def test_ranges(name: str, low: float, high: float) -> None:
+    found = views.to_range(tf.constant([-1.0, 0.0, 1.0]), name).numpy()
+    assert np.allclose(found, [low, (low + high) / 2, high])
 
 
 def test_half_of_the_views_are_mirrored() -> None:

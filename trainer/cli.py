@@ -18,6 +18,7 @@ VERBS = {
     "prepare": "turn images into TFRecords",
     "teacher": "train a teacher with labels",
     "task": "distil: the main job",
+    "recipes": "list published settings",
     "smoke": "the whole job on drawn pictures, on a CPU, in minutes",
 }
 
@@ -27,6 +28,8 @@ def run(
     define: Callable[[flags.FlagValues], None],
     body: Callable[[flags.FlagValues], None],
     argv: list[str] | None,
+    *,
+    tensorflow: bool = True,
 ) -> int:
     """Parses flags, runs a verb, and turns what a user can act on into one line and an exit code.
 
@@ -35,6 +38,7 @@ def run(
         define: defines the verb's flags.
         body: the verb, given the parsed flags.
         argv: without the program's name; None takes the process's.
+        tensorflow: the verb needs it; it is imported quietly first.
 
     Returns:
         The exit code (trainer.errors). Anything that is not a `FunmatchError` is a bug and passes through.
@@ -53,7 +57,8 @@ def run(
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_CONFIG
     try:
-        _import_tensorflow()
+        if tensorflow:
+            _import_tensorflow()
         body(values)
     except FunmatchError as error:
         print(f"error: {error}" if error.exit_code != 75 else str(error), file=sys.stderr)

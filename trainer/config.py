@@ -19,8 +19,12 @@ from trainer.errors import ConfigError
 RANGES = ("-1,1", "0,1", "0,255")
 OUTPUTS = ("auto", "logits", "probabilities")
 PRECISIONS = ("float32", "mixed_bfloat16")
-DISTANCES = ("kl", "labels")
-MIXUPS = ("batch", "none")
+DISTANCES = ("kl", "hard", "l2", "euclidean", "labels")
+VIEWS = ("fix/rs", "fix/cc", "fix/ic_ens", "ind/rc", "ind/ic", "same/rc", "same/ic", "mix")
+MIXUPS = ("batch", "example")
+ENSEMBLES = ("mean_logits", "mean_probabilities", "sum_losses")
+OPTIMIZERS = ("adamw", "muon")
+COMPAT = ("keras_example", "crop", "central", "mixup", "distance", "clip", "decay")
 JIT = ("auto", "on", "off")
 
 
@@ -42,6 +46,12 @@ class Config:
         ConfigError: a value out of range, or two values that exclude each other; the text names the flag.
     """
 
+    recipe: str = _field(
+        "",
+        "method",
+        "Published settings for the flags that are not given: flowers102_fast, ...; `funmatch recipes` lists them.",
+        state=False,
+    )
     # Where things are.
     data: str = _field(
         "",
@@ -83,6 +93,12 @@ class Config:
         "What a teacher returns; auto looks at its last layer and at its outputs.",
         choices=OUTPUTS,
     )
+    ensemble: str = _field(
+        "mean_logits",
+        "teacher",
+        "Several teachers: mean_logits (paper), mean_probabilities, or sum_losses: the sum of the distances (big_vision).",
+        choices=ENSEMBLES,
+    )
     # Student.
     student: str = _field(
         "bit-r50x1",
@@ -94,6 +110,12 @@ class Config:
         "student",
         "Side in pixels of the student's images (paper: 128 for small sets, 224 for ImageNet).",
     )
+    student_range: str = _field(
+        "-1,1",
+        "student",
+        "Value range that the student takes: -1,1 or 0,1 or 0,255.",
+        choices=RANGES,
+    )
     precision: str = _field(
         "float32",
         "student",
@@ -101,18 +123,48 @@ class Config:
         choices=PRECISIONS,
     )
     # Method.
-    distance: str = _field(
-        "kl",
+    views: str = _field(
+        "mix",
         "method",
-        "kl: match the teacher (paper, eq. 1, times T^2). labels: cross-entropy with the labels, no teacher.",
-        choices=DISTANCES,
+        "What teacher and student see (paper, section 3.1.1). fix: the teacher's output is fixed for each image; ind: own crops; "
+        "same: one crop for both; mix: same/ic with mixup, which is function matching. rs: whole image; cc: central crop; "
+        "rc: mild random crop; ic: inception crop; ic_ens: mean over --fixed_crops inception crops.",
+        choices=VIEWS,
     )
-    temperature: float = _field(1.0, "method", "Softmax temperature of both models, > 0 (paper: 1, 2, 5 or 10).")
     mixup: str = _field(
         "batch",
         "method",
-        "batch: one coefficient a step, uniform in [0, 1], partner is the previous image (paper). none: off.",
+        "With --views=mix, a coefficient uniform in [0, 1]: batch: one a step (paper's code); example: one for each image.",
         choices=MIXUPS,
+    )
+    min_crop_area: float = _field(
+        0.05, "method", "Least area of an inception crop as a share of the image, in (0, 1] (big_vision: 0.05)."
+    )
+    central_fraction: float = _field(
+        0.8,
+        "method",
+        "Side of the central crop, which evaluation sees, and of the mild random crop, as a share of the image's smaller side, "
+        "in (0, 1] (big_vision: 0.8 for the small sets, 0.875 for ImageNet).",
+    )
+    fixed_crops: int = _field(1000, "method", "Crops averaged for --views=fix/ic_ens (paper: 1,000).")
+    distance: str = _field(
+        "kl",
+        "method",
+        "kl: match the teacher (paper, eq. 1, times T^2). hard: its most likely class. l2, euclidean: its logits. "
+        "labels: cross-entropy with the labels, no teacher.",
+        choices=DISTANCES,
+    )
+    temperature: float = _field(
+        1.0, "method", "Softmax temperature of both models in --distance=kl, > 0 (paper: 1, 2, 5 or 10)."
+    )
+    label_smoothing: float = _field(
+        0.0, "method", "With --distance=hard, probability given to the other classes together, in [0, 1)."
+    )
+    optimizer: str = _field(
+        "adamw",
+        "method",
+        "adamw (paper), or muon: orthogonalised momentum for convolutions, AdamW for the rest.",
+        choices=OPTIMIZERS,
     )
     learning_rate: float = _field(1e-3, "method", "Peak learning rate, > 0.")
     weight_decay: float = _field(
@@ -124,14 +176,28 @@ class Config:
     warmup_steps: int = _field(
         -1, "method", "Linear warm-up from 0; -1: 1,500 or a tenth of the run, whichever is less."
     )
+    max_warmup: float = _field(
+        1.0, "method", "Warm-up takes at most this share of the run, in (0, 1]: for published warm-ups on short runs."
+    )
     steps: int = _field(0, "method", "Updates to make; give this or --epochs.")
     epochs: float = _field(
         0.0,
         "method",
         "Passes over the training split, turned into round(epochs * examples / batch) steps.",
     )
+    schedule_steps: int = _field(
+        0, "method", "Step at which the learning rate reaches 0; 0: the run's end. A run may end earlier or later."
+    )
     batch_size: int = _field(512, "method", "Images a step, over all replicas (paper: 512, ImageNet 4096).")
     seed: int = _field(0, "method", "Seed of weights, order and views, 0 to 2^31 - 1.")
+    compat: tuple[str, ...] = _field(
+        (),
+        "method",
+        "Do as the Keras example does, to compare: keras_example (all of it), or points of it: crop (160 -> 128), central "
+        "(evaluation sees 0.875 of each side), mixup (reversed partner), distance (no T^2, clipped), clip (each variable), "
+        "decay (all variables, whatever the rate). Repeatable.",
+        choices=COMPAT,
+    )
     # Running.
     store_size: int = _field(
         0,
@@ -186,14 +252,18 @@ class Config:
                 choices = field.metadata["choices"]
                 if choices and item not in choices:
                     raise ConfigError(f"--{field.name}={item}: it must be one of {' | '.join(choices)}")
-        for name in ("image_size", "batch_size", "keep_checkpoints"):
+        for name in ("image_size", "batch_size", "keep_checkpoints", "fixed_crops"):
             self._need(name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("temperature", "learning_rate"):
             self._need(name, getattr(self, name) > 0, "it must be above 0")
+        for name in ("min_crop_area", "central_fraction", "max_warmup"):
+            self._need(name, 0 < getattr(self, name) <= 1, "it must be above 0 and at most 1")
+        self._need("label_smoothing", 0 <= self.label_smoothing < 1, "it must be at least 0 and below 1")
         for name in (
             "weight_decay",
             "clip_norm",
             "steps",
+            "schedule_steps",
             "epochs",
             "store_size",
             "steps_per_loop",
@@ -206,9 +276,19 @@ class Config:
         self._need("warmup_steps", self.warmup_steps >= -1, "it must be -1 (automatic) or more")
         self._need("seed", 0 <= self.seed < 2**31, "it must be from 0 to 2147483647")
         if self.steps and self.epochs:
-            raise ConfigError(f"--steps={self.steps} and --epochs={self.epochs}: give one of the two")
+            raise ConfigError(
+                f"--steps={self.steps} and --epochs={self.epochs}: give one of the two, or 0 for the other"
+            )
         if self.distance == "labels" and self.teacher:
             raise ConfigError(f"--distance=labels uses no teacher, yet --teacher={self.teacher[0]} is given: drop one")
+        if self.distance == "labels" and self.views not in ("same/rc", "same/ic", "mix"):
+            raise ConfigError(
+                f"--views={self.views} is about a teacher; --distance=labels takes same/rc, same/ic or mix"
+            )
+        if self.optimizer != "adamw" and self.like_example("decay"):
+            raise ConfigError(f"--optimizer={self.optimizer}: the Keras example's decay (--compat) is that of adamw")
+        if self.distance != "kl" and "distance" in self.compat:
+            raise ConfigError(f"--distance={self.distance}: the Keras example's distance (--compat) is kl")
         for name in ("teacher_image_size", "teacher_range"):
             count = len(getattr(self, name))
             if count > 1 and count != len(self.teacher):
@@ -224,6 +304,10 @@ class Config:
     def _need(self, name: str, holds: bool, why: str) -> None:
         if not holds:
             raise ConfigError(f"--{name}={getattr(self, name)}: {why}")
+
+    def like_example(self, point: str) -> bool:
+        """Whether `--compat` asks for this point (one of `COMPAT`) of the Keras example."""
+        return point in self.compat or "keras_example" in self.compat
 
     def require_complete(self) -> None:
         """Checks what a job needs and a partial configuration (a test, a plan) may lack.
@@ -244,17 +328,35 @@ class Config:
         """Fills in what depends on the number of training examples (>= 1): steps, warm-up, intervals, sizes."""
         steps = self.steps or max(1, round(self.epochs * examples / self.batch_size))
         warmup = self.warmup_steps if self.warmup_steps >= 0 else min(1500, steps // 10)
+        if warmup > self.max_warmup * steps:
+            warmup = int(self.max_warmup * steps)
         return dataclasses.replace(
             self,
             steps=steps,
             epochs=0.0,
             warmup_steps=warmup,
+            schedule_steps=self.schedule_steps or steps,
             store_size=self.store_size or 2 * self.image_size,
             log_every=self.log_every or max(1, steps // 100),
             eval_every=self.eval_every or max(1, steps // 10),
             checkpoint_every=self.checkpoint_every or max(1, steps // 10),
             eval_batch_size=self.eval_batch_size or self.batch_size,
         )
+
+    def warnings(self) -> list[str]:
+        """What a resolved configuration probably does not mean, a line each."""
+        found = []
+        if self.warmup_steps > self.steps / 4:
+            peak = min(1.0, self.steps / self.warmup_steps)
+            found.append(
+                f"warm-up takes {self.warmup_steps:,} of {self.steps:,} steps"
+                + (f", so the learning rate never gets above {peak:.0%} of its peak" if peak < 1 else "")
+                + "; --max_warmup=0.1 keeps it to a tenth"
+            )
+        if self.schedule_steps < self.steps:
+            rest = self.steps - self.schedule_steps
+            found.append(f"the last {rest:,} of {self.steps:,} steps have learning rate 0 (--schedule_steps)")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON can hold them."""
@@ -307,11 +409,21 @@ def define_flags(values: flags.FlagValues, *, skip: tuple[str, ...] = (), **defa
             kind(field.name, default, text, flag_values=values, module_name=module)
 
 
-def from_flags(values: flags.FlagValues, **fixed: Any) -> Config:
-    """The configuration that parsed flags describe; `fixed` sets fields that the verb does not offer."""
-    chosen: dict[str, Any] = dict(fixed)
+def from_flags(values: flags.FlagValues, recipe: dict[str, Any] | None = None, **fixed: Any) -> Config:
+    """The configuration that parsed flags describe.
+
+    Args:
+        values: parsed.
+        recipe: values of flags that were not given.
+        fixed: fields that the verb does not offer.
+    """
+    given = {name for name in values if values[name].present}
+    offered = dict(recipe or {})
+    if given & {"steps", "epochs"}:  # a length beside a recipe replaces the recipe's, whichever way it is said
+        offered = {name: value for name, value in offered.items() if name not in ("steps", "epochs", "schedule_steps")}
+    chosen: dict[str, Any] = {name: value for name, value in offered.items() if name not in given} | fixed
     for field in dataclasses.fields(Config):
-        if field.name in values and field.name not in fixed:
+        if field.name in values and field.name not in chosen:
             value = values[field.name].value
             chosen[field.name] = tuple(value) if isinstance(value, list) else value
     return Config(**chosen)

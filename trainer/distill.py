@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import keras
@@ -9,7 +10,7 @@ import tensorflow as tf
 
 from trainer import optim, views
 from trainer.config import Config
-from trainer.models.teachers import Teacher, mean_logits
+from trainer.models.teachers import Teacher, ensemble, opinions
 
 METRICS = ("loss", "kl", "agreement", "grad_norm")
 
@@ -35,46 +36,111 @@ def cross_entropy(target: tf.Tensor, student_logits: tf.Tensor) -> tf.Tensor:
     return -tf.reduce_sum(target * tf.nn.log_softmax(tf.cast(student_logits, tf.float32)), axis=-1)
 
 
+def hard(teacher_logits: tf.Tensor, student_logits: tf.Tensor, label_smoothing: float = 0.0) -> tf.Tensor:
+    """KL to the teacher's most likely class, per example, in nats (big_vision's `hard`): float32 [n].
+
+    Args:
+        teacher_logits, student_logits: [n, classes].
+        label_smoothing: probability given to the other classes together, in [0, 1).
+    """
+    classes = teacher_logits.shape[-1]
+    rest = label_smoothing / max(1, classes - 1)
+    target = tf.one_hot(tf.argmax(teacher_logits, axis=-1), classes, 1.0 - label_smoothing, rest)
+    return cross_entropy(target, student_logits) + tf.reduce_sum(tf.math.xlogy(target, target), axis=-1)
+
+
+def l2(teacher_logits: tf.Tensor, student_logits: tf.Tensor) -> tf.Tensor:
+    """Squared Euclidean distance of logits [n, classes], per example: float32 [n]."""
+    difference = tf.cast(student_logits, tf.float32) - tf.cast(teacher_logits, tf.float32)
+    return tf.reduce_sum(difference**2, axis=-1)
+
+
+def euclidean(teacher_logits: tf.Tensor, student_logits: tf.Tensor) -> tf.Tensor:
+    """Euclidean distance of logits [n, classes], per example: float32 [n]; a small constant keeps the gradient finite at 0."""
+    return tf.sqrt(l2(teacher_logits, student_logits) + 1e-12)
+
+
+def example_kl(teacher_logits: tf.Tensor, student_logits: tf.Tensor, temperature: float) -> tf.Tensor:
+    """The Keras example's distance: KL of softmaxes at T, clipped to [1e-7, 1], without T^2: float32 [n], in nats."""
+    target, guess = (
+        tf.clip_by_value(tf.nn.softmax(tf.cast(logits, tf.float32) / temperature), 1e-7, 1.0)
+        for logits in (teacher_logits, student_logits)
+    )
+    return tf.reduce_sum(target * tf.math.log(target / guess), axis=-1)
+
+
+def distance(config: Config, teacher_logits: tf.Tensor, student_logits: tf.Tensor) -> tf.Tensor:
+    """The configuration's distance between logits [n, classes]: float32 [n]."""
+    if config.distance == "kl":
+        measure = example_kl if config.like_example("distance") else kl
+        return measure(teacher_logits, student_logits, config.temperature)
+    if config.distance == "hard":
+        return hard(teacher_logits, student_logits, config.label_smoothing)
+    return {"l2": l2, "euclidean": euclidean}[config.distance](teacher_logits, student_logits)
+
+
 def agreement(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     """1.0 where the most likely classes of two [n, classes] are the same: float32 [n]."""
     return tf.cast(tf.equal(tf.argmax(a, axis=-1), tf.argmax(b, axis=-1)), tf.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A split on the device.
+
+    Attributes:
+        images: uint8 [examples, side, side, 3].
+        sizes: float32 [examples, 2], heights and widths of the originals in pixels.
+        labels: int32 [examples], -1 where there is none.
+        targets: for each teacher its constant logits float32 [examples, classes], where the views fix them; else none.
+    """
+
+    images: tf.Variable
+    sizes: tf.Variable
+    labels: tf.Variable
+    targets: tuple[tf.Variable, ...] = ()
 
 
 def example_losses(
     config: Config,
     student: keras.Model,
     teachers: tuple[Teacher, ...],
-    images: tf.Tensor,
-    sizes: tf.Tensor,
-    labels: tf.Tensor,
+    data: Data,
+    ids: tf.Tensor,
     rows: views.Rows,
     step: tf.Tensor,
 ) -> dict[str, tf.Tensor]:
     """Loss and what it tells, per example of one replica.
 
     Args:
-        images, sizes, labels: uint8 [n + 1, side, side, 3], float32 [n + 1, 2], int32 [n + 1]: the examples of `rows`.
-        rows: which rows of the global batch; the first is the mixup partner only.
+        data: the training split.
+        ids: int32 [batch], the examples of the global batch.
+        rows: which rows of it this replica computes.
         step: updates made so far.
 
     Returns:
         loss, kl (T = 1, nats) and agreement (of top-1), each float32 [n]. Against labels, kl is the cross-entropy with them.
     """
-    resolutions = tuple(dict.fromkeys([config.image_size, *(t.size for t in teachers)]))
-    made, own = views.training_views(images, sizes, rows, config.seed, step, resolutions, mixup=config.mixup == "batch")
-    by_size = dict(zip(resolutions, made, strict=True))
-    guess = tf.cast(student(by_size[config.image_size], training=True), tf.float32)
+    chosen = tf.gather(ids, rows.numbers)
+    images, sizes = tf.gather(data.images, chosen), tf.gather(data.sizes, chosen)
+    teacher_sizes = () if data.targets else tuple(dict.fromkeys(t.size for t in teachers))
+    made = views.training_views(config, images, sizes, rows, step, teacher_sizes)
+    guess = tf.cast(student(views.to_range(made.student, config.student_range), training=True), tf.float32)
     if config.distance == "labels":
-        truth = tf.one_hot(labels, guess.shape[-1])
-        target = own * truth[1:] + (1.0 - own) * truth[:-1]
+        own, other = rows.split(tf.one_hot(tf.gather(data.labels, chosen), guess.shape[-1]))
+        target = made.share * own + (1.0 - made.share) * other
         loss = cross_entropy(target, guess)
         return {"loss": loss, "kl": loss, "agreement": agreement(target, guess)}
-    target = mean_logits(teachers, by_size)
-    return {
-        "loss": kl(target, guess, config.temperature),
-        "kl": kl(target, tf.stop_gradient(guess)),
-        "agreement": agreement(target, guess),
-    }
+    if data.targets:
+        said = [tf.gather(table, rows.split(chosen)[0]) for table in data.targets]
+    else:
+        said = opinions(teachers, made.teachers)
+    if config.ensemble == "sum_losses":
+        loss = tf.add_n([distance(config, logits, guess) for logits in said])
+    else:
+        loss = distance(config, ensemble(said, config.ensemble, config.temperature), guess)
+    one = ensemble(said, config.ensemble)
+    return {"loss": loss, "kl": kl(one, tf.stop_gradient(guess)), "agreement": agreement(one, guess)}
 
 
 def make_loop(
@@ -83,7 +149,7 @@ def make_loop(
     student: keras.Model,
     teachers: tuple[Teacher, ...],
     optimizer: keras.optimizers.Optimizer,
-    data: tuple[tf.Variable, tf.Variable, tf.Variable],
+    data: Data,
     *,
     jit_compile: bool,
 ) -> Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]:
@@ -92,7 +158,7 @@ def make_loop(
     Args:
         config: resolved.
         strategy: whose scope made student, teachers, optimizer and data.
-        data: images uint8 [examples, side, side, 3], sizes float32 [examples, 2], labels int32 [examples].
+        data: the training split.
         jit_compile: let XLA compile what a replica computes (TPUs always do).
 
     Returns:
@@ -101,22 +167,12 @@ def make_loop(
     """
     replicas = strategy.num_replicas_in_sync
     variables = student.trainable_variables
-    images, sizes, labels = data
+    partner = views.partner(config)
 
     def gradients(ids: tf.Tensor, step: tf.Tensor, replica: tf.Tensor) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
-        rows = views.Rows.of(replica, replicas, config.batch_size)
-        chosen = tf.gather(ids, rows.numbers)
+        rows = views.Rows.of(replica, replicas, config.batch_size, partner)
         with tf.GradientTape() as tape:
-            values = example_losses(
-                config,
-                student,
-                teachers,
-                tf.gather(images, chosen),
-                tf.gather(sizes, chosen),
-                tf.gather(labels, chosen),
-                rows,
-                step,
-            )
+            values = example_losses(config, student, teachers, data, ids, rows, step)
             # The global batch divides, so that a sum over replicas is the mean over the batch.
             loss = tf.reduce_sum(values["loss"]) / config.batch_size
         found = tape.gradient(loss, [v.value for v in variables])
@@ -125,7 +181,7 @@ def make_loop(
     def update(ids: tf.Tensor, step: tf.Tensor) -> dict[str, tf.Tensor]:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         found, metrics = compute(ids, step, tf.cast(replica, tf.int32))
-        metrics["grad_norm"] = optim.apply(optimizer, found, variables, config.clip_norm) / replicas
+        metrics["grad_norm"] = optim.apply(config, optimizer, found, variables) / replicas
         return metrics
 
     # Several replicas cannot meet inside one compiled program here, so only what each does alone is compiled.

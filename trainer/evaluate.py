@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainer import distill, views
-from trainer.models.teachers import Teacher, mean_logits
+from trainer.config import Config
+from trainer.models.teachers import Teacher, ensemble, opinions
 from trainer.store import Store
 
 
@@ -58,67 +59,95 @@ class Evaluator:
 
     def __init__(
         self,
+        config: Config,
         strategy: tf.distribute.Strategy,
         store: Store,
-        image_size: int,
-        batch_size: int,
         *,
         jit_compile: bool,
     ) -> None:
         """
         Args:
+            config: resolved. Its eval_batch_size is rounded up to a multiple of the replicas.
             strategy: that the models were made under.
             store: the split.
-            image_size: side of the student's images in pixels.
-            batch_size: images a step over all replicas; rounded up to a multiple of the replicas.
             jit_compile: let XLA compile the forward passes.
         """
-        self._strategy, self._store, self._size, self._jit = (
-            strategy,
-            store,
-            image_size,
-            jit_compile,
-        )
+        self._config, self._strategy, self._store, self._jit = config, strategy, store, jit_compile
         replicas = strategy.num_replicas_in_sync
-        self._share = -(-min(batch_size, max(1, len(store))) // replicas)
+        self._share = -(-min(config.eval_batch_size, max(1, len(store))) // replicas)
         self._teacher: np.ndarray | None = None
         self._student: Callable[[np.ndarray, np.ndarray], tf.Tensor] | None = None
         self._model: keras.Model | None = None
 
     def run(self, student: keras.Model, teachers: tuple[Teacher, ...]) -> Outcome:
-        """Logits of both on every example. The teachers must be the same at each call."""
+        """Logits of both on the central crop of every example. The teachers must be the same at each call."""
         if self._model is not student:
             self._model = student
-            self._student = self._compile({self._size}, lambda made: student(made[self._size], training=False))
+            self._student = self._compile(
+                {self._config.image_size},
+                lambda made: student(
+                    views.to_range(made[self._config.image_size], self._config.student_range), training=False
+                ),
+            )
         if teachers and self._teacher is None:
-            sizes = {teacher.size for teacher in teachers}
-            self._teacher = self._over_all(self._compile(sizes, lambda made: mean_logits(teachers, made)))
+            how = self._config.ensemble
+            self._teacher = self._over_all(
+                self._compile({t.size for t in teachers}, lambda made: ensemble(opinions(teachers, made), how))
+            )
         assert self._student is not None
         return Outcome(self._store.labels, self._over_all(self._student), self._teacher)
 
+    def fixed_targets(
+        self, teachers: tuple[Teacher, ...], progress: Callable[[int, int], None]
+    ) -> tuple[np.ndarray, ...]:
+        """What each teacher always says of each example in a mode of fixed views: float32 [examples, classes] each.
+
+        For fix/ic_ens that is the mean of its logits over `fixed_crops` inception crops.
+        """
+        config = self._config
+        crops = config.fixed_crops if views.mode(config).teacher == "crops" else 1
+
+        def forward(images: tf.Tensor, originals: tf.Tensor, ids: tf.Tensor, crop: tf.Tensor) -> tf.Tensor:
+            made = {t.size: views.fixed_view(config, images, originals, ids, crop, t.size) for t in teachers}
+            return tf.stack(opinions(teachers, made), axis=1)
+
+        run = self._distributed(forward)
+        total = np.zeros(1)
+        for crop in range(crops):
+            number = tf.constant(crop)
+            total = total + self._over_all(lambda *batch, c=number: run(*batch, c)).astype(np.float64)
+            progress(crop + 1, crops)
+        mean = (total / crops).astype(np.float32)
+        return tuple(np.ascontiguousarray(mean[:, number]) for number in range(len(teachers)))
+
     def _compile(self, sizes: set[int], model: Callable[[dict[int, tf.Tensor]], tf.Tensor]) -> Callable:
-        def forward(images: tf.Tensor, originals: tf.Tensor) -> tf.Tensor:
-            made = {size: views.evaluation_view(images, originals, size) for size in sizes}
+        def forward(images: tf.Tensor, originals: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
+            made = {size: views.evaluation_view(self._config, images, originals, size) for size in sizes}
             return tf.cast(model(made), tf.float32)
 
+        return self._distributed(forward)
+
+    def _distributed(self, forward: Callable) -> Callable:
         compiled = tf.function(forward, jit_compile=self._jit)
-        return tf.function(lambda images, originals: self._strategy.run(compiled, (images, originals)))
+        return tf.function(lambda *values: self._strategy.run(compiled, values))
 
     def _over_all(self, run: Callable) -> np.ndarray:
+        """Concatenates what `run` gives for images, original sizes and ids of each batch."""
         store, strategy = self._store, self._strategy
         batch = self._share * strategy.num_replicas_in_sync
         parts = []
         for start in range(0, len(store), batch):
             # The last batch is filled up with its first image, so that every shape is the same; the filling is cut off.
-            ids = np.minimum(np.arange(start, start + batch), len(store) - 1)
-            images, sizes = store.images[ids], store.sizes[ids]
+            ids = np.minimum(np.arange(start, start + batch), len(store) - 1).astype(np.int32)
 
             def share(context: tf.distribute.ValueContext, source: np.ndarray) -> tf.Tensor:
                 first = context.replica_id_in_sync_group * self._share
                 return tf.constant(source[first : first + self._share])
 
             distribute = strategy.experimental_distribute_values_from_function
-            values = [distribute(lambda c, s=source: share(c, s)) for source in (images, sizes)]
+            values = [
+                distribute(lambda c, s=source: share(c, s)) for source in (store.images[ids], store.sizes[ids], ids)
+            ]
             local = strategy.experimental_local_results(run(*values))
             parts.append(np.concatenate([value.numpy() for value in local])[: len(store) - start])
         return np.concatenate(parts)

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from trainer import files, records, store, views
+from trainer.config import Config
 from trainer.errors import DataError
 from trainer.models import bit
 
@@ -29,11 +30,11 @@ class Servable(tf.Module):
         images: images uint8 [n, height, width, 3], any one size.
     """
 
-    def __init__(self, model: keras.Model, classes: tuple[str, ...], image_size: int, store_size: int) -> None:
+    def __init__(self, model: keras.Model, classes: tuple[str, ...], config: Config) -> None:
         super().__init__(name="funmatch_student")
         self.model = model
         self._names = tf.constant(list(classes))
-        self._size, self._store = image_size, store_size
+        self._config, self._store = config, config.store_size
         self._top = min(TOP, len(classes))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
@@ -59,10 +60,9 @@ class Servable(tf.Module):
         return self._classify(squares, sizes)
 
     def _classify(self, squares: tf.Tensor, sizes: tf.Tensor) -> dict[str, tf.Tensor]:
-        logits = tf.cast(
-            self.model(views.evaluation_view(squares, sizes, self._size), training=False),
-            tf.float32,
-        )
+        config = self._config
+        view = views.to_range(views.evaluation_view(config, squares, sizes, config.image_size), config.student_range)
+        logits = tf.cast(self.model(view, training=False), tf.float32)
         probabilities = tf.nn.softmax(logits)
         best, which = tf.math.top_k(probabilities, self._top)
         return {
@@ -96,8 +96,7 @@ def write(
     folder: str,
     model: keras.Model,
     classes: tuple[str, ...],
-    image_size: int,
-    store_size: int,
+    config: Config,
     card: dict[str, Any],
 ) -> None:
     """Writes saved_model/, model.keras, classes.json and MODEL_CARD.md into `folder`, on a disk or gs://.
@@ -106,14 +105,14 @@ def write(
         folder: made if it is not there.
         model: the trained student.
         classes: class names in the order of the logits.
-        image_size, store_size: sides in pixels that evaluation used.
+        config: resolved; sizes, value range and central crop that evaluation used.
         card: facts for the card, by name.
 
     Raises:
         DataError: it cannot be written.
     """
     copy = single_device_copy(model)
-    servable = Servable(copy, classes, image_size, store_size)
+    servable = Servable(copy, classes, config)
     signatures = {"serving_default": servable.serve_bytes, "images": servable.serve_images}
     try:
         tf.saved_model.save(servable, files.join(folder, "saved_model"), signatures=signatures)
@@ -122,7 +121,7 @@ def write(
     save_keras(copy, files.join(folder, "model.keras"))
     names = json.dumps(list(classes), ensure_ascii=False, indent=1) + "\n"
     files.write(files.join(folder, "classes.json"), names.encode(), "the class names")
-    files.write(files.join(folder, "MODEL_CARD.md"), _card(card, image_size).encode(), "the model card")
+    files.write(files.join(folder, "MODEL_CARD.md"), _card(card, config).encode(), "the model card")
 
 
 def save_keras(model: keras.Model, path: str) -> None:
@@ -138,7 +137,8 @@ def save_keras(model: keras.Model, path: str) -> None:
             files.write(path, file.read(), "a model")
 
 
-def _card(facts: dict[str, Any], image_size: int) -> str:
+def _card(facts: dict[str, Any], config: Config) -> str:
+    side, (low, high) = config.image_size, config.student_range.split(",")
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""# Image classifier made by funmatch
 
@@ -150,7 +150,7 @@ arXiv 2106.05237). Without one, it learned from labels.
 {rows}
 
 ## Use
-`model.keras` takes float32 images [n, {image_size}, {image_size}, 3] in [-1, 1] and returns logits; `keras.saving.load_model` needs
+`model.keras` takes float32 images [n, {side}, {side}, 3] in [{low}, {high}] and returns logits; `keras.saving.load_model` needs
 nothing of funmatch. `saved_model` takes encoded images (`serving_default`, `image_bytes`) or uint8 images of any size
 (`images`) and does the preprocessing itself. Class names are in `classes.json`, in the order of the logits.
 

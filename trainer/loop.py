@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import time
 from collections.abc import Callable
@@ -12,10 +13,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import distill, files, optim
+from trainer import distill, files, optim, views
 from trainer.accelerator import Accelerator
 from trainer.checkpoint import Checkpoints
-from trainer.config import Config
+from trainer.config import Config, fingerprint
 from trainer.errors import DataError, Diverged, Stopped
 from trainer.evaluate import Evaluator
 from trainer.journal import Journal, Screen
@@ -32,6 +33,7 @@ class Job:
     Attributes:
         config: resolved; nothing in it is left to a default.
         identity: JSON value that decides which weights come out: configuration, data, teachers.
+        targets: for each teacher its constant logits on the training split, where the views fix them; else none.
         step: updates made so far.
         seconds: wall time of training so far, over all processes of this run.
         pending: steps and metrics of the device's loops since the last row of metrics.
@@ -44,6 +46,7 @@ class Job:
     stores: dict[str, Store]
     student: keras.Model
     teachers: tuple[teachers.Teacher, ...]
+    targets: tuple[np.ndarray, ...]
     optimizer: keras.optimizers.Optimizer
     run_steps: Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
     step: int = 0
@@ -54,13 +57,11 @@ class Job:
     def evaluator(self, split: str) -> Evaluator:
         """The evaluator of one of `stores`."""
         if split not in self.evaluators:
-            config = self.config
             self.evaluators[split] = Evaluator(
+                self.config,
                 self.accelerator.strategy,
                 self.stores[split],
-                config.image_size,
-                config.eval_batch_size,
-                jit_compile=self.accelerator.jit_compile(config.jit_compile),
+                jit_compile=self.accelerator.jit_compile(self.config.jit_compile),
             )
         return self.evaluators[split]
 
@@ -162,6 +163,8 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
     config, data, held_out, identity = identify(config)
     accelerator.check_batch(config.batch_size)
     config = dataclasses.replace(config, steps_per_loop=config.steps_per_loop or accelerator.steps_per_loop)
+    for line in config.warnings():
+        screen.say(f"warning: {line}")
     strategy, classes = accelerator.strategy, len(held_out.classes)
     with strategy.scope():
         loaded = teachers.load(config, classes)
@@ -186,9 +189,18 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         name = getattr(config, flag)
         if name not in stores:
             stores[name] = decode(held_out, name, flag, config.store_size)
+    jit_compile = accelerator.jit_compile(config.jit_compile)
+    targets: tuple[np.ndarray, ...] = ()
+    if loaded and views.mode(config).fixed:
+        key = fingerprint(identity)
+        targets = _fixed_targets(
+            config, Evaluator(config, strategy, train, jit_compile=jit_compile), loaded, key, screen
+        )
     with strategy.scope():
         optimizer = optim.build(config, student.trainable_variables)
-        resident = tuple(tf.Variable(a, trainable=False) for a in (train.images, train.sizes, train.labels))
+        images, sizes, labels = (tf.Variable(a, trainable=False) for a in (train.images, train.sizes, train.labels))
+        tables = tuple(tf.Variable(a, trainable=False) for a in targets)
+        resident = distill.Data(images, sizes, labels, tables)
     run_steps = distill.make_loop(
         config,
         strategy,
@@ -196,9 +208,27 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         loaded,
         optimizer,
         resident,
-        jit_compile=accelerator.jit_compile(config.jit_compile),
+        jit_compile=jit_compile,
     )
-    return Job(config, accelerator, identity, train, stores, student, loaded, optimizer, run_steps)
+    return Job(config, accelerator, identity, train, stores, student, loaded, targets, optimizer, run_steps)
+
+
+def _fixed_targets(
+    config: Config, evaluator: Evaluator, loaded: tuple[teachers.Teacher, ...], key: str, screen: Screen
+) -> tuple[np.ndarray, ...]:
+    """The teachers' constant outputs: from the workdir if this very run has computed them, else computed and kept there."""
+    path = files.join(config.workdir, f"targets-{key[:16]}.npy")
+    if config.workdir and files.exists(path):
+        try:
+            return tuple(np.load(io.BytesIO(files.read(path, "the fixed targets")), allow_pickle=False))
+        except ValueError:
+            screen.say(f"warning: {path} is damaged and is made again")
+    made = evaluator.fixed_targets(loaded, lambda done, total: screen.progress("fixed targets", done, total))
+    if config.workdir and not config.dry_run and not config.check:
+        buffer = io.BytesIO()
+        np.save(buffer, np.stack(made))
+        files.write(path, buffer.getvalue(), "the fixed targets")
+    return made
 
 
 def train(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) -> None:
@@ -305,9 +335,7 @@ class _Meter:
         return self._steps * self._job.config.batch_size / self._seconds if self._seconds else 0.0
 
     def row(self) -> dict[str, float]:
-        schedule = optim.WarmupCosine(
-            self._job.config.learning_rate, self._job.config.warmup_steps, self._job.config.steps
-        )
+        schedule = optim.schedule(self._job.config)
         return {
             "learning_rate": float(schedule(self._job.step - 1)),
             "images_per_second": self.images_per_second(),

@@ -13,7 +13,7 @@ import platform
 import sys
 from typing import TYPE_CHECKING, Any
 
-from trainer import __version__, cli, config
+from trainer import __version__, cli, config, recipes
 from trainer.config import Config
 from trainer.errors import DataError
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """The verb; returns an exit code."""
-    return cli.run(__doc__, config.define_flags, lambda values: _main(config.from_flags(values)), argv)
+    return cli.run(
+        __doc__, config.define_flags, lambda values: _main(config.from_flags(values, recipes.find(values.recipe))), argv
+    )
 
 
 def _main(chosen: Config) -> None:
@@ -101,7 +103,7 @@ def finish(job: Job, journal: Any, screen: Screen, fingerprint: str) -> dict[str
         "images a step": settings.batch_size,
     }
     folder = files.join(settings.workdir, "export")
-    export.write(folder, job.student, store.classes, settings.image_size, settings.store_size, card)
+    export.write(folder, job.student, store.classes, settings, card)
     trained_on, measured_on = samples(job, outcome)
     page = report.render(
         title=files.join(settings.workdir).rstrip("/").rsplit("/", 1)[-1],
@@ -131,7 +133,7 @@ def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list
     import tensorflow as tf
 
     from trainer import report, views
-    from trainer.models.teachers import mean_logits
+    from trainer.models.teachers import ensemble, opinions
     from trainer.store import Order
 
     settings, names = job.config, job.stores[job.config.final_split].classes
@@ -146,35 +148,41 @@ def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list
     step = job.step - 1
     ids = Order(settings.seed, len(job.train), settings.batch_size).batches(step, 1)[0]
     count = min(count, settings.batch_size)
-    rows = views.Rows(tf.math.floormod(tf.range(count + 1) - 1, settings.batch_size))
+    whole = views.Rows.of(0, 1, settings.batch_size, views.partner(settings))
+    # The first rows alone, each beside its partner: the layout of "reverse", whatever the partner is.
+    pairs = [part[:count] for part in whole.split(whole.numbers)]
+    rows = views.Rows(tf.concat(pairs, 0), "reverse") if whole.partner else views.Rows(pairs[0], "")
     chosen = ids[rows.numbers.numpy()]
-    sizes = tuple(dict.fromkeys([settings.image_size, *(t.size for t in job.teachers)]))
-    made, own = views.training_views(
+    made = views.training_views(
+        settings,
         tf.constant(job.train.images[chosen]),
         tf.constant(job.train.sizes[chosen]),
         rows,
-        settings.seed,
         tf.constant(step),
-        sizes,
-        mixup=settings.mixup == "batch",
+        () if job.targets else tuple({t.size: None for t in job.teachers}),
     )
-    by_size = dict(zip(sizes, made, strict=True))
-    student = best(job.student(by_size[settings.image_size], training=False))
-    teacher = best(mean_logits(job.teachers, by_size)) if job.teachers else [[] for _ in student]
+    own, other = rows.split(chosen)
+    student = best(job.student(views.to_range(made.student, settings.student_range), training=False))
+    teacher: list[list[tuple[str, float]]] = [[] for _ in student]
+    if job.targets:
+        teacher = best(ensemble([tf.constant(table[own]) for table in job.targets], settings.ensemble))
+    elif job.teachers:
+        teacher = best(ensemble(opinions(job.teachers, made.teachers), settings.ensemble))
+
+    def caption(share: float, a: int, b: int) -> str:
+        return f"{share:.0%} of image {a}, the rest of image {b}" if rows.partner else f"image {a}"
+
     seen = [
-        report.Sample(picture, f"{float(own):.0%} of image {a}, the rest of image {b}", t, s, None)
-        for picture, a, b, t, s in zip(
-            pixels(by_size[settings.image_size]),
-            chosen[1:],
-            chosen[:-1],
-            teacher,
-            student,
-            strict=True,
+        report.Sample(picture, caption(share, a, b), t, s, None)
+        for picture, share, a, b, t, s in zip(
+            pixels(made.student), made.share.numpy()[:, 0], own, other, teacher, student, strict=True
         )
     ]
     store = job.stores[settings.final_split]
     picks = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
-    view = views.evaluation_view(tf.constant(store.images[picks]), tf.constant(store.sizes[picks]), settings.image_size)
+    view = views.evaluation_view(
+        settings, tf.constant(store.images[picks]), tf.constant(store.sizes[picks]), settings.image_size
+    )
     student = best(outcome.student[picks])
     teacher = best(outcome.teacher[picks]) if outcome.teacher is not None else [[] for _ in student]
     truths = [names[label] if label >= 0 else None for label in store.labels[picks]]

@@ -18,16 +18,22 @@ _HIDDEN = (
     "teacher_image_size",
     "teacher_range",
     "teacher_outputs",
+    "ensemble",
+    "recipe",
     "student",
+    "student_range",
     "distance",
     "temperature",
+    "label_smoothing",
+    "fixed_crops",
+    "compat",
     "workdir",
 )
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """The main job's flags without those about teachers, and this verb's own."""
-    config.define_flags(values, skip=_HIDDEN, mixup="none")
+    config.define_flags(values, skip=_HIDDEN, views="same/ic")
     own: dict[str, Any] = {"flag_values": values, "module_name": "teacher"}
     flags.DEFINE_string("model", "bit-r50x1", "What to train: a name as for --student of trainer.task.", **own)
     flags.DEFINE_string("out", "", "The .keras file to write, on a disk or gs://.", **own)

@@ -11,12 +11,52 @@ import dataclasses
 
 import tensorflow as tf
 
-AREA = (0.05, 1.0)  # of the image (big_vision's inception_crop; the paper names the style only)
+from trainer.config import Config
+
 ASPECT = (3 / 4, 4 / 3)  # width over height of the crop, in the original's pixels
-EVAL_FRACTION = 0.8  # big_vision: small side to 160, central 128 (small sets)
+EXAMPLE_ZOOM = 160 / 128  # the Keras example: resize to 160, random crop of 128
+EXAMPLE_CENTRE = 0.875  # the Keras example's central crop, of each side
 _ATTEMPTS = 8  # shapes drawn before the whole image is taken; one is enough unless the image is very long
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_DRAWS = _ATTEMPTS * 2 + 3
+_DRAWS = _ATTEMPTS * 2 + 3  # of one crop and its flip
+
+# Where a row's random numbers are: the student's crop, the teacher's own crop, the row's mixup coefficient, and the crops
+# whose mean is a fixed target. A row number that no batch has holds what belongs to the step.
+_OWN_CROP, _TEACHER_CROP, _OWN_SHARE, _FIXED_CROP = 0, _DRAWS, 2 * _DRAWS, 2 * _DRAWS + 1
+_STEP_ROW = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """Which views the two models get (paper, section 3.1.1).
+
+    Attributes:
+        student: "whole" image, "mild" random crop or "inception" crop. The last two are mirrored half of the time.
+        teacher: "same" view as the student; a view of its "own", drawn in the student's way; or a fixed one for each
+            example: the "whole" image, its "central" crop, or the mean of its outputs on many inception crops ("crops").
+        mixup: mix each view with its neighbour's.
+    """
+
+    student: str
+    teacher: str
+    mixup: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the teacher's output is a constant of the example."""
+        return self.teacher in ("whole", "central", "crops")
+
+
+MODES = {
+    "fix/rs": Mode("whole", "whole"),
+    "fix/cc": Mode("mild", "central"),
+    "fix/ic_ens": Mode("inception", "crops"),
+    "ind/rc": Mode("mild", "own"),
+    "ind/ic": Mode("inception", "own"),
+    "same/rc": Mode("mild", "same"),
+    "same/ic": Mode("inception", "same"),
+    "mix": Mode("inception", "same", mixup=True),
+}
 
 
 def threefry(key: tuple[tf.Tensor, tf.Tensor], counter: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
@@ -35,7 +75,7 @@ def threefry(key: tuple[tf.Tensor, tf.Tensor], counter: tuple[tf.Tensor, tf.Tens
     return x0, x1
 
 
-def uniform(seed: int, step: tf.Tensor, rows: tf.Tensor, draws: int) -> tf.Tensor:
+def uniform(seed: int, step: tf.Tensor | int, rows: tf.Tensor, draws: int, first: int = 0) -> tf.Tensor:
     """Uniform float32 [len(rows), draws] in [0, 1), a function of seed, step and the row's number alone.
 
     Args:
@@ -43,14 +83,15 @@ def uniform(seed: int, step: tf.Tensor, rows: tf.Tensor, draws: int) -> tf.Tenso
         step: int scalar >= 0.
         rows: int32 [n], numbers of rows in the global batch.
         draws: numbers a row.
+        first: position of the first of them in the row's endless stream.
     """
     key = (tf.constant(seed, tf.uint32), tf.cast(step, tf.uint32))
     row = tf.cast(rows, tf.uint32)[:, None]
-    bits, _ = threefry(key, (row, tf.cast(tf.range(draws), tf.uint32)[None, :]))
+    bits, _ = threefry(key, (row, tf.cast(tf.range(first, first + draws), tf.uint32)[None, :]))
     return tf.cast(tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.int32), tf.float32) * 2.0**-24
 
 
-def inception_box(draws: tf.Tensor, sizes: tf.Tensor) -> tf.Tensor:
+def inception_box(draws: tf.Tensor, sizes: tf.Tensor, min_area: float = 0.05) -> tf.Tensor:
     """A random crop, distributed as tf.image.sample_distorted_bounding_box with the whole image as its one box.
 
     As there, the aspect is uniform, then the height is uniform over the pixels that the area allows, then the place.
@@ -58,6 +99,7 @@ def inception_box(draws: tf.Tensor, sizes: tf.Tensor) -> tf.Tensor:
     Args:
         draws: float32 [n, 2 * attempts + 2] uniform in [0, 1).
         sizes: float32 [n, 2], height and width of the originals in pixels.
+        min_area: least area of a crop as a share of the image, in (0, 1] (big_vision: 0.05; the paper names the style only).
 
     Returns:
         float32 [n, 4]: top, left, height, width as fractions of the image.
@@ -65,7 +107,7 @@ def inception_box(draws: tf.Tensor, sizes: tf.Tensor) -> tf.Tensor:
     height, width = sizes[:, :1], sizes[:, 1:]
     attempts = (draws.shape[1] - 2) // 2
     aspect = ASPECT[0] + (ASPECT[1] - ASPECT[0]) * draws[:, :attempts]
-    low, high = (bound * height * width for bound in AREA)
+    low, high = min_area * height * width, height * width
     least = tf.round(tf.sqrt(low / aspect))
     most = tf.round(tf.sqrt(high / aspect))
     most = tf.where(tf.round(most * aspect) > width, tf.floor((width + 0.5 - 1e-4) / aspect), most)
@@ -89,11 +131,39 @@ def inception_box(draws: tf.Tensor, sizes: tf.Tensor) -> tf.Tensor:
     return tf.concat([top / height, left / width, h / height, w / width], axis=1)
 
 
-def central_box(sizes: tf.Tensor, fraction: float = EVAL_FRACTION) -> tf.Tensor:
+def central_box(sizes: tf.Tensor, fraction: float) -> tf.Tensor:
     """The centred square whose side is `fraction` of the image's smaller side: float32 [n, 4] as `inception_box`."""
-    side = fraction * tf.reduce_min(sizes, axis=1, keepdims=True)
-    extent = side / sizes
+    extent = fraction * tf.reduce_min(sizes, axis=1, keepdims=True) / sizes
     return tf.concat([(1.0 - extent) / 2.0, extent], axis=1)
+
+
+def mild_box(draws: tf.Tensor, sizes: tf.Tensor, fraction: float) -> tf.Tensor:
+    """A square as large as `central_box`'s at a uniformly random place: float32 [n, 4] as `inception_box`.
+
+    Args:
+        draws: float32 [n, 2] uniform in [0, 1), for top and left.
+        sizes: float32 [n, 2], height and width of the originals in pixels.
+        fraction: side of the square as a share of the smaller side, in (0, 1].
+    """
+    extent = fraction * tf.reduce_min(sizes, axis=1, keepdims=True) / sizes
+    return tf.concat([draws * (1.0 - extent), extent], axis=1)
+
+
+def example_box(draws: tf.Tensor, size: int) -> tf.Tensor:
+    """The Keras example's crop: the image squashed to 160 x 160, then 128 x 128 of it at a whole number of pixels.
+
+    Args:
+        draws: float32 [n, 2] uniform in [0, 1), for top and left.
+        size: side of the view in pixels; the squashed image's is 160 / 128 times that.
+    """
+    zoomed = round(EXAMPLE_ZOOM * size)
+    corner = tf.floor(draws * (zoomed - size + 1)) / zoomed
+    return tf.concat([corner, tf.fill(tf.shape(corner), size / zoomed)], axis=1)
+
+
+def whole_box(sizes: tf.Tensor) -> tf.Tensor:
+    """The whole image, squashed: float32 [n, 4] as `inception_box`."""
+    return tf.concat([tf.zeros_like(sizes), tf.ones_like(sizes)], axis=1)
 
 
 def _weights(start: tf.Tensor, extent: tf.Tensor, flip: tf.Tensor | None, side: int, out: int, area: bool) -> tf.Tensor:
@@ -143,61 +213,161 @@ def render(images: tf.Tensor, box: tf.Tensor, flip: tf.Tensor | None, size: int,
     return tf.transpose(wide, [0, 2, 1, 3]) / 127.5 - 1.0
 
 
+def to_range(views: tf.Tensor, value_range: str) -> tf.Tensor:
+    """Views in [-1, 1] -> the range that a model takes: "-1,1", "0,1" or "0,255"."""
+    if value_range == "0,1":
+        return (views + 1.0) / 2.0
+    if value_range == "0,255":
+        return (views + 1.0) * 127.5
+    return views
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The rows of the global batch that one replica computes, and one more: the row before its first.
+    """The rows of the global batch that one replica computes: its own, and their partners in mixup.
 
-    The partner of row i in mixup is row i - 1 of the *global* batch. A view is a function of its row, so a replica makes
-    that one extra view itself and no pixel crosses between replicas.
+    The partner of a row is a row of the *global* batch. A view is a function of its row, so a replica makes the extra
+    views that it needs itself and no pixel crosses between replicas.
+
+    Attributes:
+        numbers: int32 [m], rows to make views of; each own row once.
+        partner: "roll" (row i - 1: numbers is the row before the first, then the own rows), "reverse" (row batch - 1 - i:
+            the own rows, then their partners) or "" (no mixup: the own rows).
     """
 
-    numbers: tf.Tensor  # int32 [n + 1], of which the first is the partner only
+    numbers: tf.Tensor
+    partner: str
 
     @classmethod
-    def of(cls, replica: tf.Tensor | int, replicas: int, batch_size: int) -> Rows:
+    def of(cls, replica: tf.Tensor | int, replicas: int, batch_size: int, partner: str) -> Rows:
         """Rows of replica `replica` of `replicas`, for a global batch of `batch_size` (a multiple of `replicas`)."""
         share = batch_size // replicas
         first = tf.cast(replica, tf.int32) * share
-        return cls(tf.math.floormod(first - 1 + tf.range(share + 1), batch_size))
+        own = first + tf.range(share)
+        if partner == "roll":
+            return cls(tf.math.floormod(first - 1 + tf.range(share + 1), batch_size), partner)
+        return cls(tf.concat([own, batch_size - 1 - own], 0) if partner == "reverse" else own, partner)
+
+    def split(self, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """What belongs to the own rows and to their partners, of a tensor [m, ...] that is in the order of `numbers`."""
+        if self.partner == "roll":
+            return values[1:], values[:-1]
+        if self.partner == "reverse":
+            share = values.shape[0] // 2 if values.shape[0] else tf.shape(values)[0] // 2
+            return values[:share], values[share:]
+        return values, values
+
+
+def mode(config: Config) -> Mode:
+    """The mode of a configuration."""
+    return MODES[config.views]
+
+
+def partner(config: Config) -> str:
+    """Which partner `Rows` needs: that of the mode and of `--compat`."""
+    if not mode(config).mixup:
+        return ""
+    return "reverse" if config.like_example("mixup") else "roll"
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """What the models see in one step.
+
+    Attributes:
+        student: float32 [n, size, size, 3] in [-1, 1].
+        teachers: the same for teachers, by size in pixels; none for sizes that were not asked for.
+        share: float32 [n, 1], the share of an image itself in its mixture, in [0, 1]; 1 without mixup.
+    """
+
+    student: tf.Tensor
+    teachers: dict[int, tf.Tensor]
+    share: tf.Tensor
 
 
 def training_views(
+    config: Config,
     images: tf.Tensor,
     sizes: tf.Tensor,
     rows: Rows,
-    seed: int,
     step: tf.Tensor,
-    resolutions: tuple[int, ...],
-    *,
-    mixup: bool,
-) -> tuple[tuple[tf.Tensor, ...], tf.Tensor]:
-    """One consistent crop of each image, resized for each model, mixed with its neighbour (paper, section 2).
+    teacher_sizes: tuple[int, ...],
+) -> Views:
+    """Crops each image as `--views` says, resizes the crop for each model, and mixes (paper, sections 2 and 3.1.1).
 
     Args:
-        images: uint8 [n + 1, side, side, 3], the images of `rows`.
-        sizes: float32 [n + 1, 2], original heights and widths.
+        config: image_size, views, mixup, seed and what describes the crops.
+        images: uint8 [m, side, side, 3], the images of `rows.numbers`.
+        sizes: float32 [m, 2], original heights and widths.
         rows: which rows of the global batch these are.
-        seed: of the run.
         step: int scalar, the number of updates made so far.
-        resolutions: side in pixels of each view to make.
-        mixup: mix each image with the row before it, with one coefficient a step.
-
-    Returns:
-        Views float32 [n, size, size, 3] in [-1, 1], one for each resolution, and the share of an image itself in its
-        mixture, float32 scalar in [0, 1].
+        teacher_sizes: sides in pixels of the teachers' views; none where the teachers' outputs are fixed.
     """
-    draws = uniform(seed, step, rows.numbers, _DRAWS)
-    box = inception_box(draws[:, : _DRAWS - 1], sizes)
-    flip = draws[:, -1] < 0.5
-    # A row number that no batch has: the coefficient belongs to the step.
-    own = uniform(seed, step, tf.constant([2**31 - 1]), 1)[0, 0] if mixup else tf.constant(1.0)
-    views = []
-    for size in resolutions:
-        view = render(images, box, flip, size)
-        views.append(own * view[1:] + (1.0 - own) * view[:-1] if mixup else view[1:])
-    return tuple(views), own
+    chosen = mode(config)
+
+    def make(first: int, wanted: tuple[int, ...]) -> dict[int, tf.Tensor]:
+        if chosen.student == "whole":
+            box, flip = whole_box(sizes), None
+        else:
+            draws = uniform(config.seed, step, rows.numbers, _DRAWS, first)
+            box, flip = _box(config, chosen.student, draws, sizes), draws[:, -1] < 0.5
+        return {size: mixed(render(images, box, flip, size, area=flip is None)) for size in wanted}
+
+    n = tf.shape(rows.split(rows.numbers)[0])[0]
+    share = tf.ones([n, 1])
+    if chosen.mixup and config.mixup == "example":
+        share = uniform(config.seed, step, rows.split(rows.numbers)[0], 1, _OWN_SHARE)
+    elif chosen.mixup:
+        share = tf.tile(uniform(config.seed, step, tf.constant([_STEP_ROW]), 1), [n, 1])
+
+    def mixed(view: tf.Tensor) -> tf.Tensor:
+        own, other = rows.split(view)
+        if not chosen.mixup:
+            return own
+        return share[:, :, None, None] * own + (1.0 - share[:, :, None, None]) * other
+
+    same = chosen.teacher == "same"
+    made = make(_OWN_CROP, tuple(dict.fromkeys([config.image_size, *(teacher_sizes if same else ())])))
+    others = made if same else make(_TEACHER_CROP, tuple(dict.fromkeys(teacher_sizes))) if teacher_sizes else {}
+    return Views(made[config.image_size], {size: others[size] for size in teacher_sizes}, share)
 
 
-def evaluation_view(images: tf.Tensor, sizes: tf.Tensor, size: int) -> tf.Tensor:
+def _box(config: Config, kind: str, draws: tf.Tensor, sizes: tf.Tensor) -> tf.Tensor:
+    """The box of a random crop from its draws [n, _DRAWS]."""
+    place = draws[:, 2 * _ATTEMPTS : 2 * _ATTEMPTS + 2]
+    if config.like_example("crop"):
+        return example_box(place, config.image_size)
+    if kind == "mild":
+        return mild_box(place, sizes, config.central_fraction)
+    return inception_box(draws[:, : _DRAWS - 1], sizes, config.min_crop_area)
+
+
+def fixed_view(
+    config: Config, images: tf.Tensor, sizes: tf.Tensor, ids: tf.Tensor, crop: tf.Tensor | int, size: int
+) -> tf.Tensor:
+    """The view whose outputs a fixed teacher is asked for: float32 [n, size, size, 3] in [-1, 1].
+
+    Args:
+        config: its mode is a fixed one.
+        images: uint8 [n, side, side, 3].
+        sizes: float32 [n, 2], original heights and widths.
+        ids: int32 [n], examples of the split.
+        crop: int scalar, which of the crops whose outputs are averaged; only fix/ic_ens has more than one.
+        size: side of the view in pixels.
+    """
+    kind = mode(config).teacher
+    if kind == "whole":
+        return render(images, whole_box(sizes), None, size, area=True)
+    if kind == "central":
+        return evaluation_view(config, images, sizes, size)
+    draws = uniform(config.seed, crop, ids, _DRAWS, _FIXED_CROP)
+    return render(images, _box(config, "inception", draws, sizes), draws[:, -1] < 0.5, size)
+
+
+def evaluation_view(config: Config, images: tf.Tensor, sizes: tf.Tensor, size: int) -> tf.Tensor:
     """The central crop, area-resized: uint8 [n, side, side, 3] -> float32 [n, size, size, 3] in [-1, 1]."""
-    return render(images, central_box(sizes), None, size, area=True)
+    if config.like_example("central"):
+        edge, extent = (1.0 - EXAMPLE_CENTRE) / 2.0, EXAMPLE_CENTRE
+        box = tf.tile(tf.constant([[edge, edge, extent, extent]]), [tf.shape(images)[0], 1])
+        return render(images, box, None, size)
+    return render(images, central_box(sizes, config.central_fraction), None, size, area=True)

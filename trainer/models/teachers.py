@@ -15,6 +15,7 @@ import tensorflow as tf
 from trainer.config import Config
 from trainer.errors import ConfigError, DataError
 from trainer.models import bit, loading, students
+from trainer.views import to_range
 
 _UNKNOWN = "--teacher={}: it must be keras:PATH or random:NAME"
 
@@ -39,11 +40,7 @@ class Teacher:
 
     def logits(self, views: tf.Tensor) -> tf.Tensor:
         """Float32 [n, size, size, 3] in [-1, 1] -> float32 logits [n, classes]."""
-        if self.value_range == "0,1":
-            views = (views + 1.0) / 2.0
-        elif self.value_range == "0,255":
-            views = (views + 1.0) * 127.5
-        outputs = tf.cast(self.model(views, training=False), tf.float32)
+        outputs = tf.cast(self.model(to_range(views, self.value_range), training=False), tf.float32)
         if self.probabilities:
             # softmax(log p / T) = softmax(z / T): a logarithm gives logits back up to a constant.
             outputs = tf.math.log(tf.maximum(outputs, 1e-30))
@@ -121,6 +118,23 @@ def _look_like_probabilities(model: keras.Model, size: int, value_range: str) ->
     return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1.0, atol=1e-3))
 
 
-def mean_logits(teachers: tuple[Teacher, ...], views: dict[int, tf.Tensor]) -> tf.Tensor:
-    """The ensemble's logits (paper, section 3.6: the mean of the logits) for views keyed by their size."""
-    return tf.add_n([teacher.logits(views[teacher.size]) for teacher in teachers]) / float(len(teachers))
+def opinions(teachers: tuple[Teacher, ...], views: dict[int, tf.Tensor]) -> list[tf.Tensor]:
+    """Each teacher's float32 logits [n, classes] for views keyed by their size."""
+    return [teacher.logits(views[teacher.size]) for teacher in teachers]
+
+
+def ensemble(logits: list[tf.Tensor], how: str, temperature: float = 1.0) -> tf.Tensor:
+    """Several teachers as one: float32 logits [n, classes] to be divided by `temperature` before their softmax.
+
+    Args:
+        logits: one [n, classes] a teacher.
+        how: "mean_logits" (paper, section 3.6), or "mean_probabilities" at this temperature. For "sum_losses", which has no
+            teacher of its own, the latter: the sum of the KLs differs from KL to it by a factor and a constant.
+        temperature: > 0.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    if how == "mean_logits":
+        return tf.add_n(logits) / float(len(logits))
+    parts = tf.stack([tf.nn.log_softmax(z / temperature) for z in logits])
+    return temperature * (tf.reduce_logsumexp(parts, axis=0) - tf.math.log(float(len(logits))))

@@ -1,0 +1,274 @@
+"""Published settings as data: each row of the paper's Table 4, its ImageNet run, and the Keras example with its notebooks.
+
+    python -m trainer.recipes                    # the table
+    python -m trainer.recipes --out=recipes      # the flagfiles, one for each row
+
+A recipe is a set of flags. `--recipe=flowers102_fast` takes them, and a flag beside it overrides one of them. Data and teacher
+are the user's: a recipe only says which ones its accuracy was published with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from trainer import cli
+from trainer.errors import ConfigError
+
+PAPER = "Beyer et al. 2021, arXiv 2106.05237"
+_SCHEDULE = "warm-up from big_vision, configs/proj/distill"
+_EXAMPLE = "keras.io/examples/keras_recipes/better_knowledge_distillation"
+_NOTEBOOKS = "github.com/sayakpaul/FunMatch-Distillation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One published run.
+
+    Attributes:
+        name: the value of `--recipe`.
+        flags: values by the name of their flag.
+        source: where the settings were published.
+        teacher: the teacher they were published with.
+        accuracy: published top-1 of the student on the test split (ImageNet: on validation), in percent.
+        teacher_accuracy: the teacher's, in percent; None where it was not published.
+        note: what else to know; may be empty.
+    """
+
+    name: str
+    flags: dict[str, Any]
+    source: str
+    teacher: str
+    accuracy: float
+    teacher_accuracy: float | None
+    note: str = ""
+
+
+_PAPER_COMMON: dict[str, Any] = {
+    "student": "bit-r50x1",
+    "views": "mix",
+    "mixup": "batch",
+    "distance": "kl",
+    "optimizer": "adamw",
+    "clip_norm": 1.0,
+    "precision": "float32",
+}
+_SMALL: dict[str, Any] = _PAPER_COMMON | {
+    "image_size": 128,
+    "central_fraction": 0.8,
+    "batch_size": 512,
+    "warmup_steps": 1500,
+}
+
+# Set -> (teacher's accuracy, budgets). Budget: name, epochs, temperature, learning rate, weight decay, accuracy, note.
+# The names fast, medium and long are big_vision's.
+_TABLE_4: dict[str, tuple[float, list[tuple[str, int, float, float, float, float, str]]]] = {
+    "flowers102": (
+        97.82,
+        [
+            ("1000ep", 1_000, 10, 0.003, 1e-3, 77.51, "three quarters of its 1,992 steps are warm-up"),
+            ("fast", 10_000, 10, 0.003, 3e-4, 92.83, ""),
+            ("medium", 100_000, 1, 0.001, 1e-4, 95.54, ""),
+            ("long", 1_000_000, 1, 0.0003, 1e-5, 96.93, ""),
+        ],
+    ),
+    "pet37": (
+        91.03,
+        [
+            ("300ep", 300, 2, 0.01, 1e-5, 82.75, "three quarters of its 1,941 steps are warm-up"),
+            ("fast", 1_000, 5, 0.01, 1e-3, 88.01, ""),
+            ("medium", 3_000, 10, 0.003, 3e-4, 90.08, ""),
+            ("10000ep", 10_000, 2, 0.001, 1e-4, 90.98, ""),
+            ("long", 30_000, 2, 0.003, 1e-5, 91.06, ""),
+        ],
+    ),
+    "food101": (
+        86.24,
+        [
+            ("fast", 100, 10, 0.01, 1e-3, 83.29, ""),
+            ("medium", 1_000, 10, 0.001, 3e-4, 86.64, ""),
+            ("long", 3_000, 5, 0.01, 1e-4, 87.20, ""),
+        ],
+    ),
+    "sun397": (
+        74.22,
+        [
+            ("fast", 100, 10, 0.01, 1e-3, 68.28, ""),
+            ("medium", 1_000, 10, 0.003, 1e-4, 73.46, "big_vision's configuration has learning rate 0.001"),
+            ("long", 3_000, 10, 0.01, 3e-5, 74.26, ""),
+        ],
+    ),
+}
+
+_EXAMPLE_COMMON: dict[str, Any] = {
+    "image_size": 128,
+    "student_range": "0,1",
+    "teacher_range": ("0,1",),
+    "views": "mix",
+    "mixup": "batch",
+    "distance": "kl",
+    "optimizer": "adamw",
+    "clip_norm": 1.0,
+    "warmup_steps": 1500,
+}
+
+
+def _table() -> dict[str, Recipe]:
+    found = []
+    for data, (teacher_accuracy, budgets) in _TABLE_4.items():
+        for budget, epochs, temperature, rate, decay, accuracy, note in budgets:
+            own = {
+                "epochs": float(epochs),
+                "temperature": float(temperature),
+                "learning_rate": rate,
+                "weight_decay": decay,
+            }
+            source = f"{PAPER}, Table 4; {_SCHEDULE}"
+            teacher = f"BiT-M-R152x2 fine-tuned on {data} at 128 px"
+            found.append(
+                Recipe(f"{data}_{budget}", _SMALL | own, source, teacher, accuracy, teacher_accuracy, note),
+            )
+    imagenet = _PAPER_COMMON | {
+        "image_size": 224,
+        "central_fraction": 0.875,
+        "batch_size": 4096,
+        "warmup_steps": 5000,
+        "epochs": 1200.0,
+        "temperature": 1.0,
+        "learning_rate": 0.03,
+        "weight_decay": 3e-4,
+    }
+    found.append(
+        Recipe(
+            "imagenet_1200ep",
+            imagenet,
+            f"{PAPER}, appendix F and Table 3",
+            "BiT-M-R152x2 fine-tuned on ImageNet at 224 px",
+            81.54,
+            83.0,
+            "trained on train[:98%], selected on train[98%:]; 9,600 epochs reached 82.31",
+        )
+    )
+    example = _EXAMPLE_COMMON | {
+        "student": "resnet50v2",
+        "compat": ("keras_example",),
+        "steps": 480,
+        "schedule_steps": 1992,
+        "batch_size": 64,
+        "temperature": 10.0,
+        "learning_rate": 0.003,
+        "weight_decay": 1e-3,
+    }
+    found.append(
+        Recipe(
+            "keras_example",
+            example,
+            _EXAMPLE,
+            "BiT-R101x3 fine-tuned on flowers102 at 128 px, a SavedModel that takes [0, 1]",
+            1.07,
+            98.18,
+            "30 epochs, all of them warm-up of a longer schedule: its accuracy is chance's, and it says so",
+        )
+    )
+    notebook = _EXAMPLE_COMMON | {
+        "student": "bit-r50x1",
+        "compat": ("central", "mixup", "distance", "clip", "decay"),
+        "min_crop_area": 0.1,
+        "steps": 2100,
+        "schedule_steps": 1940,
+        "batch_size": 512,
+        "temperature": 2.0,
+        "learning_rate": 0.01,
+        "weight_decay": 1e-5,
+    }
+    found.append(
+        Recipe(
+            "notebook_pet37_300ep",
+            notebook,
+            f"{_NOTEBOOKS}, funmatch_distillation.ipynb",
+            "BiT-R101x3 fine-tuned on pet37 at 128 px, a SavedModel that takes [0, 1]",
+            81.3,
+            90.92,
+            "300 epochs of 7 steps; the schedule ends at step 1,940, so the last 160 have learning rate 0",
+        )
+    )
+    return {recipe.name: recipe for recipe in found}
+
+
+RECIPES = _table()
+
+
+def find(name: str) -> dict[str, Any]:
+    """The flags of a recipe; none for an empty name.
+
+    Raises:
+        ConfigError: there is no such recipe; the nearest is named.
+    """
+    if not name:
+        return {}
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"--recipe={name} is unknown: {hint}`funmatch recipes` lists them all")
+    return RECIPES[name].flags
+
+
+def flagfile(recipe: Recipe) -> str:
+    """The recipe as the text of a file for `--flagfile`."""
+    against = "" if recipe.teacher_accuracy is None else f"; its teacher {recipe.teacher_accuracy:.2f} %"
+    lines = [
+        "# Made by `python -m trainer.recipes --out=recipes`; change trainer/recipes.py instead.",
+        f"# {recipe.name}: {recipe.source}.",
+        f"# Published top-1 {recipe.accuracy:.2f} %{against}.",
+        f"# Teacher: {recipe.teacher}.",
+    ]
+    if recipe.note:
+        lines.append(f"# Note: {recipe.note}.")
+    for name, value in recipe.flags.items():
+        lines += [f"--{name}={item}" for item in (value if isinstance(value, tuple) else (value,))]
+    return "\n".join(lines) + "\n"
+
+
+def table() -> str:
+    """All recipes in Markdown."""
+    rows = ["| recipe | length | T | lr | wd | top-1 % | teacher's |", "|---|---|---|---|---|---|---|"]
+    for recipe in RECIPES.values():
+        f = recipe.flags
+        length = f"{f['epochs']:,.0f} epochs" if "epochs" in f else f"{f['steps']:,} steps"
+        teacher = "" if recipe.teacher_accuracy is None else f"{recipe.teacher_accuracy:.2f}"
+        rows.append(
+            f"| `{recipe.name}` | {length} | {f['temperature']:g} | {f['learning_rate']:g} | {f['weight_decay']:g} "
+            f"| {recipe.accuracy:.2f} | {teacher} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """The verb's flags."""
+    flags.DEFINE_string(
+        "out", "", "Folder for the flagfiles; empty: print the table.", flag_values=values, module_name="recipes"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The verb; returns an exit code."""
+    return cli.run(__doc__, define_flags, _main, argv, tensorflow=False)
+
+
+def _main(values: Any) -> None:
+    if not values.out:
+        print(table(), end="")
+        return
+    folder = pathlib.Path(values.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for recipe in RECIPES.values():
+        (folder / f"{recipe.name}.flags").write_text(flagfile(recipe), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
