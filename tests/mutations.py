@@ -38,8 +38,8 @@ MUTANTS = [
     Mutant(
         "decay not times the learning rate",
         "optim.py",
-        "config.weight_decay / config.learning_rate",
-        "config.weight_decay",
+        "decay = config.weight_decay / config.learning_rate",
+        "decay = config.weight_decay",
         "test_optim.py::test_two_hundred_updates_are_the_formula",
     ),
     Mutant(
@@ -53,8 +53,8 @@ MUTANTS = [
     Mutant(
         "partner from the global batch",
         "views.py",
-        "tf.math.floormod(first - 1 + tf.range(share + 1), batch_size)",
-        "tf.concat([[first + share - 1], first + tf.range(share)], 0)",
+        "cls(tf.math.floormod(first - 1 + tf.range(share + 1), batch_size), partner)",
+        "cls(tf.concat([[first + share - 1], first + tf.range(share)], 0), partner)",
         "test_views.py::test_views_are_the_same_for_any_number_of_replicas",
     ),
     Mutant(
@@ -67,8 +67,8 @@ MUTANTS = [
     Mutant(
         "samples stay inside the crop",
         "views.py",
-        "centre = tf.clip_by_value(centre, start, start + tf.maximum(extent - 1.0, 0.0))",
-        "pass",
+        "        if inside:\n",
+        "        if False:\n",
         "test_views.py::test_render_is_crop_then_tensorflows_resize",
     ),
     Mutant(

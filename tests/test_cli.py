@@ -30,7 +30,7 @@ def test_help_needs_no_tensorflow_and_answers_in_a_second(verb: str, tmp_path: p
     began = time.monotonic()
     done = funmatch(verb, "--help", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert done.returncode == 0, done.stderr
-    assert "--seed" in done.stdout
+    assert "  --" in done.stdout
     assert time.monotonic() - began < 1.0
 
 

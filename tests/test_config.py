@@ -126,7 +126,7 @@ def test_every_flag_has_help() -> None:
         ({"compat": ("everything",)}, "keras_example"),
         ({"central_fraction": 0.0}, "--central_fraction=0.0"),
         ({"min_crop_area": 1.5}, "--min_crop_area=1.5"),
-        ({"max_warmup": 0.0}, "--max_warmup=0.0"),
+        ({"max_warmup": 1.1}, "--max_warmup=1.1"),
         ({"label_smoothing": 1.0}, "--label_smoothing=1.0"),
         ({"fixed_crops": 0}, "--fixed_crops=0"),
         ({"distance": "labels", "views": "ind/ic"}, "--views=ind/ic"),

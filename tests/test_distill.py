@@ -223,15 +223,21 @@ def test_one_two_and_four_replicas_give_the_same_weights(make_config: Callable[.
         # Adam turns rounding of a gradient near zero into a whole step of that one weight, so the update is compared as one.
         moved = np.concatenate([(w - s).ravel() for w, s in zip(found[1][1], start, strict=True)])
         apart = np.concatenate([(w - m).ravel() for w, m in zip(found[1][1], found[replicas][1], strict=True)])
-        assert np.linalg.norm(apart) < 0.03 * np.linalg.norm(moved)
+        # The example's clip, of each variable, makes more of the smallest gradients. test_optim.py is exact about both.
+        near = 0.1 if config.compat else 0.03
+        assert np.linalg.norm(apart) < near * np.linalg.norm(moved)
 
 
-def test_labels_are_mixed_as_the_pictures_are(make_config: Callable[..., Config]) -> None:
-    job = build(make_config(distance="labels", teacher=()))
+@pytest.mark.parametrize("changes", [{}, {"mixup": "example"}, {"compat": ("mixup",)}, {"views": "same/ic"}])
+def test_labels_are_mixed_as_the_pictures_are(make_config: Callable[..., Config], changes: dict) -> None:
+    job = build(make_config(distance="labels", teacher=(), **changes))
     ids = Order(0, len(job.train), 8).batches(0, 1)[0]
-    labels = job.train.labels[ids]
-    own = float(views.uniform(0, tf.constant(0), tf.constant([2**31 - 1]), 1)[0, 0])
-    truth = np.eye(5)[labels] * own + np.eye(5)[np.roll(labels, 1)] * (1 - own)
+    own = np.eye(5)[job.train.labels[ids]]
+    pictures = job.train.images[ids], job.train.sizes[ids]
+    options = {"each": changes.get("mixup") == "example", "reverse": "compat" in changes}
+    share = reference.step_views(job.config.views, *pictures, 0, 0, 4, 4, **options)[2][:, None]
+    other = own[::-1] if options["reverse"] else np.roll(own, 1, axis=0)
+    truth = share * own + (1 - share) * other
     # A head of zeros says the same of all classes: log 5 whatever the target; a bias tells the target.
     bias = np.array([0.5, -1.0, 2.0, 0.0, 1.0], np.float32)
     head = job.student.get_layer("head")

@@ -24,12 +24,16 @@ def store(data: str) -> Store:
     return Store(dataset, dataset.split("test", "final_split"), SIDE, lambda *_: None)
 
 
+def settings(batch: int, **changes: object) -> Config:
+    return Config(image_size=IMAGE, store_size=SIDE, eval_batch_size=batch, **changes)  # type: ignore[arg-type]
+
+
 def outcome(store: Store, teacher_file: str, batch: int, replicas: int) -> evaluate.Outcome:
     made = strategy(replicas)
     with made.scope():
         student = opinionated(bit.bit("tiny", CLASSES, IMAGE, seed=2), 5)
         loaded = teachers.load(Config(teacher=(f"keras:{teacher_file}",), steps=1), CLASSES)
-    return evaluate.Evaluator(made, store, IMAGE, batch, jit_compile=False).run(student, loaded)
+    return evaluate.Evaluator(settings(batch), made, store, jit_compile=False).run(student, loaded)
 
 
 @pytest.mark.parametrize(("batch", "replicas"), [(1, 1), (7, 1), (23, 1), (64, 1), (8, 2), (10, 4)])
@@ -83,7 +87,7 @@ def test_the_teacher_is_computed_once(store: Store, teacher_file: str) -> None:
     (loaded,) = teachers.load(Config(teacher=(f"keras:{teacher_file}",), steps=1), CLASSES)
     counting = Counting(loaded.name, loaded.model, loaded.size, loaded.value_range, loaded.probabilities)
     student = bit.bit("tiny", CLASSES, IMAGE)
-    evaluator = evaluate.Evaluator(strategy(1), store, IMAGE, 10, jit_compile=False)
+    evaluator = evaluate.Evaluator(settings(10), strategy(1), store, jit_compile=False)
     with strategy(1).scope():
         student = bit.bit("tiny", CLASSES, IMAGE)
     first, second = evaluator.run(student, (counting,)), evaluator.run(student, (counting,))
@@ -91,9 +95,20 @@ def test_the_teacher_is_computed_once(store: Store, teacher_file: str) -> None:
     assert first.teacher is second.teacher
 
 
-@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
-def test_export_gives_what_was_evaluated(store: Store, data: str, tmp_path: pathlib.Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "changes"),
+    [
+        ("float32", {}),
+        ("mixed_bfloat16", {}),
+        ("float32", {"student_range": "0,255", "central_fraction": 0.5}),
+        ("float32", {"student_range": "0,1", "compat": ("keras_example",)}),
+    ],
+)
+def test_export_gives_what_was_evaluated(
+    store: Store, data: str, tmp_path: pathlib.Path, precision: str, changes: dict
+) -> None:
     """JPEG bytes and tensors, through a SavedModel that is loaded anew, against the evaluator's logits."""
+    config = settings(23, **changes)
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)
     try:
@@ -101,11 +116,11 @@ def test_export_gives_what_was_evaluated(store: Store, data: str, tmp_path: path
             student = opinionated(bit.bit("tiny", CLASSES, IMAGE, seed=2), 5)
     finally:
         keras.config.set_dtype_policy(policy)
-    measured = evaluate.Evaluator(strategy(1), store, IMAGE, 23, jit_compile=False).run(student, ()).student
+    measured = evaluate.Evaluator(config, strategy(1), store, jit_compile=False).run(student, ()).student
     # In bfloat16 training precision the exported float32 model is the more exact of the two.
     near = 1e-4 if precision == "float32" else 0.2
     dataset = Dataset.load(data)
-    export.write(str(tmp_path), student, dataset.classes, IMAGE, SIDE, {"student": "bit-tiny"})
+    export.write(str(tmp_path), student, dataset.classes, config, {"student": "bit-tiny"})
     loaded = tf.saved_model.load(str(tmp_path / "saved_model"))
     encoded = EncodedSplit(dataset, dataset.splits["test"])
     pictures = [encoded.picture(i).encoded for i in range(23)]
@@ -119,4 +134,6 @@ def test_export_gives_what_was_evaluated(store: Store, data: str, tmp_path: path
         one = loaded.signatures["images"](images=image)["logits"].numpy()[0]
         assert np.abs(one - measured[i]).max() < near
     assert json.loads((tmp_path / "classes.json").read_text()) == list(dataset.classes)
-    assert "bit-tiny" in (tmp_path / "MODEL_CARD.md").read_text()
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "bit-tiny" in card
+    assert f"in [{config.student_range.replace(',', ', ')}]" in card

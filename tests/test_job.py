@@ -143,6 +143,34 @@ def test_loop_length_does_not_change_the_weights(
     assert final_state(f"{tmp_path}/run") == final_state(uninterrupted)
 
 
+WAYS = [
+    ["--optimizer=muon", "--mixup=example"],
+    ["--views=fix/ic_ens", "--fixed_crops=3"],
+    ["--recipe=keras_example", "--warmup_steps=3", "--student_range=0,255"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_resume_to_the_bit_too(flags: list[str], tmp_path: pathlib.Path, way: list[str]) -> None:
+    assert here(*flags, *way, f"--workdir={tmp_path}/whole/run").returncode == 0
+    assert killed([*flags, *way], f"{tmp_path}/cut/run", "loop:Job.advance", 4, "SIGKILL") == -signal.SIGKILL
+    assert here(*flags, *way, f"--workdir={tmp_path}/cut/run").returncode == 0
+    same(f"{tmp_path}/whole/run", f"{tmp_path}/cut/run")
+
+
+def test_the_keras_example_as_one_recipe(flags: list[str], tmp_path: pathlib.Path) -> None:
+    """All its points in one run, to the report; the data and the sizes are ours."""
+    done = here(*flags, "--recipe=keras_example", f"--workdir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert "warm-up takes 1,500 of 12 steps" in done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["compat"] == ["keras_example"]
+    assert (config["student"], config["student_range"], config["temperature"]) == ("bit-tiny", "0,1", 10.0)
+    assert (config["steps"], config["schedule_steps"]) == (12, 12)
+    assert "in [0, 1]" in (tmp_path / "run" / "export" / "MODEL_CARD.md").read_text()
+
+
 KILLER = """
 import os, signal, sys
 from trainer import {module} as module

@@ -177,7 +177,9 @@ class Config:
         -1, "method", "Linear warm-up from 0; -1: 1,500 or a tenth of the run, whichever is less."
     )
     max_warmup: float = _field(
-        1.0, "method", "Warm-up takes at most this share of the run, in (0, 1]: for published warm-ups on short runs."
+        0.0,
+        "method",
+        "Warm-up takes at most this share of the run, in [0, 1], for published warm-ups on short runs; 0: any.",
     )
     steps: int = _field(0, "method", "Updates to make; give this or --epochs.")
     epochs: float = _field(
@@ -256,8 +258,9 @@ class Config:
             self._need(name, getattr(self, name) >= 1, "it must be at least 1")
         for name in ("temperature", "learning_rate"):
             self._need(name, getattr(self, name) > 0, "it must be above 0")
-        for name in ("min_crop_area", "central_fraction", "max_warmup"):
+        for name in ("min_crop_area", "central_fraction"):
             self._need(name, 0 < getattr(self, name) <= 1, "it must be above 0 and at most 1")
+        self._need("max_warmup", 0 <= self.max_warmup <= 1, "it must be from 0 to 1")
         self._need("label_smoothing", 0 <= self.label_smoothing < 1, "it must be at least 0 and below 1")
         for name in (
             "weight_decay",
@@ -328,8 +331,8 @@ class Config:
         """Fills in what depends on the number of training examples (>= 1): steps, warm-up, intervals, sizes."""
         steps = self.steps or max(1, round(self.epochs * examples / self.batch_size))
         warmup = self.warmup_steps if self.warmup_steps >= 0 else min(1500, steps // 10)
-        if warmup > self.max_warmup * steps:
-            warmup = int(self.max_warmup * steps)
+        if self.max_warmup:
+            warmup = min(warmup, int(self.max_warmup * steps))
         return dataclasses.replace(
             self,
             steps=steps,

@@ -121,7 +121,8 @@ class Evaluator:
         return tuple(np.ascontiguousarray(mean[:, number]) for number in range(len(teachers)))
 
     def _compile(self, sizes: set[int], model: Callable[[dict[int, tf.Tensor]], tf.Tensor]) -> Callable:
-        def forward(images: tf.Tensor, originals: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
+        def forward(images: tf.Tensor, originals: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
+            del ids  # the central crop is the same whichever example it is
             made = {size: views.evaluation_view(self._config, images, originals, size) for size in sizes}
             return tf.cast(model(made), tf.float32)
 

@@ -166,7 +166,9 @@ def whole_box(sizes: tf.Tensor) -> tf.Tensor:
     return tf.concat([tf.zeros_like(sizes), tf.ones_like(sizes)], axis=1)
 
 
-def _weights(start: tf.Tensor, extent: tf.Tensor, flip: tf.Tensor | None, side: int, out: int, area: bool) -> tf.Tensor:
+def _weights(
+    start: tf.Tensor, extent: tf.Tensor, flip: tf.Tensor | None, side: int, out: int, area: bool, inside: bool
+) -> tf.Tensor:
     """Interpolation matrices float32 [n, out, side] of one axis, for crops in fractions of it (float32 [n])."""
     start, extent = (start * side)[:, None], (extent * side)[:, None]
     cell = tf.range(out, dtype=tf.float32)[None, :]
@@ -177,7 +179,8 @@ def _weights(start: tf.Tensor, extent: tf.Tensor, flip: tf.Tensor | None, side: 
     centre = start + (cell + 0.5) * step - 0.5
     if not area:
         # Samples outside the crop take its border pixel, as in tf.image.resize of the crop.
-        centre = tf.clip_by_value(centre, start, start + tf.maximum(extent - 1.0, 0.0))
+        if inside:
+            centre = tf.clip_by_value(centre, start, start + tf.maximum(extent - 1.0, 0.0))
         centre = tf.clip_by_value(centre, 0.0, side - 1.0)
         return tf.nn.relu(1.0 - tf.abs(source - centre[:, :, None]))
     # A cell averages what it covers, a pixel at the least, each pixel by the share of it that is covered.
@@ -188,7 +191,15 @@ def _weights(start: tf.Tensor, extent: tf.Tensor, flip: tf.Tensor | None, side: 
     return cover / tf.reduce_sum(cover, axis=2, keepdims=True)
 
 
-def render(images: tf.Tensor, box: tf.Tensor, flip: tf.Tensor | None, size: int, *, area: bool = False) -> tf.Tensor:
+def render(
+    images: tf.Tensor,
+    box: tf.Tensor,
+    flip: tf.Tensor | None,
+    size: int,
+    *,
+    area: bool = False,
+    inside: bool = True,
+) -> tf.Tensor:
     """Crops, resizes and flips.
 
     Args:
@@ -197,13 +208,14 @@ def render(images: tf.Tensor, box: tf.Tensor, flip: tf.Tensor | None, size: int,
         flip: bool [n], true for a left-right mirror; None for none.
         size: side of the result in pixels.
         area: average over what each pixel covers (evaluation) instead of bilinear interpolation (training).
+        inside: see nothing beside the crop: crop, then resize. False: resize, then crop.
 
     Returns:
         float32 [n, size, size, 3] in [-1, 1].
     """
     side = images.shape[1]
-    rows = _weights(box[:, 0], box[:, 2], None, side, size, area)
-    columns = _weights(box[:, 1], box[:, 3], flip, side, size, area)
+    rows = _weights(box[:, 0], box[:, 2], None, side, size, area, inside)
+    columns = _weights(box[:, 1], box[:, 3], flip, side, size, area, inside)
     n = tf.shape(images)[0]
     # float32 holds 0..255 exactly; [n, size, side] x [n, side, side * 3], then the other axis.
     pixels = tf.reshape(tf.cast(images, tf.float32), [n, side, side * 3])
@@ -311,7 +323,10 @@ def training_views(
         else:
             draws = uniform(config.seed, step, rows.numbers, _DRAWS, first)
             box, flip = _box(config, chosen.student, draws, sizes), draws[:, -1] < 0.5
-        return {size: mixed(render(images, box, flip, size, area=flip is None)) for size in wanted}
+        cropped_first = not config.like_example("crop")
+        return {
+            size: mixed(render(images, box, flip, size, area=flip is None, inside=cropped_first)) for size in wanted
+        }
 
     n = tf.shape(rows.split(rows.numbers)[0])[0]
     share = tf.ones([n, 1])
@@ -361,7 +376,8 @@ def fixed_view(
     if kind == "central":
         return evaluation_view(config, images, sizes, size)
     draws = uniform(config.seed, crop, ids, _DRAWS, _FIXED_CROP)
-    return render(images, _box(config, "inception", draws, sizes), draws[:, -1] < 0.5, size)
+    box = _box(config, "inception", draws, sizes)
+    return render(images, box, draws[:, -1] < 0.5, size, inside=not config.like_example("crop"))
 
 
 def evaluation_view(config: Config, images: tf.Tensor, sizes: tf.Tensor, size: int) -> tf.Tensor:

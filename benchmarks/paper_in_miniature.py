@@ -1,0 +1,296 @@
+"""The paper's claims on drawn flowers, on a CPU: does function matching win, do fixed teachers overfit, does patience pay?
+
+    python benchmarks/paper_in_miniature.py --out=build/miniature            # about an hour on two cores
+    python benchmarks/paper_in_miniature.py --out=build/quick --quick        # about ten minutes: one seed, two budgets
+
+Every student is the same network on the same few pictures. What differs is one thing at a time: which views teacher and
+student get (the paper's eight modes), labels instead of a teacher, the teacher, the optimizer, the number of steps. The learning
+rate of each is chosen on the validation split with a seed of its own (0) at the middle budget; the table is measured on the test
+split with other seeds (1, 2, 3). A run that is in OUT/runs.jsonl is not made again: the command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import tensorflow as tf
+
+from trainer import accelerator, config, loop, prepare, teacher
+from trainer.config import Config
+from trainer.journal import Screen
+from trainer.store import Order
+
+CLASSES, PICTURE, IMAGE, BATCH, TRAIN, HELD_OUT = 12, 64, 32, 64, 120, 1500
+TEACHERS = {"weak": 100, "middling": 300, "strong": 1200}  # steps of the teacher's own training
+RATES = {"adamw": (0.003, 0.01), "muon": (0.003, 0.01)}
+TEMPERATURE = 2.0
+CROPS = 200  # of fix/ic_ens; the paper takes 1,000
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to train the student."""
+
+    name: str
+    views: str = "mix"
+    distance: str = "kl"
+    teacher: str = "strong"
+    optimizer: str = "adamw"
+
+
+MODES = [Way(mode, views=mode) for mode in config.VIEWS]
+LABELS = [
+    Way("labels, inception crops", views="same/ic", distance="labels"),
+    Way("labels, crops and mixup", distance="labels"),
+]
+OTHERS = [Way("mix, weak teacher", teacher="weak"), Way("mix, middling teacher", teacher="middling")]
+MUON = [Way("mix, Muon", optimizer="muon")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of a run of the benchmark: steps from small to large, the one rates are chosen at, seeds of the table."""
+
+    budgets: tuple[int, ...]
+    choose_at: int
+    seeds: tuple[int, ...]
+
+
+FULL = Plan((150, 600, 2400), 600, (1, 2, 3))
+QUICK = Plan((100, 400), 100, (1,))
+
+
+class Quiet(Screen):
+    """A screen that shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Drops a line."""
+
+    def progress(self, *_: Any) -> None:
+        """Drops progress."""
+
+
+def make_data(out: pathlib.Path) -> pathlib.Path:
+    """Draws the pictures: many for the teacher, few for the student, and two held-out splits."""
+    folder = out / "data"
+    if not (folder / "dataset.json").exists():
+        splits = {"pretrain": 6000, "train": TRAIN, "validation": HELD_OUT, "test": HELD_OUT}
+        prepare.synthetic(str(folder), 0, CLASSES, PICTURE, splits, lambda *_: None)
+    return folder
+
+
+def make_teachers(out: pathlib.Path, data: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Trains a teacher for each entry of `TEACHERS`, from labels, with `trainer.teacher`."""
+    found = {}
+    for name, steps in TEACHERS.items():
+        path = out / f"teacher_{name}.keras"
+        if not path.exists():
+            flags = {
+                "data": data,
+                "train_split": "pretrain",
+                "model": "bit-small",
+                "steps": steps,
+                "image_size": IMAGE,
+                "store_size": PICTURE,
+                "batch_size": 128,
+                "eval_batch_size": 250,
+                "learning_rate": 0.003,
+                "eval_every": steps,
+                "out": path,
+            }
+            if code := teacher.main([f"--{flag}={value}" for flag, value in flags.items()]):
+                raise SystemExit(code)
+        found[name] = path
+    return found
+
+
+def train(way: Way, steps: int, seed: int, rate: float, data: pathlib.Path, teachers: dict[str, pathlib.Path]) -> dict:
+    """One run: top-1 on both held-out splits in percent, mean KL to the teacher's targets over the last tenth of training."""
+    keras.utils.clear_session()
+    gc.collect()
+    settings = Config(
+        data=str(data),
+        teacher=() if way.distance == "labels" else (f"keras:{teachers[way.teacher]}",),
+        student="bit-tiny",
+        image_size=IMAGE,
+        store_size=PICTURE,
+        batch_size=BATCH,
+        eval_batch_size=250,
+        steps=steps,
+        seed=seed,
+        views=way.views,
+        fixed_crops=CROPS,
+        distance=way.distance,
+        temperature=TEMPERATURE,
+        optimizer=way.optimizer,
+        learning_rate=rate,
+        weight_decay=1e-4,
+    )
+    began = time.monotonic()
+    job = loop.build(settings, accelerator.resolve("none"), Quiet())
+    order = Order(seed, len(job.train), BATCH)
+    last: list[float] = []
+    while job.step < steps:
+        metrics = job.advance(min(50, steps - job.step), order)
+        if job.step > 0.9 * steps:
+            last.append(metrics["kl"])
+    row = {"way": way.name, "steps": steps, "seed": seed, "rate": rate, "train_kl": statistics.fmean(last)}
+    for split in ("validation", "test"):
+        measured = job.evaluator(split).run(job.student, job.teachers).metrics()
+        row[split] = 100 * measured["student_top1"]
+        if "teacher_top1" in measured:
+            row[f"teacher_{split}"] = 100 * measured["teacher_top1"]
+    return row | {"seconds": round(time.monotonic() - began, 1)}
+
+
+class Runs:
+    """Rows of runs.jsonl: each run once."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows = [json.loads(line) for line in lines]
+
+    def get(self, way: Way, steps: int, seed: int, rate: float, **files: Any) -> dict:
+        """The row, from the file or from a run."""
+        for row in self.rows:
+            if (row["way"], row["steps"], row["seed"], row["rate"]) == (way.name, steps, seed, rate):
+                return row
+        row = train(way, steps, seed, rate, **files)
+        self.rows.append(row)
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"{len(self.rows):4}  {way.name:24} {steps:5} steps, seed {seed}, rate {rate:<6}: test {row['test']:5.1f} %, "
+            f"{row['seconds']:.0f} s",
+            flush=True,
+        )
+        return row
+
+
+def choose_rates(runs: Runs, ways: Iterable[Way], plan: Plan, **files: Any) -> dict[str, float]:
+    """For each way the learning rate that is best on validation, with seed 0."""
+    chosen = {}
+    for way in ways:
+        rows = [runs.get(way, plan.choose_at, 0, rate, **files) for rate in RATES[way.optimizer]]
+        chosen[way.name] = max(rows, key=lambda row: row["validation"])["rate"]
+    return chosen
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(results: dict[str, dict[int, list[dict]]], plan: Plan, rates: dict[str, float]) -> str:
+    """Markdown: test top-1 by way and budget, and how close the student came to its targets in training."""
+    budgets = " | ".join(f"{steps:,} steps" for steps in plan.budgets)
+    lines = [
+        f"| way | lr | {budgets} | KL in training, {plan.budgets[-1]:,} steps (nats) |",
+        "|---|---|" + "---|" * (len(plan.budgets) + 1),
+    ]
+    for name, by_steps in results.items():
+        cells = [
+            spread([row["test"] for row in by_steps[steps]]) if steps in by_steps else "" for steps in plan.budgets
+        ]
+        longest = by_steps.get(plan.budgets[-1])
+        fit = f"{statistics.fmean(row['train_kl'] for row in longest):.3f}" if longest else ""
+        lines.append(f"| {name} | {rates[name]:g} | {' | '.join(cells)} | {fit} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(results: dict[str, dict[int, list[dict]]], plan: Plan, teacher_top1: float, path: pathlib.Path) -> None:
+    """Accuracy against steps, one line a way, with each seed's points."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "funmatch"
+    import matplotlib.pyplot as plt
+
+    groups = {
+        "views (AdamW, strong teacher)": [way.name for way in MODES],
+        "function matching and others": ["mix", *(way.name for way in (*MUON, *OTHERS, *LABELS))],
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    for axis, (title, names) in zip(axes, groups.items(), strict=True):
+        for number, name in enumerate(names):
+            if name not in results:
+                continue
+            steps = sorted(results[name])
+            means = [statistics.fmean(row["test"] for row in results[name][s]) for s in steps]
+            line = axis.plot(steps, means, marker="o", markersize=4, label=name, color=f"C{number}", linewidth=1.4)[0]
+            for s in steps:
+                points = [row["test"] for row in results[name][s]]
+                axis.plot([s] * len(points), points, ".", color=line.get_color(), markersize=3, alpha=0.6)
+        axis.axhline(teacher_top1, color="black", linestyle=":", linewidth=1, label="strong teacher")
+        axis.set(title=title, xlabel="steps", xscale="log", xticks=plan.budgets)
+        axis.set_xticklabels([f"{steps:,}" for steps in plan.budgets])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("test top-1, %")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def processor() -> str:
+    """The processor's name, where Linux tells it."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def main() -> None:
+    """Runs what is missing and writes table.md and picture.svg."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/miniature"))
+    parser.add_argument("--quick", action="store_true", help="one seed and two budgets, about ten minutes")
+    arguments = parser.parse_args()
+    out, plan = arguments.out, QUICK if arguments.quick else FULL
+    out.mkdir(parents=True, exist_ok=True)
+    data = make_data(out)
+    files: dict[str, Any] = {"data": data, "teachers": make_teachers(out, data)}
+    runs = Runs(out / "runs.jsonl")
+    everywhere = [*MODES, *LABELS, *MUON]
+    rates = choose_rates(runs, everywhere, plan, **files)
+    rates |= {way.name: rates["mix"] for way in OTHERS}
+    results: dict[str, dict[int, list[dict]]] = {}
+    # Seed by seed, so that a stopped run has compared all ways.
+    for seed in plan.seeds:
+        for way in (*everywhere, *OTHERS):
+            for steps in plan.budgets if way in everywhere else plan.budgets[-1:]:
+                row = runs.get(way, steps, seed, rates[way.name], **files)
+                results.setdefault(way.name, {}).setdefault(steps, []).append(row)
+    quality = {
+        name: next(row["teacher_test"] for row in runs.rows if row["way"] == way)
+        for name, way in (("weak", OTHERS[0].name), ("middling", OTHERS[1].name), ("strong", "mix"))
+    }
+    told = ", ".join(f"{name} {top1:.1f} %" for name, top1 in quality.items())
+    minutes = sum(row["seconds"] for row in runs.rows) / 60
+    seeds = "1 seed" if len(plan.seeds) == 1 else f"{len(plan.seeds)} seeds: mean ± standard deviation"
+    notes = (
+        f"\nTest top-1 in percent, {seeds}. Teachers: {told}. {TRAIN} pictures of {CLASSES} species, batches of {BATCH}, "
+        f"{IMAGE} px, T = {TEMPERATURE:g}.\n{len(runs.rows)} runs, {minutes:.0f} minutes in them; {processor()}, "
+        f"{os.cpu_count()} cores, TensorFlow {tf.__version__}, Python {platform.python_version()}.\n"
+    )
+    text = table(results, plan, rates) + notes
+    (out / "table.md").write_text(text)
+    picture(results, plan, quality["strong"], out / "picture.svg")
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()
