@@ -4,6 +4,7 @@
 VENV ?= .venv
 IMAGE ?= funmatch:cpu
 SMOKE_FLAGS ?=
+MINIATURE_FLAGS ?=
 PYTEST_FLAGS ?=
 BUILD_FLAGS ?=
 
@@ -15,7 +16,7 @@ LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --gen
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv smoke test test-slow test-docker mutations lint lock image clean
+.PHONY: help venv smoke test test-slow test-docker mutations miniature lint lock image clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +37,9 @@ test-docker: venv  ## Build the image and test it. Starts an engine of its own (
 
 mutations: venv  ## Break each guard in turn, in a copy, and see its test fail. One: MUTANT="clip".
 	$(PY) tests/mutations.py $(MUTANT)
+
+miniature: venv  ## The paper's claims on drawn flowers, an hour and more. Ten minutes: MINIATURE_FLAGS=--quick.
+	$(PY) benchmarks/paper_in_miniature.py $(MINIATURE_FLAGS)
 
 lint: venv  ## Check style, formatting and types.
 	$(PY) -m ruff check .

@@ -33,9 +33,9 @@ from trainer.config import Config
 from trainer.journal import Screen
 from trainer.store import Order
 
-CLASSES, PICTURE, IMAGE, BATCH, TRAIN, HELD_OUT = 12, 64, 32, 64, 120, 1500
+CLASSES, PICTURE, IMAGE, BATCH, PRETRAIN, TRAIN, HELD_OUT = 12, 64, 32, 64, 6000, 120, 1500
 TEACHERS = {"weak": 100, "middling": 300, "strong": 1200}  # steps of the teacher's own training
-RATES = {"adamw": (0.003, 0.01), "muon": (0.003, 0.01)}
+RATES = {"adamw": (0.003, 0.01, 0.03), "muon": (0.003, 0.01, 0.03)}
 TEMPERATURE = 2.0
 CROPS = 200  # of fix/ic_ens; the paper takes 1,000
 
@@ -87,7 +87,7 @@ def make_data(out: pathlib.Path) -> pathlib.Path:
     """Draws the pictures: many for the teacher, few for the student, and two held-out splits."""
     folder = out / "data"
     if not (folder / "dataset.json").exists():
-        splits = {"pretrain": 6000, "train": TRAIN, "validation": HELD_OUT, "test": HELD_OUT}
+        splits = {"pretrain": PRETRAIN, "train": TRAIN, "validation": HELD_OUT, "test": HELD_OUT}
         prepare.synthetic(str(folder), 0, CLASSES, PICTURE, splits, lambda *_: None)
     return folder
 

@@ -91,6 +91,11 @@ def test_flagfiles_are_the_table(name: str) -> None:
     assert by_file | {"recipe": name} == by_name
 
 
+def test_the_documents_table_is_the_table() -> None:
+    text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert text.split("<!-- recipes -->\n")[1].split("<!-- /recipes -->")[0] == recipes.table()
+
+
 def test_no_flagfile_is_left_over() -> None:
     assert {path.stem for path in (ROOT / "recipes").iterdir()} == set(recipes.RECIPES)
 

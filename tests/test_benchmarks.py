@@ -1,0 +1,96 @@
+"""The benchmark's bookkeeping, and that it still runs: figures in documents come from it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import sys
+import types
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def miniature(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("paper_in_miniature", ROOT / "benchmarks" / "paper_in_miniature.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rates_are_chosen_on_validation_with_a_seed_of_their_own(
+    miniature: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Test accuracy, which points to another rate here, does not count; and no run is made twice."""
+    asked = []
+
+    def train(way: object, steps: int, seed: int, rate: float, **_: object) -> dict:
+        asked.append((steps, seed, rate))
+        best = rate == 0.01
+        return {
+            "way": way.name,
+            "steps": steps,
+            "seed": seed,
+            "rate": rate,
+            "validation": best,
+            "test": not best,
+            "seconds": 0,
+        }
+
+    monkeypatch.setattr(miniature, "train", train)
+    ways = miniature.MODES[:2]
+    path = tmp_path / "runs.jsonl"
+    for _ in range(2):
+        runs = miniature.Runs(path)
+        rates = miniature.choose_rates(runs, ways, miniature.FULL)
+        assert rates == {way.name: 0.01 for way in ways}
+    assert len(asked) == 2 * len(miniature.RATES["adamw"])
+    assert {(steps, seed) for steps, seed, _ in asked} == {(miniature.FULL.choose_at, 0)}
+    assert 0 not in miniature.FULL.seeds
+    assert len(path.read_text().splitlines()) == len(asked)
+
+
+def test_the_committed_table_is_of_the_committed_runs(miniature: types.ModuleType) -> None:
+    """benchmarks/miniature holds what one full run wrote; its table follows from its rows."""
+    folder = ROOT / "benchmarks" / "miniature"
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    plan = miniature.FULL
+    results: dict = {}
+    for seed in plan.seeds:
+        for row in (row for row in rows if row["seed"] == seed):
+            results.setdefault(row["way"], {}).setdefault(row["steps"], []).append(row)
+    assert set(results) == {
+        way.name for way in (*miniature.MODES, *miniature.LABELS, *miniature.MUON, *miniature.OTHERS)
+    }
+    rates = {name: next(iter(by_steps.values()))[0]["rate"] for name, by_steps in results.items()}
+    text = (folder / "table.md").read_text()
+    table = miniature.table(results, plan, rates)
+    assert sorted(text.split("\n\n")[0].splitlines()) == sorted(table.strip().splitlines())
+    for by_steps in results.values():
+        assert all(len(found) == len(plan.seeds) for found in by_steps.values())
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(
+    miniature: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(miniature, "HELD_OUT", 40)
+    monkeypatch.setattr(miniature, "CLASSES", 4)
+    monkeypatch.setattr(miniature, "TRAIN", 16)
+    monkeypatch.setattr(miniature, "PRETRAIN", 40)
+    monkeypatch.setattr(miniature, "TEACHERS", {"weak": 1, "middling": 2, "strong": 3})
+    monkeypatch.setattr(miniature, "RATES", {"adamw": (0.003,), "muon": (0.003,)})
+    monkeypatch.setattr(miniature, "QUICK", miniature.Plan((2, 3), 2, (1,)))
+    monkeypatch.setattr(miniature, "MODES", [way for way in miniature.MODES if way.name in ("fix/ic_ens", "mix")])
+    monkeypatch.setattr(miniature, "LABELS", miniature.LABELS[:1])
+    monkeypatch.setattr(miniature, "CROPS", 2)
+    monkeypatch.setattr(sys, "argv", ["paper_in_miniature", f"--out={tmp_path}", "--quick"])
+    miniature.main()
+    text = (tmp_path / "table.md").read_text()
+    assert all(f"| {name} |" in text for name in ("mix", "fix/ic_ens", "mix, Muon", "mix, weak teacher"))
+    assert "<svg" in (tmp_path / "picture.svg").read_text()
