@@ -20,6 +20,7 @@ ORDER = [
     ["prepare", "store", "views"],
     ["models.bit"],
     ["models.loading"],
+    ["models.weights"],
     ["models.students"],
     ["models.teachers"],
     ["optim"],

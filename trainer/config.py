@@ -25,6 +25,7 @@ MIXUPS = ("batch", "example")
 ENSEMBLES = ("mean_logits", "mean_probabilities", "sum_losses")
 OPTIMIZERS = ("adamw", "muon")
 COMPAT = ("keras_example", "crop", "central", "mixup", "distance", "clip", "decay")
+ROOT_POOLS = ("zero", "inf")
 JIT = ("auto", "on", "off")
 
 
@@ -73,7 +74,8 @@ class Config:
     teacher: tuple[str, ...] = _field(
         (),
         "teacher",
-        "keras:PATH, random:NAME (untrained, for timing). Repeat for several.",
+        "keras:PATH; bit:ARCH@FILE.npz or bit:NAME, a published BiT such as R152x2_T_flowers128; random:NAME (untrained, for "
+        "timing). Repeat for several. Paths may be gs:// or https://.",
         state=False,
     )
     teacher_image_size: tuple[int, ...] = _field(
@@ -93,6 +95,9 @@ class Config:
         "What a teacher returns; auto looks at its last layer and at its outputs.",
         choices=OUTPUTS,
     )
+    teacher_sha256: tuple[str, ...] = _field(
+        (), "teacher", "SHA-256 (hex) that each teacher's file must have; empty: any.", state=False
+    )
     ensemble: str = _field(
         "mean_logits",
         "teacher",
@@ -104,6 +109,18 @@ class Config:
         "bit-r50x1",
         "student",
         "bit-tiny, bit-small, bit-r50x1, ..., resnet50v2, mobilenetv3-large, app:NAME (keras.applications), keras:PATH.",
+    )
+    student_weights: str = _field(
+        "",
+        "student",
+        "Weights that a bit-ARCH student starts from: bit:ARCH@FILE.npz or a published bit:NAME (paper, Fig. 5). Empty: drawn.",
+        state=False,
+    )
+    root_pool: str = _field(
+        "zero",
+        "student",
+        "Border of the root pool of BiT students and bit: teachers: zero (the released BiT) or inf (big_vision's own model).",
+        choices=ROOT_POOLS,
     )
     image_size: int = _field(
         128,
@@ -292,7 +309,7 @@ class Config:
             raise ConfigError(f"--optimizer={self.optimizer}: the Keras example's decay (--compat) is that of adamw")
         if self.distance != "kl" and "distance" in self.compat:
             raise ConfigError(f"--distance={self.distance}: the Keras example's distance (--compat) is kl")
-        for name in ("teacher_image_size", "teacher_range"):
+        for name in ("teacher_image_size", "teacher_range", "teacher_sha256"):
             count = len(getattr(self, name))
             if count > 1 and count != len(self.teacher):
                 raise ConfigError(

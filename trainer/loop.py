@@ -147,6 +147,7 @@ def identify(config: Config) -> tuple[Config, Dataset, Dataset, dict[str, Any]]:
         "classes": len(held_out.classes),
         "data": f"{split.name}: {split.examples} examples, {split.crc32c}",
         "teacher": [teachers.checksum(config, name) for name in config.teacher],
+        "student_weights": students.start_checksum(config.student_weights),
     }
     return config, data, held_out, identity
 
@@ -173,7 +174,13 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
                 f"teacher {teacher.name}: {teacher.model.count_params():,} parameters, {teacher.size} px, {teacher.value_range}"
             )
         student = students.build(
-            config.student, classes, config.image_size, precision=config.precision, seed=config.seed
+            config.student,
+            classes,
+            config.image_size,
+            precision=config.precision,
+            seed=config.seed,
+            start=config.student_weights,
+            root_pool=config.root_pool,
         )
         screen.say(f"student {config.student}: {student.count_params():,} parameters, {config.image_size} px")
 

@@ -18,6 +18,7 @@ _HIDDEN = (
     "teacher_image_size",
     "teacher_range",
     "teacher_outputs",
+    "teacher_sha256",
     "ensemble",
     "recipe",
     "student",

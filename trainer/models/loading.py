@@ -1,13 +1,17 @@
-"""Models from files: `.keras`, in safe mode, with what their last layer returns."""
+"""Models from files: brought to this machine, checked, and `.keras` ones loaded in safe mode."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
+import urllib.request
+import uuid
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from trainer import files
 from trainer.errors import DataError
@@ -23,22 +27,13 @@ def load_keras(path: str, role: str) -> tuple[keras.Model, bool]:
     Raises:
         DataError: not there, not a Keras 3 file, unsafe, or not an image classifier; `role` says whose file it is.
     """
-    local, remove = path, None
-    if not files.exists(path):
-        raise DataError(f"--{role}=keras:{path}: there is no such file")
-    try:
-        if files.is_remote(path) or not path.endswith(".keras"):
-            handle, local = tempfile.mkstemp(suffix=".keras")
-            remove = local
-            with os.fdopen(handle, "wb") as file:
-                file.write(files.read(path, f"the {role}"))
+    with tempfile.TemporaryDirectory() as folder:
+        link = os.path.join(folder, "model.keras")  # Keras goes by the name
+        os.symlink(os.path.abspath(local(path, role)), link)
         try:
-            model = keras.saving.load_model(local, compile=False, safe_mode=True)
+            model = keras.saving.load_model(link, compile=False, safe_mode=True)
         except Exception as error:  # Keras raises nearly every type for a damaged or foreign file
             raise DataError(f"--{role}=keras:{path} does not load as a Keras 3 model: {files.reason(error)}") from error
-    finally:
-        if remove:
-            os.unlink(remove)
     shapes = getattr(model, "input_shape", None), getattr(model, "output_shape", None)
     if not isinstance(shapes[0], tuple) or len(shapes[0]) != 4 or shapes[0][-1] != 3 or len(shapes[1] or ()) != 2:
         raise DataError(
@@ -74,11 +69,80 @@ def strip_softmax(model: keras.Model) -> keras.Model:
 
 
 def checksum(path: str, role: str) -> str:
-    """SHA-256 (hex) of a file, on a disk or gs://.
+    """SHA-256 (hex) of a file, wherever it lies.
 
     Raises:
         DataError: it cannot be read.
     """
-    if not files.exists(path):
-        raise DataError(f"--{role}=keras:{path}: there is no such file")
-    return hashlib.sha256(files.read(path, f"the {role}")).hexdigest()
+    try:
+        with open(local(path, role), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"--{role}: cannot read {path}: {files.reason(error)}") from error
+
+
+def cache_folder() -> str:
+    """Where files from elsewhere are kept: $FUNMATCH_CACHE, else ~/.cache/funmatch, else a folder for temporary files."""
+    home = os.environ.get("FUNMATCH_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "funmatch")
+    try:
+        os.makedirs(home, exist_ok=True)
+        if os.access(home, os.W_OK):
+            return home
+    except OSError:
+        pass
+    return tempfile.mkdtemp(prefix="funmatch-")
+
+
+def local(path: str, role: str) -> str:
+    """A path on this machine's disk with the content of `path`: itself, or a copy in the cache, which is made once.
+
+    Args:
+        path: on a disk, gs:// or https://. A copy is known by its address and by what the server says of its version.
+        role: the flag whose file it is, for errors.
+
+    Raises:
+        DataError: it is not there or cannot be brought here whole.
+    """
+    if path.startswith("http://"):
+        raise DataError(f"--{role}: {path} comes over an open line that anybody can change; use https:// or gs://")
+    if not path.startswith("https://") and not files.exists(path):
+        raise DataError(f"--{role}={path}: there is no such file")
+    if not files.is_remote(path):
+        return path
+    part = ""
+    try:
+        key = hashlib.sha256(f"{path} {_version(path)}".encode()).hexdigest()[:16]
+        kept = os.path.join(cache_folder(), f"{key}-{path.rsplit('/', 1)[-1]}")
+        if os.path.exists(kept):
+            return kept
+        part = f"{kept}.{uuid.uuid4().hex[:8]}.part"
+        with open(part, "wb") as target:
+            _copy(path, role, target)
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(part, kept)
+    except (OSError, tf.errors.OpError) as error:  # URLError is an OSError
+        raise DataError(f"--{role}: cannot fetch {path}: {getattr(error, 'reason', None) or error}") from error
+    finally:
+        if part and os.path.exists(part):
+            os.unlink(part)
+    return kept
+
+
+def _version(path: str) -> str:
+    if not path.startswith("https://"):
+        found = tf.io.gfile.stat(path)
+        return f"{found.length} {found.mtime_nsec}"
+    with urllib.request.urlopen(urllib.request.Request(path, method="HEAD"), timeout=60) as answer:
+        return " ".join(answer.headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Length"))
+
+
+def _copy(path: str, role: str, target: Any) -> None:
+    if not path.startswith("https://"):
+        target.write(files.read(path, f"the {role}"))
+        return
+    with urllib.request.urlopen(path, timeout=60) as answer:
+        shutil.copyfileobj(answer, target, 1 << 20)
+        promised = answer.headers.get("Content-Length")
+    if promised is not None and target.tell() != int(promised):
+        raise OSError(f"{target.tell():,} of {int(promised):,} bytes came")

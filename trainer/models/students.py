@@ -13,7 +13,7 @@ import keras
 
 from trainer import files
 from trainer.errors import ConfigError, DataError
-from trainer.models import bit, loading
+from trainer.models import bit, loading, weights
 
 _SHORT = {
     "resnet50v2": "ResNet50V2",
@@ -22,7 +22,16 @@ _SHORT = {
 }
 
 
-def build(name: str, classes: int, image_size: int, *, precision: str = "float32", seed: int = 0) -> keras.Model:
+def build(
+    name: str,
+    classes: int,
+    image_size: int,
+    *,
+    precision: str = "float32",
+    seed: int = 0,
+    start: str = "",
+    root_pool: str = "zero",
+) -> keras.Model:
     """Builds the student `name`, new, with weights drawn from `seed`.
 
     Args:
@@ -32,6 +41,9 @@ def build(name: str, classes: int, image_size: int, *, precision: str = "float32
         image_size: side of the images in pixels.
         precision: a Keras dtype policy; the logits are float32 under each.
         seed: of the initial weights.
+        start: `bit:ARCH@FILE.npz` or `bit:NAME`, weights to start a `bit-ARCH` student from (paper, Fig. 5); the classifier is new,
+            unless the file's has as many classes.
+        root_pool: of BiT models, see `bit.bit`.
 
     Raises:
         ConfigError: unknown name (the nearest is given), or a model that cannot be built at this size.
@@ -41,16 +53,42 @@ def build(name: str, classes: int, image_size: int, *, precision: str = "float32
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)
     try:
-        model = _build(name, classes, image_size, seed)
+        model = _build(name, classes, image_size, seed, root_pool)
     finally:
         keras.config.set_dtype_policy(policy)
+    if start:
+        _start_from(model, name, start, classes)
     outputs = model.output_shape
     if outputs[-1] != classes or len(outputs) != 2:
         raise DataError(f"--student={name} gives outputs of shape {outputs}; the data has {classes} classes")
     return model
 
 
-def _build(name: str, classes: int, size: int, seed: int) -> keras.Model:
+def start_checksum(start: str) -> str:
+    """SHA-256 of the file that `start` (see `build`) names; empty for none.
+
+    Raises:
+        ConfigError, DataError: it names none, or the file cannot be read.
+    """
+    if not start:
+        return ""
+    return loading.checksum(weights.source(start.removeprefix("bit:"), "student_weights").path, "student_weights")
+
+
+def _start_from(model: keras.Model, name: str, start: str, classes: int) -> None:
+    kind, _, rest = start.partition(":")
+    chosen = weights.source(rest, "student_weights") if kind == "bit" else None
+    if chosen is None or name != f"bit-{chosen.arch.lower()}":
+        raise ConfigError(
+            f"--student_weights={start} does not start --student={name}: it must be bit:ARCH@FILE.npz or a published bit:NAME "
+            "of the student's architecture"
+        )
+    arrays = weights.read(chosen.path, "student_weights")
+    same = "head/kernel" in arrays and arrays["head/kernel"].shape[-1] == classes
+    weights.fill(model, arrays, f"--student_weights={start}", keep_head=same)
+
+
+def _build(name: str, classes: int, size: int, seed: int, root_pool: str) -> keras.Model:
     kind, _, rest = name.partition(":")
     if kind == "keras" and rest:
         model, probabilities = loading.load_keras(rest, "student")
@@ -59,7 +97,7 @@ def _build(name: str, classes: int, size: int, seed: int) -> keras.Model:
         return model
     archs = {f"bit-{arch.lower()}": arch for arch in bit.ARCHS}
     if name in archs:
-        return bit.bit(archs[name], classes, size, seed=seed, name="student")
+        return bit.bit(archs[name], classes, size, seed=seed, root_pool=root_pool, name="student")
     if name in _SHORT:
         return _application(_SHORT[name], classes, size, name)
     if kind == "app" and rest:

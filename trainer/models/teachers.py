@@ -14,10 +14,10 @@ import tensorflow as tf
 
 from trainer.config import Config
 from trainer.errors import ConfigError, DataError
-from trainer.models import bit, loading, students
+from trainer.models import bit, loading, students, weights
 from trainer.views import to_range
 
-_UNKNOWN = "--teacher={}: it must be keras:PATH or random:NAME"
+_UNKNOWN = "--teacher={}: it must be keras:PATH, bit:ARCH@FILE.npz, bit:NAME (published) or random:NAME"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,9 @@ def load(config: Config, classes: int) -> tuple[Teacher, ...]:
     """
     teachers = []
     for position, name in enumerate(config.teacher):
+        pinned = config.teacher_sha256[min(position, len(config.teacher_sha256) - 1)] if config.teacher_sha256 else ""
+        if pinned and (found := checksum(config, name)) != pinned.lower():
+            raise DataError(f"--teacher={name} has SHA-256 {found}, not the pinned {pinned} (--teacher_sha256)")
         sizes, ranges = config.teacher_image_size, config.teacher_range
         size = sizes[min(position, len(sizes) - 1)] if sizes else 0
         value_range = ranges[min(position, len(ranges) - 1)]
@@ -75,6 +78,8 @@ def checksum(config: Config, name: str) -> str:
         return f"{name}, seed {config.seed}"
     if kind == "keras" and rest:
         return loading.checksum(rest, "teacher")
+    if kind == "bit" and rest:
+        return loading.checksum(weights.source(rest, "teacher").path, "teacher")
     raise ConfigError(_UNKNOWN.format(name))
 
 
@@ -83,6 +88,9 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
     softmax = False
     if kind == "keras" and rest:
         model, softmax = loading.load_keras(rest, "teacher")
+    elif kind == "bit" and rest:
+        size = size or weights.source(rest, "teacher").size or config.image_size
+        model, _ = weights.load(rest, "teacher", size, config.root_pool)
     elif kind == "random" and rest:
         model = students.build(rest, classes, size or config.image_size, seed=config.seed)
     else:
