@@ -198,6 +198,13 @@ MUTANTS = [
         "test_evaluate.py::test_export_gives_what_was_evaluated",
     ),
     Mutant(
+        "SavedModels that touch files",
+        "models/saved_models.py",
+        "if bad := sorted({node.op for node in function.node_def} & set(_REFUSED)):",
+        "if bad := []:",
+        "test_saved_models.py::test_programs_that_touch_files_or_processes_are_refused_before_they_run",
+    ),
+    Mutant(
         "a pinned digest",
         "models/teachers.py",
         "(found := checksum(config, name)) != pinned.lower()",

@@ -19,7 +19,7 @@ ORDER = [
     ["accelerator", "journal", "records"],
     ["prepare", "store", "views"],
     ["models.bit"],
-    ["models.loading"],
+    ["models.loading", "models.saved_models"],
     ["models.weights"],
     ["models.students"],
     ["models.teachers"],

@@ -205,10 +205,11 @@ def test_fixed_targets_are_kept_in_the_workdir(make_config: Callable[..., Config
     "changes",
     [
         {},
-        {"distance": "labels", "teacher": ()},
-        {"views": "ind/ic", "mixup": "example", "optimizer": "muon"},
-        {"views": "fix/ic_ens", "fixed_crops": 3},
-        {"compat": ("keras_example",)},
+        pytest.param({"distance": "labels", "teacher": ()}, marks=pytest.mark.slow),
+        pytest.param({"views": "ind/ic", "optimizer": "muon"}, marks=pytest.mark.slow),
+        pytest.param({"mixup": "example"}, marks=pytest.mark.slow),
+        pytest.param({"views": "fix/ic_ens", "fixed_crops": 3}, marks=pytest.mark.slow),
+        pytest.param({"compat": ("keras_example",)}, marks=pytest.mark.slow),
     ],
 )
 def test_one_two_and_four_replicas_give_the_same_weights(make_config: Callable[..., Config], changes: dict) -> None:

@@ -74,8 +74,8 @@ class Config:
     teacher: tuple[str, ...] = _field(
         (),
         "teacher",
-        "keras:PATH; bit:ARCH@FILE.npz or bit:NAME, a published BiT such as R152x2_T_flowers128; random:NAME (untrained, for "
-        "timing). Repeat for several. Paths may be gs:// or https://.",
+        "keras:PATH; saved_model:PATH; bit:ARCH@FILE.npz or bit:NAME, a published BiT such as R152x2_T_flowers128; random:NAME "
+        "(untrained, for timing). Repeat for several. Paths may be gs:// or https://.",
         state=False,
     )
     teacher_image_size: tuple[int, ...] = _field(

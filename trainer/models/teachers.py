@@ -14,10 +14,13 @@ import tensorflow as tf
 
 from trainer.config import Config
 from trainer.errors import ConfigError, DataError
-from trainer.models import bit, loading, students, weights
+from trainer.models import bit, loading, saved_models, students, weights
+from trainer.models.saved_models import SavedClassifier
 from trainer.views import to_range
 
-_UNKNOWN = "--teacher={}: it must be keras:PATH, bit:ARCH@FILE.npz, bit:NAME (published) or random:NAME"
+_UNKNOWN = (
+    "--teacher={}: it must be keras:PATH, saved_model:PATH, bit:ARCH@FILE.npz, bit:NAME (published) or random:NAME"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +29,14 @@ class Teacher:
 
     Attributes:
         name: the flag's value.
-        model: Keras model; its own value range and outputs.
+        model: from images to classes; its own value range and outputs.
         size: side of the images that it takes, in pixels.
         value_range: "-1,1", "0,1" or "0,255".
         probabilities: it returns probabilities that could not be turned back into logits inside.
     """
 
     name: str
-    model: keras.Model
+    model: keras.Model | SavedClassifier
     size: int
     value_range: str
     probabilities: bool
@@ -78,6 +81,8 @@ def checksum(config: Config, name: str) -> str:
         return f"{name}, seed {config.seed}"
     if kind == "keras" and rest:
         return loading.checksum(rest, "teacher")
+    if kind == "saved_model" and rest:
+        return saved_models.checksum(rest, "teacher")
     if kind == "bit" and rest:
         return loading.checksum(weights.source(rest, "teacher").path, "teacher")
     raise ConfigError(_UNKNOWN.format(name))
@@ -86,8 +91,11 @@ def checksum(config: Config, name: str) -> str:
 def _load(config: Config, name: str, size: int, value_range: str, classes: int) -> Teacher:
     kind, _, rest = name.partition(":")
     softmax = False
+    model: keras.Model | SavedClassifier
     if kind == "keras" and rest:
         model, softmax = loading.load_keras(rest, "teacher")
+    elif kind == "saved_model" and rest:
+        model = SavedClassifier(rest, "teacher")
     elif kind == "bit" and rest:
         size = size or weights.source(rest, "teacher").size or config.image_size
         model, _ = weights.load(rest, "teacher", size, config.root_pool)
@@ -112,17 +120,21 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
         softmax = _look_like_probabilities(model, size, value_range)
     else:
         softmax = config.teacher_outputs == "probabilities"
-    if any(isinstance(layer, bit.StdConv2D) for layer in model.layers):
-        model = bit.fold(model)
-    model.trainable = False
+    if isinstance(model, keras.Model):
+        if any(isinstance(layer, bit.StdConv2D) for layer in model.layers):
+            model = bit.fold(model)
+        model.trainable = False
     return Teacher(name, model, size, value_range, softmax)
 
 
-def _look_like_probabilities(model: keras.Model, size: int, value_range: str) -> bool:
+def _look_like_probabilities(model: keras.Model | SavedClassifier, size: int, value_range: str) -> bool:
     """Whether outputs on noise are non-negative and sum to one."""
     low, high = (float(bound) for bound in value_range.split(","))
     noise = np.random.Generator(np.random.Philox(0)).uniform(low, high, (4, size, size, 3)).astype(np.float32)
-    outputs = np.asarray(model(noise, training=False), np.float32)
+    # In a replica: a SavedModel loaded under a strategy can be called nowhere else.
+    strategy = tf.distribute.get_strategy()
+    run = tf.function(lambda images: strategy.run(lambda part: model(part, training=False), (images,)))
+    outputs = strategy.experimental_local_results(run(tf.constant(noise)))[0].numpy().astype(np.float32)
     return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1.0, atol=1e-3))
 
 

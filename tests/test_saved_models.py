@@ -1,0 +1,147 @@
+"""SavedModel teachers: Keras's and hand-made ones, compiled, on several replicas; programs that do more are refused."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import CLASSES, IMAGE, here, opinionated, strategy
+
+from trainer import loop
+from trainer.accelerator import Accelerator
+from trainer.config import Config
+from trainer.errors import DataError
+from trainer.journal import Screen
+from trainer.models import bit, teachers
+from trainer.store import Order
+
+
+def network() -> keras.Model:
+    return opinionated(bit.bit("tiny", CLASSES, IMAGE, seed=11))
+
+
+def exported(path: pathlib.Path) -> str:
+    """As Keras 3 exports, for inference."""
+    network().export(str(path), verbose=False)
+    return f"saved_model:{path}"
+
+
+class HandMade(tf.Module):
+    """Two inputs' worth of signatures, of which one is a classifier's; probabilities, and features beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = tf.Variable(np.random.default_rng(0).normal(0, 1, (3, CLASSES)).astype(np.float32))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)])
+    def classify(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
+        pooled = tf.reduce_mean(pictures, axis=(1, 2))
+        return {"logits": pooled @ self.kernel, "features": pooled}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+    def describe(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"length": tf.strings.length(text)}
+
+
+def view(count: int = 4) -> tf.Tensor:
+    return tf.constant(np.random.default_rng(1).uniform(-1, 1, (count, IMAGE, IMAGE, 3)).astype(np.float32))
+
+
+def load(name: str, **changes: object) -> teachers.Teacher:
+    return teachers.load(Config(teacher=(name,), image_size=IMAGE, **changes), CLASSES)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_keras_export_says_what_the_network_says(tmp_path: pathlib.Path, compiled: bool) -> None:
+    teacher = load(exported(tmp_path / "saved"))
+    run = tf.function(teacher.logits, jit_compile=compiled)
+    assert np.allclose(run(view()), np.asarray(network()(view())), atol=1e-4)
+    assert (teacher.size, teacher.probabilities) == (IMAGE, False)
+    assert teacher.model.count_params() == network().count_params()
+
+
+def test_the_right_signature_and_output_are_found(tmp_path: pathlib.Path) -> None:
+    made = HandMade()
+    signatures = {"serving_default": made.describe, "classify": made.classify}
+    tf.saved_model.save(made, str(tmp_path / "saved"), signatures=signatures)
+    teacher = load(f"saved_model:{tmp_path}/saved", teacher_range=("0,1",))
+    expected = tf.reduce_mean((view() + 1) / 2, axis=(1, 2)) @ made.kernel
+    assert np.allclose(teacher.logits(view()), expected, atol=1e-5)
+
+
+def test_probabilities_are_seen(tmp_path: pathlib.Path) -> None:
+    model = network()
+    keras.Sequential([model, keras.layers.Softmax()]).export(str(tmp_path / "saved"), verbose=False)
+    teacher = load(f"saved_model:{tmp_path}/saved")
+    assert teacher.probabilities
+    found = tf.nn.softmax(teacher.logits(view()))
+    assert np.allclose(found, tf.nn.softmax(model(view())), atol=1e-5)
+
+
+def test_the_job_trains_alike_at_one_and_two_replicas(
+    tmp_path: pathlib.Path, make_config: Callable[..., Config], teacher_file: str
+) -> None:
+    """And as with the same network from a .keras file, which the exported one's function must be."""
+    name = exported(tmp_path / "saved")
+    found = {}
+    for replicas, teacher in ((1, name), (2, name), (0, f"keras:{teacher_file}")):
+        job = loop.build(make_config(teacher=(teacher,)), Accelerator(strategy(max(1, replicas)), "CPU", 10), Screen())
+        found[replicas] = job.advance(2, Order(0, len(job.train), 8))
+    for other in (2, 0):
+        assert found[other] == pytest.approx(found[1], rel=2e-3)
+
+
+def test_a_changed_model_is_another_run(tmp_path: pathlib.Path) -> None:
+    config = Config(teacher=(exported(tmp_path / "one"),))
+    first = teachers.checksum(config, config.teacher[0])
+    assert teachers.checksum(config, config.teacher[0]) == first
+    variables = tmp_path / "one" / "variables" / "variables.data-00000-of-00001"
+    content = bytearray(variables.read_bytes())
+    content[100] ^= 1
+    variables.write_bytes(bytes(content))
+    assert teachers.checksum(config, config.teacher[0]) != first
+
+
+@pytest.mark.parametrize("kind", ["write", "read", "python"])
+def test_programs_that_touch_files_or_processes_are_refused_before_they_run(tmp_path: pathlib.Path, kind: str) -> None:
+    class Hostile(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)])
+        def classify(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
+            if kind == "write":
+                tf.io.write_file(str(tmp_path / "written"), "x")
+            elif kind == "read":
+                pictures += tf.cast(tf.strings.length(tf.io.read_file("/etc/hostname")), tf.float32)
+            else:
+                (pictures,) = tf.py_function(lambda x: [x], [pictures], [tf.float32])
+                pictures = tf.ensure_shape(pictures, [None, None, None, 3])
+            return {"logits": tf.reduce_mean(pictures, axis=(1, 2)) @ tf.ones([3, CLASSES])}
+
+    made = Hostile()
+    tf.saved_model.save(made, str(tmp_path / "saved"), signatures={"serving_default": made.classify})
+    (tmp_path / "written").unlink(missing_ok=True)
+    with pytest.raises(DataError, match="refused"):
+        load(f"saved_model:{tmp_path}/saved")
+    assert not (tmp_path / "written").exists()
+
+
+def test_what_is_no_classifier_is_told(tmp_path: pathlib.Path, data: str) -> None:
+    with pytest.raises(DataError, match=r"no saved_model\.pb"):
+        load(f"saved_model:{tmp_path}")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "saved_model.pb").write_bytes(b"\x0a\xff\xff\xff\xff\x0f")
+    with pytest.raises(DataError, match="damaged"):
+        load(f"saved_model:{tmp_path}/broken")
+    made = HandMade()
+    tf.saved_model.save(made, str(tmp_path / "text"), signatures={"serving_default": made.describe})
+    with pytest.raises(DataError, match="has no signature"):
+        load(f"saved_model:{tmp_path}/text")
+    other = bit.bit("tiny", CLASSES + 1, IMAGE)
+    other.export(str(tmp_path / "other"), verbose=False)
+    flags = ["task", f"--data={data}", f"--teacher=saved_model:{tmp_path}/other", "--student=bit-tiny", "--steps=2"]
+    done = here(*flags, f"--image_size={IMAGE}", "--batch_size=4", f"--workdir={tmp_path}/run")
+    assert done.returncode == 3
+    assert f"knows {CLASSES + 1} classes" in done.stderr
