@@ -135,6 +135,8 @@ def test_every_flag_has_help() -> None:
         ({"distance": "labels", "views": "ind/ic"}, "--views=ind/ic"),
         ({"optimizer": "muon", "compat": ("keras_example",)}, "--optimizer=muon"),
         ({"distance": "l2", "compat": ("distance",)}, "--distance=l2"),
+        ({"distance": "hard", "compat": ("keras_example",)}, "--distance=hard"),
+        ({"distance": "l2", "ensemble": "mean_probabilities"}, "no logits"),
     ],
 )
 def test_bad_values_are_named(changes: dict, words: str) -> None:
@@ -186,6 +188,26 @@ def test_warmup_that_a_run_spends_its_life_in_is_told_and_capped() -> None:
     assert Config(steps=1992, warmup_steps=1500, max_warmup=0.1).resolve(10).warmup_steps == 199
     assert Config(steps=19922, warmup_steps=1500).resolve(10).warnings() == []
     assert Config(steps=480, warmup_steps=10, max_warmup=0.1).resolve(10).warmup_steps == 10
+
+
+def test_a_schedule_within_the_warmup_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--schedule_steps=1000 is within the warm-up of 1500"):
+        Config(steps=2000, warmup_steps=1500, schedule_steps=1000).resolve(10)
+    # What is resolved can be resolved again.
+    once = Config(steps=12, warmup_steps=1500).resolve(10)
+    assert once.resolve(10) == once
+
+
+# What may differ between two processes of one run. Everything else decides the weights.
+FREE = """
+    check checkpoint_every data dry_run eval_batch_size eval_data eval_every eval_split final_split jit_compile keep_checkpoints
+    log_every max_warmup recipe steps_per_loop student_weights teacher teacher_sha256 tpu workdir
+"""
+
+
+def test_which_fields_are_not_part_of_a_run() -> None:
+    """Data, teachers and first weights enter a run's identity by their content (loop.identify)."""
+    assert sorted(f.name for f in dataclasses.fields(Config) if not f.metadata["state"]) == FREE.split()
 
 
 def test_a_schedule_that_ends_before_the_run_is_told() -> None:

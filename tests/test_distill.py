@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
+import signal
 from collections.abc import Callable
 
 import keras
@@ -10,14 +13,15 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
-from conftest import IMAGE, opinionated, strategy
+from conftest import CLASSES, IMAGE, opinionated, strategy
 from scipy import special
 
 from trainer import distill, evaluate, loop, views
 from trainer.accelerator import Accelerator
 from trainer.config import Config
+from trainer.errors import ConfigError, DataError, Stopped
 from trainer.journal import Screen
-from trainer.models import teachers
+from trainer.models import bit, teachers
 from trainer.store import Order
 
 
@@ -123,14 +127,15 @@ DISTANCES = {
     "hard": lambda t, s: reference.hard(t, s, 0.1),
     "l2": reference.l2,
     "euclidean": lambda t, s: np.sqrt(reference.l2(t, s)),
-    "compat": lambda t, s: reference.example_kl(t, s, 3.0),
+    "compat distance": lambda t, s: reference.example_kl(t, s, 3.0),
+    "compat t2": lambda t, s: reference.kl(t, s, 3.0) / 9.0,
 }
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_loss_is_the_mean_over_the_global_batch(make_config: Callable[..., Config], distance: str) -> None:
     """Against the definition, from the views themselves."""
-    kind = {"compat": ("distance",)} if distance == "compat" else {"distance": distance}
+    kind = {"compat": (distance.split()[1],)} if distance.startswith("compat") else {"distance": distance}
     job = build(make_config(temperature=3.0, label_smoothing=0.1, **kind))
     opinionated(job.student, 4)
     made = first_batch(job)
@@ -173,14 +178,18 @@ def test_sum_of_kls_is_kl_to_the_mean_probabilities_up_to_a_constant() -> None:
 
 
 @pytest.mark.parametrize("mode", ["fix/rs", "fix/cc", "fix/ic_ens"])
-def test_fixed_teachers_are_asked_once(make_config: Callable[..., Config], teacher_file: str, mode: str) -> None:
+def test_fixed_teachers_are_asked_once(
+    make_config: Callable[..., Config], teacher_file: str, tmp_path: pathlib.Path, mode: str
+) -> None:
     """The loss is the distance to constants, which are the teacher's mean over the fixed views of each example."""
-    names = (f"keras:{teacher_file}", "random:bit-tiny")
+    opinionated(bit.bit("tiny", CLASSES, 16, seed=5), 8).save(tmp_path / "small.keras")
+    names = (f"keras:{teacher_file}", f"keras:{tmp_path}/small.keras")
     job = build(make_config(views=mode, teacher=names, teacher_image_size=(IMAGE, 16), fixed_crops=5, temperature=2.0))
     opinionated(job.student, 4)
     settings, ids = job.config, np.arange(len(job.train), dtype=np.int32)
     pictures = tf.constant(job.train.images), tf.constant(job.train.sizes), tf.constant(ids)
     for table, teacher in zip(job.targets, job.teachers, strict=True):
+        assert np.ptp(table) > 0.1
         crops = range(5 if mode == "fix/ic_ens" else 1)
         said = [teacher.logits(views.fixed_view(settings, *pictures, tf.constant(c), teacher.size)) for c in crops]
         assert np.allclose(table, np.mean(said, axis=0), atol=1e-5)
@@ -194,11 +203,69 @@ def test_fixed_teachers_are_asked_once(make_config: Callable[..., Config], teach
 def test_fixed_targets_are_kept_in_the_workdir(make_config: Callable[..., Config], monkeypatch: object) -> None:
     settings = make_config(views="fix/cc")
     first = build(settings)
-    monkeypatch.setattr(evaluate.Evaluator, "fixed_targets", None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(evaluate.Evaluator, "fixed_logits", None)  # type: ignore[attr-defined]
     again = build(settings)
     assert (first.targets[0] == again.targets[0]).all()
     with pytest.raises(TypeError):
         build(dataclasses.replace(settings, seed=5))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short"])
+def test_damaged_targets_are_made_again(make_config: Callable[..., Config], content: bytes) -> None:
+    settings = make_config(views="fix/cc")
+    first = build(settings)
+    (kept,) = pathlib.Path(settings.workdir).glob("targets-*")
+    kept.write_bytes(content)
+    assert (build(settings).targets[0] == first.targets[0]).all()
+    assert kept.read_bytes() != content
+
+
+def test_a_signal_among_the_fixed_crops_keeps_their_sum(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    settings = make_config(views="fix/ic_ens", fixed_crops=6)
+    real, asked = evaluate.Evaluator.fixed_logits, []
+
+    def counting(self: evaluate.Evaluator, loaded: tuple, signal_at: int = 2) -> Callable[[int], np.ndarray]:
+        logits = real(self, loaded)
+
+        def one(crop: int) -> np.ndarray:
+            asked.append(crop)
+            if len(asked) == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return logits(crop)
+
+        return one
+
+    monkeypatch.setattr(evaluate.Evaluator, "fixed_logits", counting)
+    with pytest.raises(Stopped, match="after 2 of 6 crops"):
+        build(settings)
+    stopped = build(settings)
+    assert asked == [0, 1, 2, 3, 4, 5]
+    whole = build(dataclasses.replace(settings, workdir=str(tmp_path / "whole")))
+    assert (stopped.targets[0] == whole.targets[0]).all()
+
+
+def test_a_rehearsal_asks_for_one_crop_and_keeps_nothing(make_config: Callable[..., Config]) -> None:
+    settings = make_config(views="fix/ic_ens", fixed_crops=10**6, dry_run=True)
+    assert build(settings).targets[0].shape == (40, CLASSES)
+    assert not list(pathlib.Path(settings.workdir).glob("targets-*"))
+
+
+def test_another_runs_workdir_is_refused_before_the_work(make_config: Callable[..., Config]) -> None:
+    settings = make_config(views="fix/cc")
+    loop.save(job := build(settings), *loop.open_run(job))
+    with pytest.raises(DataError, match=r"belongs to another run .*temperature"):
+        build(dataclasses.replace(settings, temperature=3.0))
+    assert len(list(pathlib.Path(settings.workdir).glob("targets-*"))) == 1
+
+
+def test_probabilities_are_no_logits_for_l2(make_config: Callable[..., Config], tmp_path: pathlib.Path) -> None:
+    model = bit.bit("tiny", CLASSES, IMAGE)
+    inputs = keras.Input((IMAGE, IMAGE, 3))
+    keras.Model(inputs, keras.ops.softmax(model(inputs))).save(tmp_path / "p.keras")
+    with pytest.raises(ConfigError, match="up to a constant"):
+        build(make_config(distance="l2", teacher=(f"keras:{tmp_path}/p.keras",)))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +285,8 @@ def test_one_two_and_four_replicas_give_the_same_weights(make_config: Callable[.
     config = make_config(clip_norm=0.05, steps=6, warmup_steps=0, **changes)
     found = {}
     for replicas in (1, 2, 4):
-        job = build(config, replicas)
+        # A workdir each, or the second would take the first one's fixed targets.
+        job = build(dataclasses.replace(config, workdir=f"{config.workdir}{replicas}"), replicas)
         start = weights(job.student)
         metrics = job.advance(6, Order(0, len(job.train), 8))
         assert metrics["grad_norm"] > 0.05
@@ -252,13 +320,25 @@ def test_labels_are_mixed_as_the_pictures_are(make_config: Callable[..., Config]
     assert job.advance(1, Order(0, len(job.train), 8))["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"optimizer": "muon", "views": "ind/rc", "distance": "hard"}, marks=pytest.mark.slow),
+        pytest.param({"compat": ("keras_example",), "student_range": "0,1"}, marks=pytest.mark.slow),
+        pytest.param({"views": "fix/ic_ens", "fixed_crops": 2, "distance": "l2"}, marks=pytest.mark.slow),
+        pytest.param({"mixup": "example", "ensemble": "mean_probabilities"}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_whole_step_compiles_with_xla_and_gives_the_same(
-    make_config: Callable[..., Config],
+    make_config: Callable[..., Config], teacher_file: str, changes: dict
 ) -> None:
     """A TPU runs nothing else: static shapes, no host callback, no string or image-decoding operation in the step."""
     found = []
+    if "ensemble" in changes:
+        changes = changes | {"teacher": (f"keras:{teacher_file}", "random:bit-tiny")}
     for flag in ("off", "on"):
-        job = build(make_config(jit_compile=flag, warmup_steps=0))
+        job = build(make_config(jit_compile=flag, warmup_steps=0, **changes))
         found.append(job.advance(2, Order(0, len(job.train), 8)))
     for name, value in found[0].items():
         assert found[1][name] == pytest.approx(value, rel=2e-3, abs=1e-4), name

@@ -128,6 +128,36 @@ def test_programs_that_touch_files_or_processes_are_refused_before_they_run(tmp_
     assert not (tmp_path / "written").exists()
 
 
+def test_a_saver_by_name_alone_is_no_way_around(tmp_path: pathlib.Path) -> None:
+    """A function that calls itself a saver and is called by the signature."""
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
+    def inner_traced_save_function(text: tf.Tensor) -> tf.Tensor:
+        tf.io.write_file(str(tmp_path / "written"), text)
+        return tf.ones([3, CLASSES])
+
+    class Sly(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)])
+        def classify(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"logits": tf.reduce_mean(pictures, axis=(1, 2)) @ inner_traced_save_function("x")}
+
+    made = Sly()
+    tf.saved_model.save(made, str(tmp_path / "saved"), signatures={"serving_default": made.classify})
+    (tmp_path / "written").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"WriteFile.*refused"):
+        load(f"saved_model:{tmp_path}/saved")
+    assert not (tmp_path / "written").exists()
+
+
+def test_a_saved_model_of_tensorflow_1_is_refused(tmp_path: pathlib.Path) -> None:
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        images = tf.compat.v1.placeholder(tf.float32, [None, 8, 8, 3])
+        outputs = tf.reduce_mean(images, axis=(1, 2))
+        tf.compat.v1.saved_model.simple_save(session, str(tmp_path / "saved"), {"images": images}, {"logits": outputs})
+    with pytest.raises(DataError, match="TensorFlow 1"):
+        load(f"saved_model:{tmp_path}/saved")
+
+
 def test_what_is_no_classifier_is_told(tmp_path: pathlib.Path, data: str) -> None:
     with pytest.raises(DataError, match=r"no saved_model\.pb"):
         load(f"saved_model:{tmp_path}")

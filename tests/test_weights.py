@@ -90,8 +90,11 @@ LAYOUTS: dict[str, Callable[[keras.Model], dict[str, np.ndarray]]] = {
     "transfer, numbered": lambda model: transfer_layout(model, numbered=True),
     "native": native_layout,
     "native, params": lambda model: native_layout(model, "params/"),
-    "native, training": lambda model: (
+    "native, first years": lambda model: (
         native_layout(model, "opt/target/") | {"opt/state/step": np.array(7), "extra/accum_train_time": np.array(1.5)}
+    ),
+    "native, today": lambda model: (
+        native_layout(model, "params/") | native_layout(model, "opt/0/mu/") | {"chrono/accum_train_time": np.array(1.5)}
     ),
 }
 
@@ -101,10 +104,10 @@ def test_every_layout_gives_the_same_teacher(tmp_path: pathlib.Path, layout: str
     model = shaken()
     path = tmp_path / "w.npz"
     np.savez(path, **LAYOUTS[layout](model))
-    config = Config(teacher=(f"bit:tiny@{path}",), image_size=IMAGE, teacher_range=("0,1",))
+    config = Config(teacher=(f"bit:tiny@{path}",), image_size=IMAGE)
     (teacher,) = teachers.load(config, CLASSES)
     view = np.random.default_rng(0).uniform(-1, 1, (3, IMAGE, IMAGE, 3)).astype(np.float32)
-    assert np.allclose(teacher.logits(view).numpy(), np.asarray(model((view + 1) / 2)), atol=1e-4)
+    assert np.allclose(teacher.logits(view).numpy(), np.asarray(model(view)), atol=1e-4)
     assert not teacher.model.trainable_variables
 
 
@@ -186,6 +189,13 @@ def test_pickles_and_shape_bombs_are_not_loaded(tmp_path: pathlib.Path) -> None:
         archive.writestr("head/bias.npy", header.getvalue())
     with pytest.raises(DataError, match=r"claims shape \(1048576, 1048576\)"):
         weights.read(str(tmp_path / "bomb.npz"), "teacher")
+    np.savez_compressed(tmp_path / "damaged.npz", **good)
+    content = bytearray((tmp_path / "damaged.npz").read_bytes())
+    for place in range(500, len(content) - 5000, 97):
+        content[place] ^= 0xFF
+    (tmp_path / "damaged.npz").write_bytes(bytes(content))
+    with pytest.raises(DataError):
+        weights.read(str(tmp_path / "damaged.npz"), "teacher")
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(DataError, match="no npz"):
         weights.read(str(tmp_path / "text.npz"), "teacher")
@@ -201,6 +211,14 @@ def test_published_names() -> None:
     for text, near in (("R152x2_T_flower128", "R152x2_T_flowers128"), ("R51x1@x.npz", "R50x1")):
         with pytest.raises(ConfigError, match=f"did you mean .*{near}"):
             weights.source(text, "teacher")
+
+
+def test_what_a_published_name_says_is_checked_before_anything_is_fetched() -> None:
+    name = "bit:R152x2_T_flowers128"
+    with pytest.raises(DataError, match="knows 102 classes"):
+        teachers.load(Config(teacher=(name,)), CLASSES)
+    with pytest.raises(ConfigError, match="takes -1,1"):
+        teachers.load(Config(teacher=(name,), teacher_range=("0,1",)), 102)
 
 
 def test_a_pinned_digest_must_be_the_files(tmp_path: pathlib.Path) -> None:
@@ -297,12 +315,13 @@ def test_an_open_line_is_refused() -> None:
 
 
 def test_a_job_with_a_bit_teacher_and_a_started_student(data: str, tmp_path: pathlib.Path) -> None:
-    np.savez(tmp_path / "w.npz", **transfer_layout(shaken()))
+    for name in ("t", "s"):
+        np.savez(tmp_path / f"{name}.npz", **transfer_layout(shaken()))
     flags = [
         "task",
         f"--data={data}",
-        f"--teacher=bit:tiny@{tmp_path}/w.npz",
-        f"--student_weights=bit:tiny@{tmp_path}/w.npz",
+        f"--teacher=bit:tiny@{tmp_path}/t.npz",
+        f"--student_weights=bit:tiny@{tmp_path}/s.npz",
         "--student=bit-tiny",
         f"--image_size={IMAGE}",
         "--steps=2",
@@ -310,7 +329,15 @@ def test_a_job_with_a_bit_teacher_and_a_started_student(data: str, tmp_path: pat
         f"--workdir={tmp_path}/run",
     ]
     assert here(*flags).returncode == 0
-    np.savez(tmp_path / "w.npz", **transfer_layout(shaken(CLASSES), numbered=True))
-    told = here(*flags)
-    assert told.returncode == 3
-    assert "another configuration" in told.stderr
+    for name in ("t", "s"):
+        path = tmp_path / f"{name}.npz"
+        before = path.read_bytes()
+        np.savez(path, **transfer_layout(shaken(), numbered=True))
+        told = here(*flags)
+        assert told.returncode == 3
+        assert "another configuration" in told.stderr
+        path.write_bytes(before)
+    assert here(*flags).returncode == 0
+    told = here(*[f for f in flags if "student_weights" not in f], "--student_weights=keras:x.keras")
+    assert told.returncode == 2
+    assert "--student_weights=keras:x.keras does not start --student=bit-tiny" in told.stderr

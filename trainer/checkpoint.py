@@ -81,6 +81,22 @@ class Checkpoints:
         )
         self._sweep()
 
+    def require_ours(self) -> None:
+        """Looks at the newest readable commit alone: before hours of work in a folder that belongs to another run.
+
+        Raises:
+            DataError: it does; the differing fields are listed.
+        """
+        for name in sorted((n for n in files.names(self._folder) if _COMMIT.fullmatch(n)), reverse=True):
+            path = files.join(self._folder, name)
+            try:
+                self._check_identity(path, json.loads(files.read(path, "a checkpoint's commit"))["identity"])
+                return
+            except _ForeignRun as error:
+                raise DataError(str(error)) from None
+            except (DataError, ValueError, KeyError, TypeError):
+                continue  # `restore` says what is wrong with it
+
     def restore(self) -> Restored | None:
         """The newest whole checkpoint; None where there is none. Damaged ones are named in `passed_over`.
 

@@ -24,7 +24,7 @@ VIEWS = ("fix/rs", "fix/cc", "fix/ic_ens", "ind/rc", "ind/ic", "same/rc", "same/
 MIXUPS = ("batch", "example")
 ENSEMBLES = ("mean_logits", "mean_probabilities", "sum_losses")
 OPTIMIZERS = ("adamw", "muon")
-COMPAT = ("keras_example", "crop", "central", "mixup", "distance", "clip", "decay")
+COMPAT = ("keras_example", "crop", "central", "mixup", "t2", "distance", "clip", "decay")
 ROOT_POOLS = ("zero", "inf")
 JIT = ("auto", "on", "off")
 
@@ -113,7 +113,8 @@ class Config:
     student_weights: str = _field(
         "",
         "student",
-        "Weights that a bit-ARCH student starts from: bit:ARCH@FILE.npz or a published bit:NAME (paper, Fig. 5). Empty: drawn.",
+        "Weights that a bit-ARCH student starts from: bit:ARCH@FILE.npz or a published bit:NAME (paper, Fig. 5); with its "
+        "classifier if that has as many classes as the data. Empty: drawn.",
         state=False,
     )
     root_pool: str = _field(
@@ -151,7 +152,7 @@ class Config:
     mixup: str = _field(
         "batch",
         "method",
-        "With --views=mix, a coefficient uniform in [0, 1]: batch: one a step (paper's code); example: one for each image.",
+        "With --views=mix, a coefficient uniform in [0, 1]: batch: one a step (big_vision); example: one for each image.",
         choices=MIXUPS,
     )
     min_crop_area: float = _field(
@@ -197,6 +198,7 @@ class Config:
         0.0,
         "method",
         "Warm-up takes at most this share of the run, in [0, 1], for published warm-ups on short runs; 0: any.",
+        state=False,  # `resolve` puts what follows from it into warmup_steps
     )
     steps: int = _field(0, "method", "Updates to make; give this or --epochs.")
     epochs: float = _field(
@@ -213,8 +215,8 @@ class Config:
         (),
         "method",
         "Do as the Keras example does, to compare: keras_example (all of it), or points of it: crop (160 -> 128), central "
-        "(evaluation sees 0.875 of each side), mixup (reversed partner), distance (no T^2, clipped), clip (each variable), "
-        "decay (all variables, whatever the rate). Repeatable.",
+        "(evaluation sees 0.875 of each side), mixup (reversed partner), t2 (no T^2), distance (no T^2, softmaxes clipped), clip "
+        "(each variable), decay (all variables, whatever the rate). Repeatable.",
         choices=COMPAT,
     )
     # Running.
@@ -307,8 +309,12 @@ class Config:
             )
         if self.optimizer != "adamw" and self.like_example("decay"):
             raise ConfigError(f"--optimizer={self.optimizer}: the Keras example's decay (--compat) is that of adamw")
-        if self.distance != "kl" and "distance" in self.compat:
+        if self.distance not in ("kl", "labels") and (self.like_example("distance") or self.like_example("t2")):
             raise ConfigError(f"--distance={self.distance}: the Keras example's distance (--compat) is kl")
+        if self.distance in ("l2", "euclidean") and self.ensemble == "mean_probabilities":
+            raise ConfigError(
+                f"--ensemble=mean_probabilities gives no logits, which --distance={self.distance} compares"
+            )
         for name in ("teacher_image_size", "teacher_range", "teacher_sha256"):
             count = len(getattr(self, name))
             if count > 1 and count != len(self.teacher):
@@ -350,6 +356,11 @@ class Config:
         warmup = self.warmup_steps if self.warmup_steps >= 0 else min(1500, steps // 10)
         if self.max_warmup:
             warmup = min(warmup, int(self.max_warmup * steps))
+        if self.schedule_steps not in (0, steps) and warmup > self.schedule_steps:
+            raise ConfigError(
+                f"--schedule_steps={self.schedule_steps} is within the warm-up of {warmup} steps: give a longer schedule "
+                "or a shorter --warmup_steps"
+            )
         return dataclasses.replace(
             self,
             steps=steps,

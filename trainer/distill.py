@@ -72,8 +72,10 @@ def example_kl(teacher_logits: tf.Tensor, student_logits: tf.Tensor, temperature
 def distance(config: Config, teacher_logits: tf.Tensor, student_logits: tf.Tensor) -> tf.Tensor:
     """The configuration's distance between logits [n, classes]: float32 [n]."""
     if config.distance == "kl":
-        measure = example_kl if config.like_example("distance") else kl
-        return measure(teacher_logits, student_logits, config.temperature)
+        if config.like_example("distance"):
+            return example_kl(teacher_logits, student_logits, config.temperature)
+        factor = 1.0 / config.temperature**2 if config.like_example("t2") else 1.0
+        return factor * kl(teacher_logits, student_logits, config.temperature)
     if config.distance == "hard":
         return hard(teacher_logits, student_logits, config.label_smoothing)
     return {"l2": l2, "euclidean": euclidean}[config.distance](teacher_logits, student_logits)

@@ -97,28 +97,25 @@ class Evaluator:
         assert self._student is not None
         return Outcome(self._store.labels, self._over_all(self._student), self._teacher)
 
-    def fixed_targets(
-        self, teachers: tuple[Teacher, ...], progress: Callable[[int, int], None]
-    ) -> tuple[np.ndarray, ...]:
-        """What each teacher always says of each example in a mode of fixed views: float32 [examples, classes] each.
+    def fixed_logits(self, teachers: tuple[Teacher, ...]) -> Callable[[int], np.ndarray]:
+        """What the teachers say of the fixed views (`--views=fix/...`).
 
-        For fix/ic_ens that is the mean of its logits over `fixed_crops` inception crops.
+        Returns:
+            A function of the crop's number (0 where there is but one) to float32 [examples, teachers, classes].
         """
         config = self._config
-        crops = config.fixed_crops if views.mode(config).teacher == "crops" else 1
 
         def forward(images: tf.Tensor, originals: tf.Tensor, ids: tf.Tensor, crop: tf.Tensor) -> tf.Tensor:
             made = {t.size: views.fixed_view(config, images, originals, ids, crop, t.size) for t in teachers}
             return tf.stack(opinions(teachers, made), axis=1)
 
         run = self._distributed(forward)
-        total = np.zeros(1)
-        for crop in range(crops):
+
+        def logits(crop: int) -> np.ndarray:
             number = tf.constant(crop)
-            total = total + self._over_all(lambda *batch, c=number: run(*batch, c)).astype(np.float64)
-            progress(crop + 1, crops)
-        mean = (total / crops).astype(np.float32)
-        return tuple(np.ascontiguousarray(mean[:, number]) for number in range(len(teachers)))
+            return self._over_all(lambda *batch: run(*batch, number))
+
+        return logits
 
     def _compile(self, sizes: set[int], model: Callable[[dict[int, tf.Tensor]], tf.Tensor]) -> Callable:
         def forward(images: tf.Tensor, originals: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:

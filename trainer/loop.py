@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import time
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +18,15 @@ from trainer import distill, files, optim, views
 from trainer.accelerator import Accelerator
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, fingerprint
-from trainer.errors import DataError, Diverged, Stopped
+from trainer.errors import ConfigError, DataError, Diverged, Stopped
 from trainer.evaluate import Evaluator
 from trainer.journal import Journal, Screen
 from trainer.models import students, teachers
 from trainer.records import Dataset
 from trainer.signals import StopRequest
 from trainer.store import Order, Store
+
+_KEEP_SECONDS = 60.0  # between keepings of half-made fixed targets
 
 
 @dataclasses.dataclass
@@ -147,7 +150,7 @@ def identify(config: Config) -> tuple[Config, Dataset, Dataset, dict[str, Any]]:
         "classes": len(held_out.classes),
         "data": f"{split.name}: {split.examples} examples, {split.crc32c}",
         "teacher": [teachers.checksum(config, name) for name in config.teacher],
-        "student_weights": students.start_checksum(config.student_weights),
+        "student_files": students.checksums(config.student, config.student_weights),
     }
     return config, data, held_out, identity
 
@@ -162,6 +165,8 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         ConfigError, DataError: what cannot be run, as one line.
     """
     config, data, held_out, identity = identify(config)
+    if config.workdir:
+        open_checkpoints(config, identity).require_ours()
     accelerator.check_batch(config.batch_size)
     config = dataclasses.replace(config, steps_per_loop=config.steps_per_loop or accelerator.steps_per_loop)
     for line in config.warnings():
@@ -191,6 +196,11 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
     train = decode(data, config.train_split, "train_split", config.store_size)
     if config.distance == "labels" and (train.labels < 0).any():
         raise DataError(f"--distance=labels, but {config.train_split} of {config.data} has images without labels")
+    if config.distance in ("l2", "euclidean") and any(teacher.probabilities for teacher in loaded):
+        raise ConfigError(
+            f"--distance={config.distance} compares logits, and a teacher gives probabilities, which fix logits "
+            "only up to a constant"
+        )
     stores: dict[str, Store] = {}
     for flag in ("eval_split", "final_split"):
         name = getattr(config, flag)
@@ -199,10 +209,8 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
     jit_compile = accelerator.jit_compile(config.jit_compile)
     targets: tuple[np.ndarray, ...] = ()
     if loaded and views.mode(config).fixed:
-        key = fingerprint(identity)
-        targets = _fixed_targets(
-            config, Evaluator(config, strategy, train, jit_compile=jit_compile), loaded, key, screen
-        )
+        asked = Evaluator(config, strategy, train, jit_compile=jit_compile)
+        targets = fixed_targets(config, asked, loaded, fingerprint(identity), screen)
     with strategy.scope():
         optimizer = optim.build(config, student.trainable_variables)
         images, sizes, labels = (tf.Variable(a, trainable=False) for a in (train.images, train.sizes, train.labels))
@@ -220,22 +228,50 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
     return Job(config, accelerator, identity, train, stores, student, loaded, targets, optimizer, run_steps)
 
 
-def _fixed_targets(
+def fixed_targets(
     config: Config, evaluator: Evaluator, loaded: tuple[teachers.Teacher, ...], key: str, screen: Screen
 ) -> tuple[np.ndarray, ...]:
-    """The teachers' constant outputs: from the workdir if this very run has computed them, else computed and kept there."""
-    path = files.join(config.workdir, f"targets-{key[:16]}.npy")
-    if config.workdir and files.exists(path):
+    """For each teacher its constant output float32 [examples, classes]: the mean of its logits over the fixed views.
+
+    The sum so far is kept in the workdir every `_KEEP_SECONDS` and when a signal stops the job, so that the same command goes on.
+
+    Raises:
+        Stopped: by a signal.
+    """
+    crops = config.fixed_crops if views.mode(config).teacher == "crops" else 1
+    rehearsal = config.check or config.dry_run
+    path = "" if rehearsal or not config.workdir else files.join(config.workdir, f"targets-{key[:16]}.npz")
+    total, done = _kept_targets(path, screen)
+    if rehearsal:
+        crops = 1  # their mean is not used
+    if done < crops:
+        logits, kept = evaluator.fixed_logits(loaded), time.monotonic()
+        with StopRequest() as stop:
+            while done < crops and not stop.name:
+                total, done = total + logits(done).astype(np.float64), done + 1
+                screen.progress("fixed targets", done, crops)
+                if path and (done == crops or stop.name or time.monotonic() > kept + _KEEP_SECONDS):
+                    buffer = io.BytesIO()
+                    np.savez(buffer, total=total, done=done)
+                    files.write(path, buffer.getvalue(), "the fixed targets")
+                    kept = time.monotonic()
+        if stop.name:
+            raise Stopped(
+                f"stopped by {stop.name} after {done} of {crops} crops of the fixed targets: the same command goes on"
+            )
+    mean = (total / done).astype(np.float32)
+    return tuple(np.ascontiguousarray(mean[:, number]) for number in range(len(loaded)))
+
+
+def _kept_targets(path: str, screen: Screen) -> tuple[np.ndarray, int]:
+    """The sum and the number of crops that an earlier process of this very run has kept, else nothing."""
+    if path and files.exists(path):
         try:
-            return tuple(np.load(io.BytesIO(files.read(path, "the fixed targets")), allow_pickle=False))
-        except ValueError:
+            with np.load(io.BytesIO(files.read(path, "the fixed targets")), allow_pickle=False) as archive:
+                return archive["total"], int(archive["done"])
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
             screen.say(f"warning: {path} is damaged and is made again")
-    made = evaluator.fixed_targets(loaded, lambda done, total: screen.progress("fixed targets", done, total))
-    if config.workdir and not config.dry_run and not config.check:
-        buffer = io.BytesIO()
-        np.save(buffer, np.stack(made))
-        files.write(path, buffer.getvalue(), "the fixed targets")
-    return made
+    return np.zeros(1), 0
 
 
 def train(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) -> None:
@@ -356,8 +392,11 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def open_checkpoints(config: Config, identity: dict[str, Any]) -> Checkpoints:
+    """The checkpoints of a run's workdir."""
+    return Checkpoints(files.join(config.workdir, "checkpoints"), identity, config.keep_checkpoints)
+
+
 def open_run(job: Job) -> tuple[Journal, Checkpoints]:
     """The journal and the checkpoints of a job's workdir."""
-    config = job.config
-    folder = files.join(config.workdir, "checkpoints")
-    return Journal(config.workdir), Checkpoints(folder, job.identity, config.keep_checkpoints)
+    return Journal(job.config.workdir), open_checkpoints(job.config, job.identity)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import os
 import shutil
 import tempfile
+import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from typing import Any
@@ -90,7 +94,15 @@ def cache_folder() -> str:
             return home
     except OSError:
         pass
-    return tempfile.mkdtemp(prefix="funmatch-")
+    return _temporary()
+
+
+@functools.cache
+def _temporary() -> str:
+    """One folder for this process, gone with it."""
+    folder = tempfile.mkdtemp(prefix="funmatch-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def local(path: str, role: str) -> str:
@@ -112,7 +124,7 @@ def local(path: str, role: str) -> str:
     part = ""
     try:
         key = hashlib.sha256(f"{path} {_version(path)}".encode()).hexdigest()[:16]
-        kept = os.path.join(cache_folder(), f"{key}-{path.rsplit('/', 1)[-1]}")
+        kept = os.path.join(cache_folder(), f"{key}-{urllib.parse.urlparse(path).path.rsplit('/', 1)[-1][-80:]}")
         if os.path.exists(kept):
             return kept
         part = f"{kept}.{uuid.uuid4().hex[:8]}.part"
@@ -133,15 +145,28 @@ def _version(path: str) -> str:
     if not path.startswith("https://"):
         found = tf.io.gfile.stat(path)
         return f"{found.length} {found.mtime_nsec}"
-    with urllib.request.urlopen(urllib.request.Request(path, method="HEAD"), timeout=60) as answer:
-        return " ".join(answer.headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Length"))
+    try:
+        with _open(path, "HEAD") as answer:
+            return " ".join(answer.headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Length"))
+    except urllib.error.HTTPError as error:
+        if error.code in (403, 405, 501):  # an address signed for GET alone, or a server without HEAD
+            return ""
+        raise
+
+
+def _open(address: str, method: str = "GET") -> Any:
+    answer = urllib.request.urlopen(urllib.request.Request(address, method=method), timeout=60)
+    if not answer.url.startswith("https://"):
+        answer.close()
+        raise OSError(f"it leads to {answer.url.split('?')[0]}, an open line that anybody can change")
+    return answer
 
 
 def _copy(path: str, role: str, target: Any) -> None:
     if not path.startswith("https://"):
         target.write(files.read(path, f"the {role}"))
         return
-    with urllib.request.urlopen(path, timeout=60) as answer:
+    with _open(path) as answer:
         shutil.copyfileobj(answer, target, 1 << 20)
         promised = answer.headers.get("Content-Length")
     if promised is not None and target.tell() != int(promised):

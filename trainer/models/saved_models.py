@@ -1,7 +1,7 @@
 """Classifiers saved as TensorFlow SavedModels, by any version of Keras or without it, called without their code.
 
-A SavedModel is a program. Its operations are read before it is loaded, and one that could touch files, processes or the
-network is refused.
+A SavedModel is a program: take it from people you trust. Its operations are read before it is loaded and what it computes once more
+before it is called, and one with operations on files or processes is refused; that is a net, not a wall.
 """
 
 from __future__ import annotations
@@ -46,6 +46,14 @@ _REFUSED = (
     "LoadDataset",
     "SnapshotDataset",
     "GeneratorDataset",
+    "DatasetToTFRecord",
+    "InitializeTableFromTextFile",
+    "InitializeTableFromTextFileV2",
+    "DebugIdentity",
+    "SnapshotDatasetV2",
+    "TextLineReaderV2",
+    "WholeFileReaderV2",
+    "DeleteFile",
 )
 _SAVERS = ("traced_save", "traced_restore", "__saver")
 
@@ -83,6 +91,8 @@ class SavedClassifier:
         self._call = signatures.get("serving_default") or next(iter(signatures.values()))
         self._input, spec = _images(self._call)  # type: ignore[misc]
         self.input_shape = tuple(spec.shape)
+        # Names were enough before loading; now what can really be reached.
+        _refuse(self._call.graph.as_graph_def(), where, savers=False)
         self._output = _logits(self._call.structured_outputs)
         self.output_shape = tuple(self._call.structured_outputs[self._output].shape)
         if self.output_shape[-1] is None:
@@ -124,15 +134,24 @@ def _inspect(path: str, where: str) -> None:
         parsed.ParseFromString(files.read(name, "the SavedModel"))
     except DecodeError as error:
         raise DataError(f"{where}: saved_model.pb is damaged: {error}") from error
-    for graph in (meta.graph_def for meta in parsed.meta_graphs):
-        for function in graph.library.function:
-            if any(saver in function.signature.name for saver in _SAVERS):
-                continue
-            if bad := sorted({node.op for node in function.node_def} & set(_REFUSED)):
-                name = function.signature.name
-                raise DataError(
-                    f"{where} contains {', '.join(bad)} (in {name}), which could touch files or processes: refused"
-                )
+    for meta in parsed.meta_graphs:
+        if not meta.object_graph_def.nodes:
+            raise DataError(
+                f"{where} is of TensorFlow 1, whose start-up operations run unseen: save it again with TensorFlow 2"
+            )
+        _refuse(meta.graph_def, where, savers=True)
+
+
+def _refuse(graph: Any, where: str, *, savers: bool) -> None:
+    """Refuses operations on files or processes in a GraphDef and its functions; `savers`: but in those that save and restore."""
+    parts = [(f.signature.name, f.node_def) for f in graph.library.function]
+    if savers:
+        parts = [(name, nodes) for name, nodes in parts if not any(saver in name for saver in _SAVERS)]
+    for name, nodes in [*parts, ("the graph itself", graph.node)]:
+        if bad := sorted({node.op for node in nodes} & set(_REFUSED)):
+            raise DataError(
+                f"{where} contains {', '.join(bad)} (in {name}), which could touch files or processes: refused"
+            )
 
 
 def checksum(path: str, role: str) -> str:

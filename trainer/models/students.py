@@ -64,18 +64,21 @@ def build(
     return model
 
 
-def start_checksum(start: str) -> str:
-    """SHA-256 of the file that `start` (see `build`) names; empty for none.
+def checksums(name: str, start: str) -> list[str]:
+    """SHA-256 of the files that decide a student's first weights: that of `keras:PATH`, and that of `start` (see `build`).
 
     Raises:
-        ConfigError, DataError: it names none, or the file cannot be read.
+        ConfigError: `start` does not fit the student.
+        DataError: a file cannot be read.
     """
-    if not start:
-        return ""
-    return loading.checksum(weights.source(start.removeprefix("bit:"), "student_weights").path, "student_weights")
+    kind, _, rest = name.partition(":")
+    found = [loading.checksum(rest, "student")] if kind == "keras" and rest else []
+    if start:
+        found.append(loading.checksum(_start(name, start).path, "student_weights"))
+    return found
 
 
-def _start_from(model: keras.Model, name: str, start: str, classes: int) -> None:
+def _start(name: str, start: str) -> weights.Source:
     kind, _, rest = start.partition(":")
     chosen = weights.source(rest, "student_weights") if kind == "bit" else None
     if chosen is None or name != f"bit-{chosen.arch.lower()}":
@@ -83,6 +86,11 @@ def _start_from(model: keras.Model, name: str, start: str, classes: int) -> None
             f"--student_weights={start} does not start --student={name}: it must be bit:ARCH@FILE.npz or a published bit:NAME "
             "of the student's architecture"
         )
+    return chosen
+
+
+def _start_from(model: keras.Model, name: str, start: str, classes: int) -> None:
+    chosen = _start(name, start)
     arrays = weights.read(chosen.path, "student_weights")
     same = "head/kernel" in arrays and arrays["head/kernel"].shape[-1] == classes
     weights.fill(model, arrays, f"--student_weights={start}", keep_head=same)

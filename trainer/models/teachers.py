@@ -60,7 +60,7 @@ def load(config: Config, classes: int) -> tuple[Teacher, ...]:
     teachers = []
     for position, name in enumerate(config.teacher):
         pinned = config.teacher_sha256[min(position, len(config.teacher_sha256) - 1)] if config.teacher_sha256 else ""
-        if pinned and (found := checksum(config, name)) != pinned.lower():
+        if pinned and (found := checksum(config, name).split(",")[0]) != pinned.lower():
             raise DataError(f"--teacher={name} has SHA-256 {found}, not the pinned {pinned} (--teacher_sha256)")
         sizes, ranges = config.teacher_image_size, config.teacher_range
         size = sizes[min(position, len(sizes) - 1)] if sizes else 0
@@ -84,7 +84,9 @@ def checksum(config: Config, name: str) -> str:
     if kind == "saved_model" and rest:
         return saved_models.checksum(rest, "teacher")
     if kind == "bit" and rest:
-        return loading.checksum(weights.source(rest, "teacher").path, "teacher")
+        chosen = weights.source(rest, "teacher")
+        # The size that a published name brings along decides what the teacher says, as its bytes do.
+        return loading.checksum(chosen.path, "teacher") + (f", {chosen.size} px" if chosen.size else "")
     raise ConfigError(_UNKNOWN.format(name))
 
 
@@ -97,8 +99,12 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
     elif kind == "saved_model" and rest:
         model = SavedClassifier(rest, "teacher")
     elif kind == "bit" and rest:
+        if value_range != "-1,1":
+            raise ConfigError(f"--teacher_range={value_range}: {name} takes -1,1, as every BiT npz does")
+        if (known := weights.PUBLISHED.get(rest)) and known.classes != classes:
+            raise DataError(f"--teacher={name} knows {known.classes:,} classes; --data={config.data} has {classes:,}")
         size = size or weights.source(rest, "teacher").size or config.image_size
-        model, _ = weights.load(rest, "teacher", size, config.root_pool)
+        model = weights.load(rest, "teacher", size, config.root_pool)
     elif kind == "random" and rest:
         model = students.build(rest, classes, size or config.image_size, seed=config.seed)
     else:

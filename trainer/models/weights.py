@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 import zipfile
+import zlib
 from typing import Any
 
 import keras
@@ -44,7 +45,7 @@ def _published() -> dict[str, Published]:
         for kind, classes in (("S", 1000), ("M", 21_843)):
             found[f"BiT-{kind}-{arch}"] = Published(arch, f"{_BUCKET}/BiT-{kind}-{arch}.npz", 0, classes)
         name = f"BiT-M-{arch}-ILSVRC2012"
-        found[name] = Published(arch, f"{_BUCKET}/{name}.npz", 0, 1000)
+        found[name] = Published(arch, f"{_BUCKET}/{name}.npz", 480, 1000)  # BiT-HyperRule: 512, crop 480
     distilled = [
         ("R50x1_160", 160, 1000),
         ("R50x1_224", 224, 1000),
@@ -114,14 +115,12 @@ _KEYS = [
     (r"norm-pre-head/(?P<weight>scale|bias)", "final_norm", "{norm}"),
     (r"head/(?P<weight>kernel|bias)", "head", "{weight}"),
 ]
+# Where a training checkpoint has the model, beside much else: big_vision's of today, and that of its first years.
 _PREFIXES = ("params/", "opt/target/")
-_OTHER = ("opt/state/", "extra/")  # of training checkpoints
 
 
 def canonical(key: str) -> str | None:
     """A file's key as "layer/weight" of `bit.bit`'s model; None if it is none of BiT's."""
-    for prefix in _PREFIXES:
-        key = key.removeprefix(prefix)
     for pattern, layer, weight in _KEYS:
         if match := re.fullmatch(pattern, key):
             groups = match.groupdict()
@@ -151,16 +150,18 @@ def read(path: str, role: str) -> dict[str, np.ndarray]:
     strange = []
     try:
         with zipfile.ZipFile(local) as archive:
+            names = [info.filename for info in archive.infolist()]
+            inside = next((p for p in _PREFIXES if any(name.startswith(p) for name in names)), "")
             for info in archive.infolist():
-                key = info.filename.removesuffix(".npy")
-                if any(key.startswith(other) for other in _OTHER):
+                if not info.filename.startswith(inside):
                     continue
+                key = info.filename.removesuffix(".npy").removeprefix(inside)
                 name = canonical(key)
                 if name is None or name in found:
                     strange.append(key)
                     continue
                 found[name] = _array(archive, info, f"--{role}={path}")
-    except (OSError, zipfile.BadZipFile, EOFError, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error) as error:
         raise DataError(f"--{role}={path} is no npz file of weights: {error}") from error
     if strange or not found:
         shown = ", ".join(sorted(strange)[:5]) or "none at all"
@@ -221,7 +222,7 @@ def fill(model: keras.Model, arrays: dict[str, np.ndarray], where: str, *, keep_
         weight.assign(array.reshape(weight.shape))
 
 
-def load(text: str, role: str, size: int | None, root_pool: str) -> tuple[keras.Model, Source]:
+def load(text: str, role: str, size: int | None, root_pool: str) -> keras.Model:
     """A BiT with the weights and the head of its file.
 
     Args:
@@ -241,4 +242,4 @@ def load(text: str, role: str, size: int | None, root_pool: str) -> tuple[keras.
     classes = arrays["head/kernel"].shape[-1]
     model = bit.bit(chosen.arch, classes, size, root_pool=root_pool)
     fill(model, arrays, f"--{role}=bit:{text}")
-    return model, chosen
+    return model
