@@ -205,6 +205,27 @@ MUTANTS = [
         "test_saved_models.py::test_programs_that_touch_files_or_processes_are_refused_before_they_run",
     ),
     Mutant(
+        "SavedModels whose function only calls itself a saver",
+        "models/saved_models.py",
+        "_refuse(self._call.graph.as_graph_def(), where, savers=False)",
+        "pass",
+        "test_saved_models.py::test_a_saver_by_name_alone_is_no_way_around",
+    ),
+    Mutant(
+        "another run's workdir before the work",
+        "loop.py",
+        "open_checkpoints(config, identity).require_ours()",
+        "pass",
+        "test_distill.py::test_another_runs_workdir_is_refused_before_the_work",
+    ),
+    Mutant(
+        "half-made targets are kept",
+        "loop.py",
+        "(done == crops or stop.name or",
+        "(done == crops or",
+        "test_distill.py::test_a_signal_among_the_fixed_crops_keeps_their_sum",
+    ),
+    Mutant(
         "a pinned digest",
         "models/teachers.py",
         '(found := checksum(config, name).split(",")[0]) != pinned.lower()',

@@ -192,7 +192,7 @@ def test_fixed_teachers_are_asked_once(
         assert np.ptp(table) > 0.1
         crops = range(5 if mode == "fix/ic_ens" else 1)
         said = [teacher.logits(views.fixed_view(settings, *pictures, tf.constant(c), teacher.size)) for c in crops]
-        assert np.allclose(table, np.mean(said, axis=0), atol=1e-5)
+        assert np.allclose(table, np.mean(said, axis=0), atol=2e-4)
     chosen = Order(0, len(job.train), 8).batches(0, 1)[0]
     target = np.mean([table[chosen] for table in job.targets], axis=0)
     student = np.asarray(job.student(first_batch(job).student, training=True))
