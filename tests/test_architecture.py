@@ -25,7 +25,7 @@ ORDER = [
     ["models.teachers"],
     ["optim"],
     ["distill"],
-    ["checkpoint", "evaluate"],
+    ["checkpoint", "measure"],
     ["loop"],
     ["export", "report"],
     ["task"],

@@ -16,7 +16,7 @@ import tensorflow as tf
 from conftest import CLASSES, IMAGE, opinionated, strategy
 from scipy import special
 
-from trainer import distill, evaluate, loop, views
+from trainer import distill, loop, measure, views
 from trainer.accelerator import Accelerator
 from trainer.config import Config
 from trainer.errors import ConfigError, DataError, Stopped
@@ -203,7 +203,7 @@ def test_fixed_teachers_are_asked_once(
 def test_fixed_targets_are_kept_in_the_workdir(make_config: Callable[..., Config], monkeypatch: object) -> None:
     settings = make_config(views="fix/cc")
     first = build(settings)
-    monkeypatch.setattr(evaluate.Evaluator, "fixed_logits", None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(measure.Evaluator, "fixed_logits", None)  # type: ignore[attr-defined]
     again = build(settings)
     assert (first.targets[0] == again.targets[0]).all()
     with pytest.raises(TypeError):
@@ -224,9 +224,9 @@ def test_a_signal_among_the_fixed_crops_keeps_their_sum(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     settings = make_config(views="fix/ic_ens", fixed_crops=6)
-    real, asked = evaluate.Evaluator.fixed_logits, []
+    real, asked = measure.Evaluator.fixed_logits, []
 
-    def counting(self: evaluate.Evaluator, loaded: tuple, signal_at: int = 2) -> Callable[[int], np.ndarray]:
+    def counting(self: measure.Evaluator, loaded: tuple, signal_at: int = 2) -> Callable[[int], np.ndarray]:
         logits = real(self, loaded)
 
         def one(crop: int) -> np.ndarray:
@@ -237,7 +237,7 @@ def test_a_signal_among_the_fixed_crops_keeps_their_sum(
 
         return one
 
-    monkeypatch.setattr(evaluate.Evaluator, "fixed_logits", counting)
+    monkeypatch.setattr(measure.Evaluator, "fixed_logits", counting)
     with pytest.raises(Stopped, match="after 2 of 6 crops"):
         build(settings)
     stopped = build(settings)

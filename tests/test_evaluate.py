@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from conftest import CLASSES, IMAGE, SIDE, opinionated, strategy
 
-from trainer import evaluate, export
+from trainer import export, measure
 from trainer.config import Config
 from trainer.models import bit, teachers
 from trainer.records import Dataset, EncodedSplit
@@ -28,12 +28,12 @@ def settings(batch: int, **changes: object) -> Config:
     return Config(image_size=IMAGE, store_size=SIDE, eval_batch_size=batch, **changes)  # type: ignore[arg-type]
 
 
-def outcome(store: Store, teacher_file: str, batch: int, replicas: int) -> evaluate.Outcome:
+def outcome(store: Store, teacher_file: str, batch: int, replicas: int) -> measure.Outcome:
     made = strategy(replicas)
     with made.scope():
         student = opinionated(bit.bit("tiny", CLASSES, IMAGE, seed=2), 5)
         loaded = teachers.load(Config(teacher=(f"keras:{teacher_file}",), steps=1), CLASSES)
-    return evaluate.Evaluator(settings(batch), made, store, jit_compile=False).run(student, loaded)
+    return measure.Evaluator(settings(batch), made, store, jit_compile=False).run(student, loaded)
 
 
 @pytest.mark.parametrize(("batch", "replicas"), [(1, 1), (7, 1), (23, 1), (64, 1), (8, 2), (10, 4)])
@@ -51,15 +51,15 @@ def test_metrics_by_hand() -> None:
     labels = np.array([0, 1, 2, -1])
     student = np.array([[3, 2, 1], [3, 2, 1], [3, 2, 1], [0, 0, 9]], np.float32)
     teacher = np.array([[3, 2, 1], [0, 5, 1], [1, 2, 0], [9, 0, 0]], np.float32)
-    found = evaluate.Outcome(labels, student, teacher).metrics()
+    found = measure.Outcome(labels, student, teacher).metrics()
     assert found["student_top1"] == pytest.approx(1 / 3)
     assert found["teacher_top1"] == pytest.approx(2 / 3)
     assert found["student_top5"] == 1.0
     assert found["agreement_top1"] == pytest.approx(1 / 4)
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (teacher.astype(float), student.astype(float)))
     assert found["kl"] == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-5)
-    assert "teacher_top1" not in evaluate.Outcome(labels, student, None).metrics()
-    assert "student_top1" not in evaluate.Outcome(np.full(4, -1), student, None).metrics()
+    assert "teacher_top1" not in measure.Outcome(labels, student, None).metrics()
+    assert "student_top1" not in measure.Outcome(np.full(4, -1), student, None).metrics()
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -67,13 +67,13 @@ def test_top_k_agrees_with_keras_where_there_are_no_ties(k: int) -> None:
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(200, 9)).astype(np.float32), rng.integers(0, 9, 200)
     expected = keras.ops.convert_to_numpy(keras.metrics.sparse_top_k_categorical_accuracy(labels, logits, k)).mean()
-    assert evaluate.top_k(logits, labels, k) == pytest.approx(expected)
+    assert measure.top_k(logits, labels, k) == pytest.approx(expected)
 
 
 def test_a_model_that_says_nothing_is_not_right() -> None:
     labels = np.array([0, 1])
-    assert evaluate.top_k(np.zeros((2, 3), np.float32), labels, 1) == 0.0
-    assert evaluate.top_k(np.full((2, 3), np.nan, np.float32), labels, 1) == 0.0
+    assert measure.top_k(np.zeros((2, 3), np.float32), labels, 1) == 0.0
+    assert measure.top_k(np.full((2, 3), np.nan, np.float32), labels, 1) == 0.0
 
 
 def test_the_teacher_is_computed_once(store: Store, teacher_file: str) -> None:
@@ -87,7 +87,7 @@ def test_the_teacher_is_computed_once(store: Store, teacher_file: str) -> None:
     (loaded,) = teachers.load(Config(teacher=(f"keras:{teacher_file}",), steps=1), CLASSES)
     counting = Counting(loaded.name, loaded.model, loaded.size, loaded.value_range, loaded.probabilities)
     student = bit.bit("tiny", CLASSES, IMAGE)
-    evaluator = evaluate.Evaluator(settings(10), strategy(1), store, jit_compile=False)
+    evaluator = measure.Evaluator(settings(10), strategy(1), store, jit_compile=False)
     with strategy(1).scope():
         student = bit.bit("tiny", CLASSES, IMAGE)
     first, second = evaluator.run(student, (counting,)), evaluator.run(student, (counting,))
@@ -116,7 +116,7 @@ def test_export_gives_what_was_evaluated(
             student = opinionated(bit.bit("tiny", CLASSES, IMAGE, seed=2), 5)
     finally:
         keras.config.set_dtype_policy(policy)
-    measured = evaluate.Evaluator(config, strategy(1), store, jit_compile=False).run(student, ()).student
+    measured = measure.Evaluator(config, strategy(1), store, jit_compile=False).run(student, ()).student
     # In bfloat16 training precision the exported float32 model is the more exact of the two.
     near = 1e-4 if precision == "float32" else 0.2
     dataset = Dataset.load(data)

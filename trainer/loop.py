@@ -19,8 +19,8 @@ from trainer.accelerator import Accelerator
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, fingerprint
 from trainer.errors import ConfigError, DataError, Diverged, Stopped
-from trainer.evaluate import Evaluator
 from trainer.journal import Journal, Screen
+from trainer.measure import Evaluator
 from trainer.models import students, teachers
 from trainer.records import Dataset
 from trainer.signals import StopRequest

@@ -154,10 +154,10 @@ MUTANTS = [
     ),
     Mutant(
         "each example once",
-        "evaluate.py",
+        "measure.py",
         "[: len(store) - start]",
         "",
         "test_evaluate.py::test_every_example_once_whatever_the_batch",
     ),
-    Mutant("ties are wrong", "evaluate.py", "(logits >= own)", "(logits > own)", "test_evaluate.py"),
+    Mutant("ties are wrong", "measure.py", "(logits >= own)", "(logits > own)", "test_evaluate.py"),
 ]
