@@ -49,6 +49,8 @@ lint: venv  ## Check style, formatting and types.
 lock: venv  ## Resolve requirements/*.in again. UPGRADE=--upgrade takes the newest versions.
 	$(LOCK) $(UPGRADE) -o requirements/build.txt requirements/build.in
 	$(LOCK) $(UPGRADE) -o requirements/cpu.txt requirements/cpu.in
+	$(LOCK) $(UPGRADE) -o requirements/tpu.txt requirements/tpu.in
+	$(LOCK) $(UPGRADE) -o requirements/gpu.txt requirements/gpu.in
 	$(LOCK) $(UPGRADE) -o requirements/dev.txt requirements/dev.in
 
 image:  ## Build the CPU image as IMAGE. More for docker build: BUILD_FLAGS="--pull".
