@@ -8,9 +8,13 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import fake_gcs
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# TensorFlow's gs:// client reads these once. For `gcs_here`; a subprocess gets its own environment.
+os.environ.update(fake_gcs.KNOBS)
 
 import keras
 import numpy as np
@@ -46,13 +50,14 @@ def strategy(replicas: int) -> tf.distribute.Strategy:
 
 def funmatch(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs `python -m trainer.cli ...` as a user would, in a process of its own."""
+    inherited = {name: value for name, value in os.environ.items() if name not in fake_gcs.KNOBS}
     return subprocess.run(
         [sys.executable, "-m", "trainer.cli", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=os.environ | environment,
+        env=inherited | environment,
         check=False,
     )
 
@@ -63,6 +68,28 @@ def here(*arguments: str) -> subprocess.CompletedProcess[str]:
     with contextlib.redirect_stderr(told):
         code = cli.main(list(arguments))
     return subprocess.CompletedProcess(arguments, code, "", told.getvalue())
+
+
+@pytest.fixture(scope="session")
+def storage() -> Iterator[fake_gcs.Server]:
+    """One fake of Google Cloud Storage for all tests of this process; tests take `gcs` or `gcs_here`."""
+    with fake_gcs.Server() as server:
+        yield server
+
+
+@pytest.fixture
+def gcs(storage: fake_gcs.Server) -> fake_gcs.Server:
+    """The fake with one empty bucket, "bucket", no faults and an empty log; `gcs.env` leads a subprocess to it."""
+    storage.reset("bucket")
+    return storage
+
+
+@pytest.fixture
+def gcs_here(gcs: fake_gcs.Server, monkeypatch: pytest.MonkeyPatch) -> fake_gcs.Server:
+    """The same, and the TensorFlow of this very process (and google-cloud-storage in it) is led there too."""
+    for name, value in gcs.route.items():
+        monkeypatch.setenv(name, value)
+    return gcs
 
 
 @pytest.fixture(scope="session")
