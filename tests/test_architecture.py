@@ -17,6 +17,7 @@ ORDER = [
     ["cli"],
     ["recipes", "files", "synthetic", "signals"],
     ["accelerator", "journal", "records"],
+    ["cache"],
     ["prepare", "store", "views"],
     ["models.bit"],
     ["models.loading", "models.saved_models"],

@@ -15,20 +15,20 @@ from trainer import export, measure
 from trainer.config import Config
 from trainer.models import bit, teachers
 from trainer.records import Dataset, EncodedSplit
-from trainer.store import Store
+from trainer.store import MemoryStore
 
 
 @pytest.fixture(scope="module")
-def store(data: str) -> Store:
+def store(data: str) -> MemoryStore:
     dataset = Dataset.load(data)
-    return Store(dataset, dataset.split("test", "final_split"), SIDE, lambda *_: None)
+    return MemoryStore(dataset, dataset.split("test", "final_split"), SIDE, lambda *_: None)
 
 
 def settings(batch: int, **changes: object) -> Config:
     return Config(image_size=IMAGE, store_size=SIDE, eval_batch_size=batch, **changes)  # type: ignore[arg-type]
 
 
-def outcome(store: Store, teacher_file: str, batch: int, replicas: int) -> measure.Outcome:
+def outcome(store: MemoryStore, teacher_file: str, batch: int, replicas: int) -> measure.Outcome:
     made = strategy(replicas)
     with made.scope():
         student = opinionated(bit.bit("tiny", CLASSES, IMAGE, seed=2), 5)
@@ -37,7 +37,9 @@ def outcome(store: Store, teacher_file: str, batch: int, replicas: int) -> measu
 
 
 @pytest.mark.parametrize(("batch", "replicas"), [(1, 1), (7, 1), (23, 1), (64, 1), (8, 2), (10, 4)])
-def test_every_example_once_whatever_the_batch(store: Store, teacher_file: str, batch: int, replicas: int) -> None:
+def test_every_example_once_whatever_the_batch(
+    store: MemoryStore, teacher_file: str, batch: int, replicas: int
+) -> None:
     """23 examples, so that the last batch is never full but for two of these."""
     found = outcome(store, teacher_file, batch, replicas)
     expected = outcome(store, teacher_file, 5, 1)
@@ -76,7 +78,7 @@ def test_a_model_that_says_nothing_is_not_right() -> None:
     assert measure.top_k(np.full((2, 3), np.nan, np.float32), labels, 1) == 0.0
 
 
-def test_the_teacher_is_computed_once(store: Store, teacher_file: str) -> None:
+def test_the_teacher_is_computed_once(store: MemoryStore, teacher_file: str) -> None:
     calls = []
 
     class Counting(teachers.Teacher):
@@ -105,7 +107,7 @@ def test_the_teacher_is_computed_once(store: Store, teacher_file: str) -> None:
     ],
 )
 def test_export_gives_what_was_evaluated(
-    store: Store, data: str, tmp_path: pathlib.Path, precision: str, changes: dict
+    store: MemoryStore, data: str, tmp_path: pathlib.Path, precision: str, changes: dict
 ) -> None:
     """JPEG bytes and tensors, through a SavedModel that is loaded anew, against the evaluator's logits."""
     config = settings(23, **changes)

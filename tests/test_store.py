@@ -82,7 +82,7 @@ def make(folder: pathlib.Path, pictures: list[Picture]) -> tuple[Dataset, Split]
 def test_images_are_squashed_and_sizes_remembered(tmp_path: pathlib.Path) -> None:
     shapes = [(8, 8), (20, 9), (5, 40)]
     pictures = [Picture(jpeg(h, w, i), h, w, i % 2, "") for i, (h, w) in enumerate(shapes)]
-    held = store.Store(*make(tmp_path, pictures), 8, quiet)
+    held = store.MemoryStore(*make(tmp_path, pictures), 8, quiet)
     assert held.images.shape == (3, 8, 8, 3)
     assert held.sizes.tolist() == [list(map(float, s)) for s in shapes]
     assert held.labels.tolist() == [0, 1, 0]
@@ -95,9 +95,9 @@ def test_images_are_squashed_and_sizes_remembered(tmp_path: pathlib.Path) -> Non
 def test_undecodable_image_is_named(tmp_path: pathlib.Path) -> None:
     pictures = [Picture(jpeg(4, 4), 4, 4), Picture(b"no picture", 4, 4, 0, "bad.jpg")]
     with pytest.raises(DataError, match=r"s: record 1 at byte \d+ \(bad.jpg\): the image cannot be decoded"):
-        store.Store(*make(tmp_path, pictures), 8, quiet)
+        store.MemoryStore(*make(tmp_path, pictures), 8, quiet)
 
 
 def test_more_than_memory_is_refused_with_sizes(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"needs .* GiB decoded"):
-        store.Store(*make(tmp_path, [Picture(jpeg(4, 4), 4, 4)] * 3), 1 << 20, quiet)
+        store.MemoryStore(*make(tmp_path, [Picture(jpeg(4, 4), 4, 4)] * 3), 1 << 20, quiet)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import posixpath
+import shutil
+import tempfile
 import uuid
 from typing import Any
 
@@ -141,6 +145,26 @@ def remove(path: str) -> None:
         pass
     except tf.errors.OpError as error:
         raise DataError(f"cannot delete {path}: {reason(error)}") from error
+
+
+def cache_folder() -> str:
+    """Where files from elsewhere are kept: $FUNMATCH_CACHE, else ~/.cache/funmatch, else a folder for temporary files."""
+    home = os.environ.get("FUNMATCH_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "funmatch")
+    try:
+        os.makedirs(home, exist_ok=True)
+        if os.access(home, os.W_OK):
+            return home
+    except OSError:
+        pass
+    return _temporary()
+
+
+@functools.cache
+def _temporary() -> str:
+    """One folder for this process, gone with it."""
+    folder = tempfile.mkdtemp(prefix="funmatch-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def reason(error: Any) -> str:

@@ -24,7 +24,7 @@ from trainer.measure import Evaluator
 from trainer.models import students, teachers
 from trainer.records import Dataset
 from trainer.signals import StopRequest
-from trainer.store import Order, Store
+from trainer.store import MemoryStore, Order, Store
 
 _KEEP_SECONDS = 60.0  # between keepings of half-made fixed targets
 
@@ -45,7 +45,7 @@ class Job:
     config: Config
     accelerator: Accelerator
     identity: dict[str, Any]
-    train: Store
+    train: MemoryStore
     stores: dict[str, Store]
     student: keras.Model
     teachers: tuple[teachers.Teacher, ...]
@@ -189,9 +189,9 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         )
         screen.say(f"student {config.student}: {student.count_params():,} parameters, {config.image_size} px")
 
-    def decode(dataset: Dataset, name: str, flag: str, side: int) -> Store:
+    def decode(dataset: Dataset, name: str, flag: str, side: int) -> MemoryStore:
         split = dataset.split(name, flag)
-        return Store(dataset, split, side, lambda done, total: screen.progress(f"decode {name}", done, total))
+        return MemoryStore(dataset, split, side, lambda done, total: screen.progress(f"decode {name}", done, total))
 
     train = decode(data, config.train_split, "train_split", config.store_size)
     if config.distance == "labels" and (train.labels < 0).any():

@@ -144,7 +144,7 @@ class Evaluator:
 
             distribute = strategy.experimental_distribute_values_from_function
             values = [
-                distribute(lambda c, s=source: share(c, s)) for source in (store.images[ids], store.sizes[ids], ids)
+                distribute(lambda c, s=source: share(c, s)) for source in (store.take(ids), store.sizes[ids], ids)
             ]
             local = strategy.experimental_local_results(run(*values))
             parts.append(np.concatenate([value.numpy() for value in local])[: len(store) - start])

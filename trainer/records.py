@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import struct
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import google_crc32c
@@ -234,8 +236,92 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(image, [None, None, 3])
 
 
+# Where a record's payload lies in its shard, in bytes, and what the store wants to know of it without reading it.
+ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")])
+
+
+def index(dataset: Dataset, shard: Shard, content: bytes | memoryview, path: str) -> np.ndarray:
+    """Checks every record of a shard and says where each is: `ENTRY` [examples]. All ways into a store come through here.
+
+    Args:
+        dataset: whose classes a label must be among.
+        shard: what dataset.json says of it.
+        content: the whole file.
+        path: where it came from, for messages.
+
+    Raises:
+        DataError: another length, count or CRC than dataset.json says, or a damaged record or one with a label of no class.
+    """
+    if len(content) != shard.bytes:
+        raise DataError(f"{path} has {len(content)} bytes; {INDEX} says {shard.bytes}: prepare or copy it again")
+    found = []
+    for number, (offset, payload) in enumerate(payloads(content, path)):
+        where = _where(path, number, offset)
+        picture = Picture.parse(bytes(payload), where)
+        if picture.label >= max(1, len(dataset.classes)):
+            raise DataError(f"{where}: label {picture.label}, but {INDEX} names {len(dataset.classes)} classes")
+        found.append((offset + _HEADER.size, len(payload), picture.label, picture.height, picture.width))
+    if len(found) != shard.examples:
+        raise DataError(f"{path} has {len(found)} records; {INDEX} says {shard.examples}")
+    if google_crc32c.value(bytes(content)) != shard.crc32c:
+        raise DataError(
+            f"{path} does not have the CRC32C that {INDEX} says: it is another file; prepare or copy it again"
+        )
+    return np.array(found, ENTRY)
+
+
+def _where(path: str, number: int, offset: int) -> str:
+    return f"{path}: record {number} at byte {offset}"
+
+
+class EncodedShard:
+    """The records of one shard, still encoded, reached by number.
+
+    Attributes:
+        table: `ENTRY` [examples].
+    """
+
+    def __init__(self, path: str, table: np.ndarray, content: bytes | int) -> None:
+        """
+        Args:
+            path: for messages.
+            table: made by `index`.
+            content: the whole file, or the handle of the open file, which is read record by record and closed with this
+                object. Reads are positional, not through a memory map: a thread that waits for the disk lets the others
+                run, what the kernel keeps is not counted as the job's memory, and a file cut short is an error and no crash.
+        """
+        self.table, self._path, self._content = table, path, content
+        if isinstance(content, int):
+            weakref.finalize(self, os.close, content)
+
+    def picture(self, number: int) -> Picture:
+        """Record `number`, parsed.
+
+        Raises:
+            DataError: what is in the file now is not what was indexed.
+        """
+        entry, where = self.table[number], self.where(number)
+        offset, length = int(entry["offset"]), int(entry["length"])
+        if isinstance(self._content, bytes):
+            return Picture.parse(self._content[offset : offset + length], where)
+        try:
+            raw = os.pread(self._content, length + _FOOTER.size, offset)
+        except OSError as error:
+            raise DataError(f"{where} cannot be read: {files.reason(error)}") from error
+        payload, footer = raw[:length], raw[length:]
+        if len(footer) != _FOOTER.size or masked_crc(payload) != _FOOTER.unpack(footer)[0]:
+            raise DataError(
+                f"{where} is damaged (its CRC32C does not match): the file has changed since it was checked"
+            )
+        return Picture.parse(payload, where)
+
+    def where(self, number: int) -> str:
+        """File, record number and byte offset, for messages."""
+        return _where(self._path, number, int(self.table[number]["offset"]) - _HEADER.size)
+
+
 class EncodedSplit:
-    """All records of a split in memory, still encoded, checked once, reached by example id.
+    """All records of a split, still encoded, reached by example id.
 
     An example's id is its position in the split: shard after shard, record after record.
 
@@ -244,48 +330,52 @@ class EncodedSplit:
         sizes: float32 [examples, 2], height and width of the originals in pixels.
     """
 
-    labels: np.ndarray
-    sizes: np.ndarray
-
-    def __init__(self, dataset: Dataset, split: Split) -> None:
-        """Reads and checks every shard.
+    def __init__(self, dataset: Dataset, split: Split, shards: Sequence[EncodedShard] = ()) -> None:
+        """
+        Args:
+            dataset: that the split is of.
+            split: which.
+            shards: its shards, opened and checked; by default they are read whole into memory, and checked.
 
         Raises:
             DataError: a shard is missing, has another length or count than dataset.json says, or is damaged.
         """
-        self._records: list[tuple[memoryview, str]] = []
-        labels: list[int] = []
-        sizes: list[tuple[int, int]] = []
-        for shard in split.shards:
-            path = files.join(dataset.folder, shard.file)
-            content = files.read(path, "a shard")
-            if len(content) != shard.bytes:
-                raise DataError(
-                    f"{path} has {len(content)} bytes; {INDEX} says {shard.bytes}: prepare or copy it again"
-                )
-            count = 0
-            for offset, payload in payloads(content, path):
-                where = f"{path}: record {count} at byte {offset}"
-                picture = Picture.parse(bytes(payload), where)
-                if picture.label >= max(1, len(dataset.classes)):
-                    raise DataError(f"{where}: label {picture.label}, but {INDEX} names {len(dataset.classes)} classes")
-                self._records.append((payload, where))
-                labels.append(picture.label)
-                sizes.append((picture.height, picture.width))
-                count += 1
-            if count != shard.examples:
-                raise DataError(f"{path} has {count} records; {INDEX} says {shard.examples}")
-        self.labels = np.asarray(labels, np.int32)
-        self.sizes = np.asarray(sizes, np.float32).reshape(-1, 2)
+        self._shards = list(shards) or list(read_shards(dataset, split))
+        self._starts = np.cumsum([0, *(len(shard.table) for shard in self._shards)])
+        tables = [shard.table for shard in self._shards]
+        self.labels = np.concatenate([table["label"] for table in tables]).astype(np.int32)
+        self.sizes = np.concatenate([sides(table) for table in tables])
 
     def __len__(self) -> int:
-        return len(self._records)
+        return int(self._starts[-1])
 
     def picture(self, example: int) -> Picture:
         """The record with id `example`, parsed."""
-        payload, where = self._records[example]
-        return Picture.parse(bytes(payload), where)
+        shard, number = self._place(example)
+        return shard.picture(number)
 
     def where(self, example: int) -> str:
         """File, record number and byte offset of an example, for messages."""
-        return self._records[example][1]
+        shard, number = self._place(example)
+        return shard.where(number)
+
+    def _place(self, example: int) -> tuple[EncodedShard, int]:
+        shard = int(np.searchsorted(self._starts, example, side="right")) - 1
+        return self._shards[shard], int(example - self._starts[shard])
+
+
+def sides(table: np.ndarray) -> np.ndarray:
+    """Heights and widths of `ENTRY` [n] in pixels: float32 [n, 2]."""
+    return np.stack([table["height"], table["width"]], axis=1).astype(np.float32)
+
+
+def read_shards(dataset: Dataset, split: Split) -> Iterator[EncodedShard]:
+    """The shards of a split, each read whole into memory and checked.
+
+    Raises:
+        DataError: one is missing or damaged.
+    """
+    for shard in split.shards:
+        path = files.join(dataset.folder, shard.file)
+        content = files.read(path, "a shard")
+        yield EncodedShard(path, index(dataset, shard, content, path), content)

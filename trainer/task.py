@@ -155,7 +155,7 @@ def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list
     chosen = ids[rows.numbers.numpy()]
     made = views.training_views(
         settings,
-        tf.constant(job.train.images[chosen]),
+        tf.constant(job.train.take(chosen)),
         tf.constant(job.train.sizes[chosen]),
         rows,
         tf.constant(step),
@@ -181,7 +181,7 @@ def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list
     store = job.stores[settings.final_split]
     picks = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
     view = views.evaluation_view(
-        settings, tf.constant(store.images[picks]), tf.constant(store.sizes[picks]), settings.image_size
+        settings, tf.constant(store.take(picks)), tf.constant(store.sizes[picks]), settings.image_size
     )
     student = best(outcome.student[picks])
     teacher = best(outcome.teacher[picks]) if outcome.teacher is not None else [[] for _ in student]

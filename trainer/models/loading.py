@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import hashlib
 import os
 import shutil
@@ -85,26 +83,6 @@ def checksum(path: str, role: str) -> str:
         raise DataError(f"--{role}: cannot read {path}: {files.reason(error)}") from error
 
 
-def cache_folder() -> str:
-    """Where files from elsewhere are kept: $FUNMATCH_CACHE, else ~/.cache/funmatch, else a folder for temporary files."""
-    home = os.environ.get("FUNMATCH_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "funmatch")
-    try:
-        os.makedirs(home, exist_ok=True)
-        if os.access(home, os.W_OK):
-            return home
-    except OSError:
-        pass
-    return _temporary()
-
-
-@functools.cache
-def _temporary() -> str:
-    """One folder for this process, gone with it."""
-    folder = tempfile.mkdtemp(prefix="funmatch-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 def local(path: str, role: str) -> str:
     """A path on this machine's disk with the content of `path`: itself, or a copy in the cache, which is made once.
 
@@ -124,7 +102,7 @@ def local(path: str, role: str) -> str:
     part = ""
     try:
         key = hashlib.sha256(f"{path} {_version(path)}".encode()).hexdigest()[:16]
-        kept = os.path.join(cache_folder(), f"{key}-{urllib.parse.urlparse(path).path.rsplit('/', 1)[-1][-80:]}")
+        kept = os.path.join(files.cache_folder(), f"{key}-{urllib.parse.urlparse(path).path.rsplit('/', 1)[-1][-80:]}")
         if os.path.exists(kept):
             return kept
         part = f"{kept}.{uuid.uuid4().hex[:8]}.part"
