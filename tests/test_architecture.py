@@ -16,7 +16,7 @@ ORDER = [
     ["config"],
     ["cli"],
     ["recipes", "files", "synthetic", "signals"],
-    ["accelerator", "journal", "records"],
+    ["accelerator", "archives", "journal", "records"],
     ["cache"],
     ["prepare", "store", "views"],
     ["models.bit"],
