@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import posixpath
 import shutil
 import tempfile
 import uuid
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import tensorflow as tf
 
@@ -53,20 +55,32 @@ def write(path: str, content: bytes, what: str) -> None:
             with tf.io.gfile.GFile(path, "wb") as file:
                 file.write(content)
             return
-        make_folder(posixpath.dirname(path), what)
-        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-        sync_folder(posixpath.dirname(path))
+        with replacing(path, what) as file:
+            file.write(content)
     except (tf.errors.OpError, OSError) as error:
         raise DataError(f"cannot write {what} {path}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: str, what: str) -> Iterator[BinaryIO]:
+    """A new local file to write in pieces, which takes the place of `path` when all went well, and leaves nothing else.
+
+    Raises:
+        DataError: its folder cannot be made.
+        OSError: it cannot be written.
+    """
+    make_folder(posixpath.dirname(path), what)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+    sync_folder(posixpath.dirname(path))
 
 
 def sync_folder(path: str) -> None:

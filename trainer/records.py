@@ -124,6 +124,7 @@ class Dataset:
         classes: class names; the label of a record is a position in it. Empty: unlabelled.
         splits: by name.
         image_size: largest and median height and width of the originals, in pixels.
+        source: what it was made from and how, for people and for the report.
     """
 
     folder: str
@@ -131,6 +132,7 @@ class Dataset:
     classes: tuple[str, ...]
     splits: dict[str, Split]
     image_size: dict[str, int]
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def split(self, name: str, flag: str) -> Split:
         """The split called `name`, which must not be empty.
@@ -145,8 +147,8 @@ class Dataset:
             raise DataError(f"split {name!r} (from --{flag}) of {self.folder} is empty: prepare it with images in it")
         return self.splits[name]
 
-    def save(self) -> None:
-        """Writes dataset.json, which makes the data set complete."""
+    def index(self) -> bytes:
+        """The content of dataset.json."""
         value = dataclasses.asdict(self) | {"format": FORMAT}
         del value["folder"]
         value["splits"] = {
@@ -156,8 +158,11 @@ class Dataset:
             }
             for name, split in self.splits.items()
         }
-        text = json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        files.write(files.join(self.folder, INDEX), text.encode(), "the data set's index")
+        return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+    def save(self) -> None:
+        """Writes dataset.json, which makes the data set complete."""
+        files.write(files.join(self.folder, INDEX), self.index(), "the data set's index")
 
     @classmethod
     def load(cls, folder: str, flag: str = "data") -> Dataset:
@@ -182,7 +187,9 @@ class Dataset:
                 name: Split(name, tuple(Shard(**shard) for shard in split["shards"]))
                 for name, split in value["splits"].items()
             }
-            return cls(folder, value["name"], tuple(value["classes"]), splits, value["image_size"])
+            return cls(
+                folder, value["name"], tuple(value["classes"]), splits, value["image_size"], value.get("source", {})
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({error!r}): prepare the data set again") from error
 
@@ -200,11 +207,21 @@ def frame(payload: bytes) -> bytes:
 
 
 def write_shard(folder: str, file: str, pictures: Iterable[Picture]) -> Shard:
-    """Writes one shard whole; a shard is held in memory, so keep it to some hundred megabytes."""
-    parts = [frame(picture.serialize()) for picture in pictures]
-    content = b"".join(parts)
-    files.write(files.join(folder, file), content, "a shard")
-    return Shard(file, len(parts), len(content), google_crc32c.value(content))
+    """Writes one shard to a local folder, whole or not at all; one picture at a time is in memory.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    path, count, size, crc = files.join(folder, file), 0, 0, 0
+    try:
+        with files.replacing(path, "a shard") as target:
+            for picture in pictures:
+                record = frame(picture.serialize())
+                target.write(record)
+                count, size, crc = count + 1, size + len(record), google_crc32c.extend(crc, record)
+    except OSError as error:
+        raise DataError(f"cannot write a shard {path}: {files.reason(error)}") from error
+    return Shard(file, count, size, crc)
 
 
 def payloads(content: bytes | memoryview, where: str) -> Iterator[tuple[int, memoryview]]:

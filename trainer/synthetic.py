@@ -174,6 +174,13 @@ def example(
     return buffer.getvalue(), label, (image.shape[0], image.shape[1])
 
 
+def examples(
+    seed: int, split: str, start: int, stop: int, classes: int, size: int
+) -> list[tuple[bytes, int, tuple[int, int]]]:
+    """Pictures `start` to `stop - 1` of a split, for a process of its own; see `example`."""
+    return [example(seed, split, index, classes, size) for index in range(start, stop)]
+
+
 def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
