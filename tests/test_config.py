@@ -39,6 +39,7 @@ FLAGS = frozenset(
         "log_every",
         "max_warmup",
         "min_crop_area",
+        "min_teacher_agreement",
         "mixup",
         "optimizer",
         "precision",
@@ -55,6 +56,7 @@ FLAGS = frozenset(
         "teacher",
         "teacher_image_size",
         "teacher_outputs",
+        "teacher_precision",
         "teacher_range",
         "teacher_sha256",
         "temperature",
@@ -130,6 +132,8 @@ def test_every_flag_has_help() -> None:
         ({"central_fraction": 0.0}, "--central_fraction=0.0"),
         ({"min_crop_area": 1.5}, "--min_crop_area=1.5"),
         ({"max_warmup": 1.1}, "--max_warmup=1.1"),
+        ({"min_teacher_agreement": 1.5}, "--min_teacher_agreement=1.5"),
+        ({"teacher_precision": ("int4",)}, "--teacher_precision=int4"),
         ({"label_smoothing": 1.0}, "--label_smoothing=1.0"),
         ({"fixed_crops": 0}, "--fixed_crops=0"),
         ({"distance": "labels", "views": "ind/ic"}, "--views=ind/ic"),
@@ -201,7 +205,7 @@ def test_a_schedule_within_the_warmup_is_refused() -> None:
 # What may differ between two processes of one run. Everything else decides the weights.
 FREE = """
     check checkpoint_every data dry_run eval_batch_size eval_data eval_every eval_split final_split jit_compile keep_checkpoints
-    log_every max_warmup recipe steps_per_loop student_weights teacher teacher_sha256 tpu workdir
+    log_every max_warmup min_teacher_agreement recipe steps_per_loop student_weights teacher teacher_sha256 tpu workdir
 """
 
 

@@ -34,6 +34,11 @@ class Accelerator:
         """Whether to ask XLA for compilation. A TPU does it by itself; small models on a CPU run faster without."""
         return flag == "on" or (flag == "auto" and self.kind == "GPU")
 
+    @property
+    def int8_convolutions(self) -> bool:
+        """Whether XLA has fast convolutions of int8 numbers here. On a CPU it computes them a number at a time."""
+        return self.kind != "CPU"
+
     def check_batch(self, batch_size: int) -> None:
         """
         Raises:

@@ -19,6 +19,7 @@ from trainer.errors import ConfigError
 RANGES = ("-1,1", "0,1", "0,255")
 OUTPUTS = ("auto", "logits", "probabilities")
 PRECISIONS = ("float32", "mixed_bfloat16")
+TEACHER_PRECISIONS = ("float32", "bfloat16", "int8")
 DISTANCES = ("kl", "hard", "l2", "euclidean", "labels")
 VIEWS = ("fix/rs", "fix/cc", "fix/ic_ens", "ind/rc", "ind/ic", "same/rc", "same/ic", "mix")
 MIXUPS = ("batch", "example")
@@ -97,6 +98,18 @@ class Config:
     )
     teacher_sha256: tuple[str, ...] = _field(
         (), "teacher", "SHA-256 (hex) that each teacher's file must have; empty: any.", state=False
+    )
+    teacher_precision: tuple[str, ...] = _field(
+        ("float32",),
+        "teacher",
+        "Form that each teacher is asked in: float32; bfloat16; or int8, its convolutions with whole numbers from -127 to 127.",
+        choices=TEACHER_PRECISIONS,
+    )
+    min_teacher_agreement: float = _field(
+        0.98,
+        "teacher",
+        "A cheap form must give the float32 teacher's most likely class on at least this share of 512 training views, in [0, 1].",
+        state=False,
     )
     ensemble: str = _field(
         "mean_logits",
@@ -279,6 +292,7 @@ class Config:
             self._need(name, getattr(self, name) > 0, "it must be above 0")
         for name in ("min_crop_area", "central_fraction"):
             self._need(name, 0 < getattr(self, name) <= 1, "it must be above 0 and at most 1")
+        self._need("min_teacher_agreement", 0 <= self.min_teacher_agreement <= 1, "it must be from 0 to 1")
         self._need("max_warmup", 0 <= self.max_warmup <= 1, "it must be from 0 to 1")
         self._need("label_smoothing", 0 <= self.label_smoothing < 1, "it must be at least 0 and below 1")
         for name in (
@@ -315,7 +329,7 @@ class Config:
             raise ConfigError(
                 f"--ensemble=mean_probabilities gives no logits, which --distance={self.distance} compares"
             )
-        for name in ("teacher_image_size", "teacher_range", "teacher_sha256"):
+        for name in ("teacher_image_size", "teacher_range", "teacher_sha256", "teacher_precision"):
             count = len(getattr(self, name))
             if count > 1 and count != len(self.teacher):
                 raise ConfigError(

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import distill, files, optim, views
+from trainer import agreement, distill, files, optim, views
 from trainer.accelerator import Accelerator
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, fingerprint
@@ -207,6 +207,10 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         if name not in stores:
             stores[name] = decode(held_out, name, flag, config.store_size)
     jit_compile = accelerator.jit_compile(config.jit_compile)
+    with strategy.scope():
+        loaded = agreement.cheapen(
+            config, loaded, train, native=accelerator.int8_convolutions, jit_compile=jit_compile, say=screen.say
+        )
     targets: tuple[np.ndarray, ...] = ()
     if loaded and views.mode(config).fixed:
         asked = Evaluator(config, strategy, train, jit_compile=jit_compile)

@@ -33,6 +33,7 @@ class Teacher:
         size: side of the images that it takes, in pixels.
         value_range: "-1,1", "0,1" or "0,255".
         probabilities: it returns probabilities that could not be turned back into logits inside.
+        precision: the form that `model` is in, see `trainer.models.cheap`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Teacher:
     size: int
     value_range: str
     probabilities: bool
+    precision: str = "float32"
 
     def logits(self, views: tf.Tensor) -> tf.Tensor:
         """Float32 [n, size, size, 3] in [-1, 1] -> float32 logits [n, classes]."""
