@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from trainer import files
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import Background, Checkpoints
 from trainer.errors import DataError, Diverged
 
 IDENTITY = {"seed": 0, "steps": 10}
@@ -148,3 +151,170 @@ def test_pickles_are_not_read(tmp_path: pathlib.Path) -> None:
     (tmp_path / "checkpoint-0000000001.json").write_text(json.dumps(commit))
     with pytest.raises(DataError, match="whole"):
         Checkpoints(str(tmp_path), IDENTITY, 1).restore()
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: pathlib.Path) -> None:
+    made = Checkpoints(str(tmp_path), IDENTITY, 2)
+    for step in range(1, 7):
+        made.save(step, arrays(step), {}, best=2 if step >= 2 else None)
+    assert sorted(int(p.stem[-10:]) for p in tmp_path.glob("checkpoint-*")) == [2, 5, 6]
+    assert made.load(2).arrays["student/0000/conv/kernel"][0, 0] == 2.0
+    with pytest.raises(DataError, match=r"checkpoint .*0000000003\.json is not usable"):
+        made.load(3)
+
+
+def test_what_was_passed_over_does_not_push_out_what_is_whole(tmp_path: pathlib.Path) -> None:
+    """With one checkpoint kept, a damaged newer one must not be the one that stays."""
+    filled(tmp_path, 1, 9, keep=2)
+    (state,) = tmp_path.glob("state-0000000009-*")
+    state.write_bytes(b"")
+    made = Checkpoints(str(tmp_path), IDENTITY, 1)
+    assert made.restore().step == 1  # type: ignore[union-attr]
+    made.save(3, arrays(3), {})
+    assert Checkpoints(str(tmp_path), IDENTITY, 1).restore().step == 3  # type: ignore[union-attr]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_orphans_go_when_a_run_is_taken_up(tmp_path: pathlib.Path) -> None:
+    made = filled(tmp_path, 1, 2)
+    (tmp_path / "state-0000000003-0123456789abcdef.npz").write_bytes(b"no commit names it")
+    (tmp_path / "checkpoint-0000000003.json.01234567.tmp").write_bytes(b"half")
+    (tmp_path / "mine.tmp").write_bytes(b"not ours")
+    made.clean(2, None)
+    assert len(list(tmp_path.iterdir())) == 5
+    assert (tmp_path / "mine.tmp").exists()
+
+
+def test_twenty_crashes_leave_a_bounded_number_of_objects(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run takes up the newest checkpoint and crashes in its save, after another number of changes."""
+
+    class Crash(Exception):
+        pass
+
+    real = {"write": files.write, "remove": files.remove}
+    for crash in range(20):
+        made = Checkpoints(str(tmp_path), IDENTITY, 2)
+        found = made.restore()
+        step = found.step if found else 0
+        made.clean(step, None)
+        calls = iter(range(1, 100))
+
+        def dying(name: str, *args: object, at: int = crash % 5, calls: object = calls) -> None:
+            if next(calls) > at:  # type: ignore[call-overload]
+                raise Crash
+            real[name](*args)  # type: ignore[operator]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write", lambda *args, dying=dying: dying("write", *args))
+            patch.setattr(files, "remove", lambda *args, dying=dying: dying("remove", *args))
+            with contextlib.suppress(Crash):
+                made.save(step + 1, arrays(crash), {})
+        assert len(list(tmp_path.iterdir())) <= 2 * 3 + 2
+    assert Checkpoints(str(tmp_path), IDENTITY, 2).restore().step > 5  # type: ignore[union-attr]
+
+
+def test_a_delete_that_fails_is_said_and_the_checkpoint_is_there(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = filled(tmp_path, 1, 2)
+
+    def refuse(path: str) -> None:
+        raise DataError(f"cannot delete {path}: denied")
+
+    monkeypatch.setattr(files, "remove", refuse)
+    made.save(3, arrays(3), {})
+    assert made.restore().step == 3  # type: ignore[union-attr]
+    assert [w.partition(":")[0] for w in made.warnings] == ["old checkpoints take up room"]
+
+
+def test_another_format_is_refused_and_not_passed_over(tmp_path: pathlib.Path) -> None:
+    filled(tmp_path, 1, 2)
+    path = tmp_path / "checkpoint-0000000002.json"
+    path.write_text(path.read_text().replace("funmatch-checkpoint/1", "funmatch-checkpoint/9"))
+    for look in (Checkpoints.restore, Checkpoints.require_ours):
+        with pytest.raises(DataError, match=r"format 'funmatch-checkpoint/9'.*version that began the run"):
+            look(Checkpoints(str(tmp_path), IDENTITY, 1))
+
+
+def test_a_folder_that_does_not_answer_is_no_damage(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passing over what cannot be read now would throw hours of work away."""
+    import tensorflow as tf
+
+    filled(tmp_path, 1, 2)
+    real = files.read
+
+    def read(path: str, what: str) -> bytes:
+        if "0000000002" in path:
+            cause = tf.errors.UnavailableError(None, None, "503")
+            raise DataError(f"cannot read {what} {path}: 503") from cause
+        return real(path, what)
+
+    monkeypatch.setattr(files, "read", read)
+    for look in (Checkpoints.restore, Checkpoints.require_ours):
+        with pytest.raises(DataError, match=r"0000000002\.json: 503"):
+            look(Checkpoints(str(tmp_path), IDENTITY, 2))
+
+
+def test_who_lost_the_workdir_does_not_commit(tmp_path: pathlib.Path) -> None:
+    def lost() -> None:
+        raise DataError("taken over")
+
+    filled(tmp_path, 1)
+    with pytest.raises(DataError, match="taken over"):
+        Checkpoints(str(tmp_path), IDENTITY, 2, lost).save(2, arrays(2), {})
+    assert Checkpoints(str(tmp_path), IDENTITY, 2).restore().step == 1  # type: ignore[union-attr]
+
+
+def slow(gate: threading.Event, done: list[int], number: int) -> Callable[[], None]:
+    def work() -> None:
+        assert gate.wait(30)
+        done.append(number)
+
+    return work
+
+
+def test_work_in_the_background_is_one_at_a_time_and_waited_for() -> None:
+    gate, done = threading.Event(), []
+    with Background() as saving:
+        saving.start(slow(gate, done, 1))
+        saving.check()  # does not wait
+        assert not done
+        threading.Timer(0.1, gate.set).start()
+        saving.start(slow(gate, done, 2))
+        assert done[0] == 1
+    assert done == [1, 2]
+
+
+def test_what_fails_in_the_background_is_raised_at_the_next_look() -> None:
+    def full() -> None:
+        raise DataError("No space left on device")
+
+    for look in ("check", "wait", "start", "end"):
+        saving = Background()
+        saving.start(full)
+        assert saving._thread is not None
+        saving._thread.join()
+        with pytest.raises(DataError, match="No space"):
+            {
+                "check": saving.check,
+                "wait": saving.wait,
+                "start": lambda: saving.start(full),  # noqa: B023
+                "end": lambda: saving.__exit__(None, None, None),  # noqa: B023
+            }[look]()
+        saving.check()  # once is enough
+
+
+def test_the_first_error_is_the_one_to_tell_and_the_save_is_whole() -> None:
+    gate, done = threading.Event(), []
+
+    def diverge() -> None:
+        with Background() as saving:
+            saving.start(slow(gate, done, 1))
+            threading.Timer(0.1, gate.set).start()
+            raise Diverged("nan")
+
+    with pytest.raises(Diverged):
+        diverge()
+    assert done == [1]

@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 
 from trainer.errors import EXIT_CONFIG, EXIT_DONE, FunmatchError
+from trainer.signals import StopRequest
 
 VERBS = {
     "prepare": "turn images into TFRecords",
@@ -57,9 +58,10 @@ def run(
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_CONFIG
     try:
-        if tensorflow:
-            _import_tensorflow()
-        body(values)
+        with StopRequest(at_once=True):
+            if tensorflow:
+                _import_tensorflow()
+            body(values)
     except FunmatchError as error:
         print(f"error: {error}" if error.exit_code != 75 else str(error), file=sys.stderr)
         return error.exit_code

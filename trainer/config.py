@@ -28,6 +28,7 @@ OPTIMIZERS = ("adamw", "muon")
 COMPAT = ("keras_example", "crop", "central", "mixup", "t2", "distance", "clip", "decay")
 ROOT_POOLS = ("zero", "inf")
 JIT = ("auto", "on", "off")
+BEST = ("none", "student_top1", "agreement_top1", "kl")
 
 
 def _field(default: Any, group: str, text: str, *, state: bool = True, choices: tuple[str, ...] = ()) -> Any:
@@ -250,6 +251,27 @@ class Config:
     eval_every: int = _field(0, "running", "Steps between evaluations; 0: a tenth of the run.", state=False)
     checkpoint_every: int = _field(0, "running", "Steps between checkpoints; 0: a tenth of the run.", state=False)
     keep_checkpoints: int = _field(2, "running", "Newest checkpoints kept, >= 1.", state=False)
+    keep_best: str = _field(
+        "none",
+        "running",
+        "Keep, beside the newest, the checkpoint of the best evaluation by student_top1, agreement_top1 or kl (the least). "
+        "none: the paper's practice, which knows no best.",
+        state=False,
+        choices=BEST,
+    )
+    export_from: str = _field(
+        "last",
+        "running",
+        "Measure and export the last weights (paper), or the best by --keep_best, which --eval_split then has chosen.",
+        state=False,
+        choices=("last", "best"),
+    )
+    lease_seconds: float = _field(
+        60.0,
+        "running",
+        "gs:// workdirs: seconds without a sign of life of their job after which another may take over; 0: any number may write.",
+        state=False,
+    )
     eval_batch_size: int = _field(0, "running", "Images a step of evaluation; 0: --batch_size.", state=False)
     tpu: str = _field(
         "none",
@@ -307,10 +329,15 @@ class Config:
             "eval_every",
             "checkpoint_every",
             "eval_batch_size",
+            "lease_seconds",
         ):
             self._need(name, getattr(self, name) >= 0, "it must not be negative")
         self._need("warmup_steps", self.warmup_steps >= -1, "it must be -1 (automatic) or more")
         self._need("seed", 0 <= self.seed < 2**31, "it must be from 0 to 2147483647")
+        if self.export_from == "best" and self.keep_best == "none":
+            raise ConfigError("--export_from=best: nothing is kept as the best: give --keep_best=student_top1 too")
+        if self.keep_best in ("agreement_top1", "kl") and self.distance == "labels":
+            raise ConfigError(f"--keep_best={self.keep_best} compares with a teacher; --distance=labels has none")
         if self.steps and self.epochs:
             raise ConfigError(
                 f"--steps={self.steps} and --epochs={self.epochs}: give one of the two, or 0 for the other"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from trainer import optim, views
@@ -13,6 +15,13 @@ from trainer.config import Config
 from trainer.models.teachers import Teacher, ensemble, opinions
 
 METRICS = ("loss", "kl", "agreement", "grad_norm")
+# What may be the first that is not finite, in the order in which one leads to the next.
+CAUSES = ("the teacher's output", "the student's weights", "the loss", "the gradient")
+
+
+def cause(faults: np.ndarray) -> str:
+    """The likely cause of a step whose `faults` (for each of `CAUSES` whether it was not finite) are given, float [4]."""
+    return next((name for name, bad in zip(CAUSES, faults, strict=True) if bad > 0), CAUSES[-1])
 
 
 def kl(teacher_logits: tf.Tensor, student_logits: tf.Tensor, temperature: float = 1.0) -> tf.Tensor:
@@ -121,7 +130,8 @@ def example_losses(
         step: updates made so far.
 
     Returns:
-        loss, kl (T = 1, nats) and agreement (of top-1), each float32 [n]. Against labels, kl is the cross-entropy with them.
+        loss, kl (T = 1, nats), agreement (of top-1) and asked (0 where what the student shall say is finite, else 1), each
+        float32 [n]. Against labels, kl is the cross-entropy with them.
     """
     chosen = tf.gather(ids, rows.numbers)
     images, sizes = tf.gather(data.images, chosen), tf.gather(data.sizes, chosen)
@@ -132,7 +142,7 @@ def example_losses(
         own, other = rows.split(tf.one_hot(tf.gather(data.labels, chosen), guess.shape[-1]))
         target = made.share * own + (1.0 - made.share) * other
         loss = cross_entropy(target, guess)
-        return {"loss": loss, "kl": loss, "agreement": agreement(target, guess)}
+        return {"loss": loss, "kl": loss, "agreement": agreement(target, guess), "asked": tf.zeros_like(loss)}
     if data.targets:
         said = [tf.gather(table, rows.split(chosen)[0]) for table in data.targets]
     else:
@@ -142,7 +152,9 @@ def example_losses(
     else:
         loss = distance(config, ensemble(said, config.ensemble, config.temperature), guess)
     one = ensemble(said, config.ensemble)
-    return {"loss": loss, "kl": kl(one, tf.stop_gradient(guess)), "agreement": agreement(one, guess)}
+    fine = [tf.reduce_all(tf.math.is_finite(logits), axis=-1) for logits in said]
+    asked = 1.0 - tf.cast(tf.reduce_all(fine, axis=0), tf.float32)
+    return {"loss": loss, "kl": kl(one, tf.stop_gradient(guess)), "agreement": agreement(one, guess), "asked": asked}
 
 
 def make_loop(
@@ -165,7 +177,9 @@ def make_loop(
 
     Returns:
         A function of ids int32 [steps, batch] and the number of updates made before (int64 scalar) to the metrics: the mean
-        over these steps of each of `METRICS`, float32 scalars; not finite if any step was not.
+        over these steps of each of `METRICS`, float32 scalars; not finite if any step was not. Beside them `bad_step`, int32: how
+        many updates were made before the first step that was not finite, or -1; and its `faults`, float32 [4]: what of `CAUSES`
+        was not.
     """
     replicas = strategy.num_replicas_in_sync
     variables = student.trainable_variables
@@ -183,7 +197,13 @@ def make_loop(
     def update(ids: tf.Tensor, step: tf.Tensor) -> dict[str, tf.Tensor]:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         found, metrics = compute(ids, step, tf.cast(replica, tf.int32))
+        asked = metrics.pop("asked")
+        lost = tf.logical_not(tf.math.is_finite(metrics["loss"]))
+        # Weights are looked at before the update, which would spoil them too; and only where there is something to explain.
+        spoilt = tf.cond(lost, lambda: tf.logical_not(_finite(student.trainable_variables)), lambda: tf.constant(False))
         metrics["grad_norm"] = optim.apply(config, optimizer, found, variables) / replicas
+        steep = tf.logical_not(tf.math.is_finite(metrics["grad_norm"]))
+        metrics["faults"] = tf.stack([tf.cast(bad, tf.float32) for bad in (asked > 0, spoilt, lost, steep)])
         return metrics
 
     # Several replicas cannot meet inside one compiled program here, so only what each does alone is compiled.
@@ -196,13 +216,22 @@ def make_loop(
     def loop(ids: tf.Tensor, first: tf.Tensor) -> dict[str, tf.Tensor]:
         steps = tf.shape(ids)[0]
         totals = {name: tf.constant(0.0) for name in METRICS}
+        bad_step, faults = tf.constant(-1), tf.zeros(len(CAUSES))
         for i in tf.range(steps):
             step = tf.cast(first, tf.int32) + i
             result = strategy.run(one_step, (ids[i], step))
-            totals = {
-                name: totals[name] + strategy.reduce(tf.distribute.ReduceOp.SUM, result[name], axis=None)
-                for name in METRICS
+            result = {
+                name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in result.items()
             }
-        return {name: total / tf.cast(steps, tf.float32) for name, total in totals.items()}
+            totals = {name: totals[name] + result[name] for name in METRICS}
+            now_bad = tf.logical_and(bad_step < 0, tf.reduce_any(result["faults"] > 0))
+            bad_step, faults = tf.where(now_bad, step, bad_step), tf.where(now_bad, result["faults"], faults)
+        means = {name: total / tf.cast(steps, tf.float32) for name, total in totals.items()}
+        return means | {"bad_step": bad_step, "faults": faults}
 
     return loop
+
+
+def _finite(variables: list[Any]) -> tf.Tensor:
+    """Whether all values of the variables are finite."""
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(variable.value)) for variable in variables])

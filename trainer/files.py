@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 import uuid
@@ -16,6 +17,8 @@ from typing import Any, BinaryIO
 import tensorflow as tf
 
 from trainer.errors import DataError
+
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp|\.write-probe-[0-9a-f]{8}")
 
 
 def is_remote(path: str) -> bool:
@@ -103,6 +106,18 @@ def make_folder(path: str, what: str) -> None:
             os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot create the folder of {what} {path}: {reason(error)}") from error
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name was one of ours on its way to another name; a crash leaves it behind."""
+    return bool(_TEMPORARY.fullmatch(name))
+
+
+def remove_temporary(folder: str) -> None:
+    """Deletes what crashes left of `write` and `require_writable`; only for a folder's one writer."""
+    for name in names(folder):
+        if is_temporary(name):
+            remove(join(folder, name))
 
 
 def require_writable(folder: str, what: str) -> None:

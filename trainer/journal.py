@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -17,14 +18,17 @@ from trainer import files
 class Journal:
     """Rows of metrics.jsonl and their copies in TensorBoard.
 
-    The file is written whole at `flush`, which the loop calls before each checkpoint commits: a resumed run cuts
-    the rows after its checkpoint off and writes the same ones again, so there are no gaps and no repeats.
+    The file is written whole by `write`, before each checkpoint commits: a resumed run cuts the rows after its checkpoint
+    off and writes the same ones again, so there are no gaps and no repeats. TensorBoard's files are a convenience: where they
+    cannot be written, that is said and the run goes on.
     """
 
     def __init__(self, workdir: str) -> None:
+        self.warnings: list[str] = []  # whoever says them takes them out
         self._path = files.join(workdir, "metrics.jsonl")
         self._boards = files.join(workdir, "tensorboard")
         self._writer: Any = None
+        self._broken = False
         self.rows: list[dict[str, Any]] = []
 
     def rewind(self, step: int) -> None:
@@ -39,19 +43,38 @@ class Journal:
     def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One row; numbers go to TensorBoard too."""
         self.rows.append({"kind": kind, "step": step} | values)
-        if self._writer is None:
-            self._writer = tf.summary.create_file_writer(self._boards)
-        with self._writer.as_default(step=step):
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    tf.summary.scalar(f"{kind}/{name}", value)
+
+        def work() -> None:
+            if self._writer is None:
+                self._writer = tf.summary.create_file_writer(self._boards)
+            with self._writer.as_default(step=step):
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        tf.summary.scalar(f"{kind}/{name}", value)
+
+        self._optional(work)
+
+    def text(self) -> bytes:
+        """The rows so far, as the file holds them."""
+        return "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.rows).encode()
+
+    def write(self, text: bytes) -> None:
+        """Makes rows durable; in another thread too."""
+        files.write(self._path, text, "the metrics")
+        self._optional(lambda: self._writer and self._writer.flush())
 
     def flush(self) -> None:
         """Makes the rows so far durable."""
-        text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.rows)
-        files.write(self._path, text.encode(), "the metrics")
-        if self._writer is not None:
-            self._writer.flush()
+        self.write(self.text())
+
+    def _optional(self, work: Callable[[], Any]) -> None:
+        if self._broken:
+            return
+        try:
+            work()
+        except tf.errors.OpError as error:
+            self._broken = True
+            self.warnings.append(f"nothing more goes to {self._boards}: {files.reason(error)}")
 
 
 class Screen:

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from trainer import agreement, distill, files, optim, views
 from trainer.accelerator import Accelerator
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import Background, Checkpoints
 from trainer.config import Config, fingerprint
 from trainer.errors import ConfigError, DataError, Diverged, Stopped
 from trainer.journal import Journal, Screen
@@ -27,6 +27,7 @@ from trainer.signals import StopRequest
 from trainer.store import MemoryStore, Order, Store
 
 _KEEP_SECONDS = 60.0  # between keepings of half-made fixed targets
+_REMEDY = {distill.CAUSES[0]: "check the teacher's file, --teacher_range and --teacher_precision"}
 
 
 @dataclasses.dataclass
@@ -40,6 +41,7 @@ class Job:
         step: updates made so far.
         seconds: wall time of training so far, over all processes of this run.
         pending: steps and metrics of the device's loops since the last row of metrics.
+        best: with `--keep_best`, what it is about ("by"), its best "value" so far and the "step" of that; else empty.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class Job:
     step: int = 0
     seconds: float = 0.0
     pending: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
+    best: dict[str, Any] = dataclasses.field(default_factory=dict)
     evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
 
     def evaluator(self, split: str) -> Evaluator:
@@ -76,13 +79,15 @@ class Job:
         """
         first = self.step
         ids = order.batches(first, steps)
-        means = self.run_steps(tf.constant(ids), tf.constant(first, tf.int64))
-        metrics = {name: float(value) for name, value in means.items()}
-        if not all(math.isfinite(value) for value in metrics.values()):
-            found = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+        told = self.run_steps(tf.constant(ids), tf.constant(first, tf.int64))
+        metrics = {name: float(told[name]) for name in distill.METRICS}
+        bad = int(told["bad_step"])
+        if bad >= 0 or not all(math.isfinite(value) for value in metrics.values()):
+            at = f"in step {bad + 1}" if bad >= 0 else f"between steps {first} and {first + steps}"
+            cause = distill.cause(told["faults"].numpy())
             raise Diverged(
-                f"not finite between steps {first} and {first + steps}: {found}. The last good checkpoint is kept; "
-                "try a lower --learning_rate, a longer --warmup_steps or --precision=float32"
+                f"not finite {at} of {self.config.steps}: {cause}. The last good checkpoint is kept; "
+                f"{_REMEDY.get(cause, 'try a lower --learning_rate, a longer --warmup_steps or --precision=float32')}"
             )
         self.step += steps
         made = int(keras.ops.convert_to_numpy(self.optimizer.iterations))
@@ -91,7 +96,7 @@ class Job:
         return metrics
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that the next step depends on beside configuration, data and teachers, by name.
+        """Everything that the next step depends on beside configuration, data and teachers, by name: copies in host memory.
 
         Keras numbers layers and optimizers by how many a process has made before, so a name holds a variable's place in
         its model and the end of its own name: the same in every process.
@@ -206,6 +211,10 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         name = getattr(config, flag)
         if name not in stores:
             stores[name] = decode(held_out, name, flag, config.store_size)
+    if config.keep_best == "student_top1" and (stores[config.eval_split].labels < 0).all():
+        raise ConfigError(
+            f"--keep_best=student_top1, but {config.eval_split} has no labels: choose agreement_top1 or kl"
+        )
     jit_compile = accelerator.jit_compile(config.jit_compile)
     with strategy.scope():
         loaded = agreement.cheapen(
@@ -289,30 +298,40 @@ def train(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) 
     resume(job, journal, checkpoints, screen)
     order = Order(config.seed, len(job.train), config.batch_size)
     meter = _Meter(job)
-    with StopRequest() as stop:
+
+    def tell() -> None:
+        for told in (journal.warnings, checkpoints.warnings):
+            while told:
+                screen.say(f"warning: {told.pop(0)}")
+
+    with StopRequest() as stop, Background() as saving:
         while job.step < config.steps and not stop.name:
+            saving.check()
             steps = _until_due(config, job.step)
             metrics = job.advance(steps, order)
             job.pending.append((steps, metrics))
             note = meter.tick(steps, metrics)
             screen.progress("train", job.step, config.steps, note)
-            last = job.step == config.steps
+            last, better = job.step == config.steps, False
             if last or job.step % config.log_every == 0:
                 journal.add("train", job.step, _mean(job.pending) | meter.row())
                 job.pending.clear()
             if last or job.step % config.eval_every == 0:
-                evaluate(job, config.eval_split, "eval", journal, screen)
+                better = _note_best(job, evaluate(job, config.eval_split, "eval", journal, screen).metrics())
                 meter.skip()
-            if last or stop.name or job.step % config.checkpoint_every == 0:
-                save(job, journal, checkpoints)
+            if last or better or stop.name or job.step % config.checkpoint_every == 0:
+                save(job, journal, checkpoints, saving)
                 meter.skip()
+            tell()
+        saving.wait()
+    tell()
     screen.close()
-    if job.step < config.steps:
+    if stop.name:
         raise Stopped(f"stopped by {stop.name} at step {job.step} of {config.steps}; saved: the same command goes on")
 
 
 def resume(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) -> None:
-    """Takes up the newest whole checkpoint, if there is one.
+    """Takes up the newest whole checkpoint, if there is one, and removes what a crash left behind.
 
     Raises:
         DataError: it belongs to another run, or all are damaged.
@@ -324,14 +343,59 @@ def resume(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen)
         job.load(restored.arrays)
         job.step, job.seconds = restored.step, restored.extra["seconds"]
         job.pending = [(steps, metrics) for steps, metrics in restored.extra["pending"]]
+        best = restored.extra.get("best", {})
+        job.best = best if best.get("by") == job.config.keep_best else {}
+        checkpoints.clean(job.step, job.best.get("step"))
         screen.say(f"resumed at step {job.step} of {job.config.steps}")
     journal.rewind(job.step)
+    files.remove_temporary(job.config.workdir)
 
 
-def save(job: Job, journal: Journal, checkpoints: Checkpoints) -> None:
-    """Commits the state. Rows of metrics are made durable first, so that none is missing after a crash."""
-    journal.flush()
-    checkpoints.save(job.step, job.state(), {"seconds": job.seconds, "pending": job.pending})
+def save(job: Job, journal: Journal, checkpoints: Checkpoints, saving: Background | None = None) -> None:
+    """Commits the state: rows of metrics first, so that none is missing after a crash, then the state, then the commit.
+
+    Args:
+        saving: does all of it but the copy of the state into host memory; None: here, now.
+    """
+    if saving is not None:
+        saving.wait()  # one copy of the state at a time
+    step, arrays, text, best = job.step, job.state(), journal.text(), dict(job.best)
+    extra = {"seconds": job.seconds, "pending": list(job.pending), "best": best}
+
+    def work() -> None:
+        journal.write(text)
+        checkpoints.save(step, arrays, extra, best.get("step"))
+
+    if saving is None:
+        work()
+    else:
+        saving.start(work)
+
+
+def _note_best(job: Job, metrics: dict[str, float]) -> bool:
+    """Whether these are the best so far by `--keep_best`; the first of equals is."""
+    by = job.config.keep_best
+    if by == "none" or not math.isfinite(metrics.get(by, math.nan)):
+        return False
+    sign = -1.0 if by == "kl" else 1.0
+    if job.best and sign * metrics[by] <= sign * job.best["value"]:
+        return False
+    job.best = {"by": by, "value": metrics[by], "step": job.step}
+    return True
+
+
+def take_best(job: Job, checkpoints: Checkpoints) -> None:
+    """Gives the job the weights of its best evaluation, for `--export_from=best`.
+
+    Raises:
+        DataError: no evaluation has been, or its checkpoint is not whole.
+    """
+    if not job.best:
+        raise DataError(
+            f"--export_from=best: {job.config.workdir} holds no checkpoint chosen by --keep_best={job.config.keep_best}: "
+            "the run was made without that flag; give --export_from=last"
+        )
+    job.load(checkpoints.load(job.best["step"]).arrays)
 
 
 def evaluate(job: Job, split: str, kind: str, journal: Journal, screen: Screen) -> Any:
@@ -396,11 +460,13 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def open_checkpoints(config: Config, identity: dict[str, Any]) -> Checkpoints:
-    """The checkpoints of a run's workdir."""
-    return Checkpoints(files.join(config.workdir, "checkpoints"), identity, config.keep_checkpoints)
+def open_checkpoints(
+    config: Config, identity: dict[str, Any], before_commit: Callable[[], None] = lambda: None
+) -> Checkpoints:
+    """The checkpoints of a run's workdir; `before_commit` raises where this process must not commit any more."""
+    return Checkpoints(files.join(config.workdir, "checkpoints"), identity, config.keep_checkpoints, before_commit)
 
 
-def open_run(job: Job) -> tuple[Journal, Checkpoints]:
+def open_run(job: Job, before_commit: Callable[[], None] = lambda: None) -> tuple[Journal, Checkpoints]:
     """The journal and the checkpoints of a job's workdir."""
-    return Journal(job.config.workdir), open_checkpoints(job.config, job.identity)
+    return Journal(job.config.workdir), open_checkpoints(job.config, job.identity, before_commit)

@@ -8,9 +8,11 @@ Exit codes: 0 done; 2 bad flags; 3 bad data, teacher or checkpoint; 4 training d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from trainer import __version__, cli, config, recipes
@@ -47,32 +49,44 @@ def run(chosen: Config, screen: Screen) -> dict[str, Any]:
         FunmatchError: see trainer.errors.
     """
     chosen.require_complete()
-    from trainer import accelerator, files, loop
+    from trainer import accelerator, files, lock, loop
 
     resolved, _, _, identity = loop.identify(chosen)
     print_ = config.fingerprint(identity)
-    if done := _finished(chosen.workdir, print_):
+    if done := _finished(chosen, print_):
         screen.say(f"{chosen.workdir} is finished: nothing to do. {_summary(done)}")
         return done
-    if not chosen.dry_run:
-        files.require_writable(chosen.workdir, "--workdir")
-    hardware = accelerator.resolve(chosen.tpu)
-    screen.say(f"{hardware.description}; {resolved.steps:,} steps of {resolved.batch_size} images")
-    job = loop.build(chosen, hardware, screen)
-    if chosen.check or chosen.dry_run:
-        _rehearse(job, screen)
-        return {}
-    _write_json(
-        files.join(chosen.workdir, "config.json"),
-        {"config": job.config.to_dict(), "identity": identity},
-    )
-    journal, checkpoints = loop.open_run(job)
-    loop.train(job, journal, checkpoints, screen)
-    return finish(job, journal, screen, print_)
+    with contextlib.ExitStack() as stack:
+        held: lock.Held = lock.Unlocked()
+        if not chosen.dry_run:
+            files.require_writable(chosen.workdir, "--workdir")
+        if not (chosen.dry_run or chosen.check):
+            held = stack.enter_context(lock.hold(chosen.workdir, screen.say, chosen.lease_seconds))
+        hardware = accelerator.resolve(chosen.tpu)
+        screen.say(f"{hardware.description}; {resolved.steps:,} steps of {resolved.batch_size} images")
+        job = loop.build(chosen, hardware, screen)
+        if chosen.check or chosen.dry_run:
+            _rehearse(job, screen)
+            return {}
+        held.check()
+        _write_json(
+            files.join(chosen.workdir, "config.json"),
+            {"config": job.config.to_dict(), "identity": identity},
+        )
+        journal, checkpoints = loop.open_run(job, held.check)
+        loop.train(job, journal, checkpoints, screen)
+        if job.config.export_from == "best":
+            loop.take_best(job, checkpoints)
+        return finish(job, journal, screen, print_, held.check)
 
 
-def finish(job: Job, journal: Any, screen: Screen, fingerprint: str) -> dict[str, Any]:
-    """Measures on the final split, exports, reports, and writes result.json last: with it the run is finished."""
+def finish(
+    job: Job, journal: Any, screen: Screen, fingerprint: str, before_commit: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Measures on the final split, exports, reports, and writes result.json last: with it the run is finished.
+
+    `before_commit` raises where this process must not write any more.
+    """
     from trainer import export, files, loop, report
 
     settings = job.config
@@ -89,6 +103,9 @@ def finish(job: Job, journal: Any, screen: Screen, fingerprint: str) -> dict[str
         "seed": settings.seed,
         "device": job.accelerator.description,
         "fingerprint": fingerprint,
+        "exported": settings.export_from,
+        "exported_step": job.best["step"] if settings.export_from == "best" else job.step,
+        "best": job.best,
         "versions": versions(),
     }
     store = job.stores[settings.final_split]
@@ -100,8 +117,11 @@ def finish(job: Job, journal: Any, screen: Screen, fingerprint: str) -> dict[str
         "measured on": f"{settings.final_split} ({len(store):,} images)",
         **{name: f"{value:.4f}" for name, value in measured.items()},
         "steps": job.step,
+        **({"weights of step": job.best["step"]} if settings.export_from == "best" else {}),
         "images a step": settings.batch_size,
     }
+    before_commit()
+    files.remove(files.join(settings.workdir, "result.json"))  # one of other weights does not outlive their export
     folder = files.join(settings.workdir, "export")
     export.write(folder, job.student, store.classes, settings, card)
     trained_on, measured_on = samples(job, outcome)
@@ -121,6 +141,8 @@ def finish(job: Job, journal: Any, screen: Screen, fingerprint: str) -> dict[str
     )
     files.write(files.join(settings.workdir, "report.html"), page.encode(), "the report")
     journal.flush()
+    files.remove_temporary(folder)
+    before_commit()
     _write_json(files.join(settings.workdir, "result.json"), result)
     screen.say(f"finished: {_summary(result)}")
     screen.say(f"report {files.join(settings.workdir, 'report.html')}, model {folder}")
@@ -237,27 +259,28 @@ def _rehearse(job: Job, screen: Screen) -> None:
     )
 
 
-def _finished(workdir: str, fingerprint: str) -> dict[str, Any] | None:
-    """result.json of this very run, if it is there.
+def _finished(chosen: Config, fingerprint: str) -> dict[str, Any] | None:
+    """result.json of this very run, if it is there and is about the weights that are asked for.
 
     Raises:
         DataError: it is there and belongs to another configuration.
     """
     from trainer import files
 
+    workdir = chosen.workdir
     path = files.join(workdir, "result.json")
     if not files.exists(path):
         return None
     try:
         result = json.loads(files.read(path, "the result"))
-        same = result["fingerprint"] == fingerprint
+        same, exported = result["fingerprint"] == fingerprint, result.get("exported", "last")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error!r}): delete it to have it made again") from error
     if not same:
         raise DataError(
             f"--workdir={workdir} holds a finished run of another configuration (see its config.json): choose another workdir"
         )
-    return result
+    return result if exported == chosen.export_from else None
 
 
 def _summary(result: dict[str, Any]) -> str:
