@@ -6,9 +6,14 @@ splits (Table 5).
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import logging
+import socket
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,12 +46,7 @@ def source(name: str, data_dir: str, image: str, label: str, wanted: Wanted) -> 
         DataError: there is no such set, or it cannot be had: no network, a package that it needs, or files that are
             only given out by hand.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ConfigError(
-            f"--dataset=tfds:{name} needs tensorflow-datasets ({error}): pip install 'funmatch[datasets]'"
-        ) from error
+    tfds = _library(name)
     if wanted.shares:
         raise ConfigError(
             "--splits with shares is for sources without splits; tensorflow-datasets cuts its own: "
@@ -78,11 +78,29 @@ def source(name: str, data_dir: str, image: str, label: str, wanted: Wanted) -> 
     return Source(f"tfds {builder.info.full_name}", classes, parts, facts)
 
 
+def _library(name: str) -> Any:
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"--dataset=tfds:{name} needs tensorflow-datasets ({error}): pip install 'funmatch[datasets]'"
+        ) from error
+    try:
+        import importlib_resources  # noqa: F401
+    except ImportError:
+        # tensorflow-datasets 4.9.10 imports it and requires it on old Pythons only. The standard library's is the same.
+        import importlib.resources.abc
+
+        sys.modules["importlib_resources"] = importlib.resources
+    return tensorflow_datasets
+
+
 def _builder(tfds: Any, name: str, data_dir: str) -> Any:
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
     try:
-        return tfds.builder(name, **({"data_dir": data_dir} if data_dir else {}))
+        with _quiet():
+            return tfds.builder(name, **({"data_dir": data_dir} if data_dir else {}))
     except tfds.core.DatasetNotFoundError as error:
         near = difflib.get_close_matches(name.split("/")[0].split(":")[0], tfds.list_builders(), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -97,10 +115,15 @@ def _prepare(tfds: Any, builder: Any, name: str) -> None:
         return
     manual = " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split())
     place = f"{builder._data_dir_root}/downloads/manual"
+    _resolve(builder, name)
     try:
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=place))
+        with _quiet():
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=place))
     except ImportError as error:
-        raise DataError(f"--dataset=tfds:{name} needs the package {error.name or error}: install it beside") from error
+        package = {"cv2": "opencv-python-headless"}.get(error.name or "", error.name)
+        raise DataError(
+            f"--dataset=tfds:{name} needs the package {package or error} to be made: pip install it and run again"
+        ) from error
     except Exception as error:  # whatever a set's own code and the network bring
         if manual and not isinstance(error, MemoryError) and not _network(error):
             raise DataError(
@@ -108,11 +131,42 @@ def _prepare(tfds: Any, builder: Any, name: str) -> None:
                 f"again. tensorflow-datasets says: {manual}"
             ) from error
         if _network(error):
-            raise DataError(
-                f"--dataset=tfds:{name} cannot be downloaded ({_line(error)}). Without a network here, make it on a machine "
-                "that has one and give its folder as --data_dir, which may be gs://"
-            ) from error
+            raise DataError(_no_network(name, _line(error))) from error
         raise DataError(f"--dataset=tfds:{name}: tensorflow-datasets cannot make it: {_line(error)}") from error
+
+
+def _resolve(builder: Any, name: str) -> None:
+    """Says at once that there is no network; tensorflow-datasets would try for minutes."""
+    hosts = {urllib.parse.urlsplit(str(url)).hostname for url in builder.url_infos or {}} - {None}
+    proxied = any(urllib.request.getproxies().get(scheme) for scheme in ("http", "https"))
+    if not hosts or proxied or files.names(f"{builder._data_dir_root}/downloads"):
+        return
+    for host in sorted(hosts)[:1]:
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError as error:
+            raise DataError(_no_network(name, f"{host}: {files.reason(error)}")) from error
+
+
+def _no_network(name: str, why: str) -> str:
+    return (
+        f"--dataset=tfds:{name} cannot be downloaded ({why}). Without a network here, make it on a machine that has one and "
+        "give its folder as --data_dir, which may be gs://"
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of each retried connection: what went wrong in the end is one line."""
+    loggers = [logging.getLogger(name) for name in ("urllib3", "absl")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _network(error: BaseException | None) -> bool:
@@ -167,7 +221,10 @@ def _part(
             f"--splits={ours}={own}: {_line(error)}; {builder.name} has "
             f"{', '.join(f'{split} ({have[split].num_examples})' for split in have)}"
         ) from error
-    pieces = [(piece.splitname, int(piece.from_ or 0), int(piece.to)) for piece in whole]
+    pieces = [
+        (piece.splitname, piece.from_ or 0, have[piece.splitname].num_examples if piece.to is None else piece.to)
+        for piece in whole
+    ]
     image, label, text = keys
 
     def cut(start: int, stop: int) -> list[tuple[str, int, int]]:
