@@ -16,7 +16,7 @@ LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --gen
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv smoke test test-slow test-docker mutations miniature lint lock image clean
+.PHONY: help venv smoke test test-slow test-docker mutations miniature lint lint-deploy lock image clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,10 +41,17 @@ mutations: venv  ## Break each guard in turn, in a copy, and see its test fail. 
 miniature: venv  ## The paper's claims on drawn flowers, an hour and more. Ten minutes: MINIATURE_FLAGS=--quick.
 	$(PY) benchmarks/paper_in_miniature.py $(MINIATURE_FLAGS)
 
-lint: venv  ## Check style, formatting and types.
+lint: lint-deploy  ## Check style, formatting and types, scripts, workflows and the cloud's build.
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+lint-deploy: venv  ## Of these: shell scripts, GitHub's workflows and Cloud Build's steps.
+	$(VENV)/bin/shellcheck -x .ci/run deploy/*.sh tests/*.sh
+	$(VENV)/bin/zizmor --offline --quiet --persona=auditor .github
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.cloudbuild deploy/cloudbuild.yaml
 
 lock: venv  ## Resolve requirements/*.in again. UPGRADE=--upgrade takes the newest versions.
 	$(LOCK) $(UPGRADE) -o requirements/build.txt requirements/build.in

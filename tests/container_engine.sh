@@ -18,8 +18,10 @@ for program in dockerd:docker.io docker:docker.io debootstrap:debootstrap; do
     command -v "${program%:*}" >/dev/null || packages+=("${program#*:}")
 done
 if [ ${#packages[@]} -gt 0 ]; then
-    [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null \
-        || { say "needs ${packages[*]}, and installing them needs root on Debian"; exit 1; }
+    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+        say "needs ${packages[*]}, and installing them needs root on Debian"
+        exit 1
+    fi
     say "installing ${packages[*]}"
     export DEBIAN_FRONTEND=noninteractive
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${packages[@]}"; } >&2
