@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Union
 
 from deploy import check, plainyaml
@@ -59,6 +60,10 @@ SETTINGS = {
     "gpu": Setting(r"[A-Z0-9_]+", "NVIDIA_L4", "kind of GPU: NVIDIA_TESLA_T4, NVIDIA_L4, NVIDIA_TESLA_A100, ..."),
     "gpus": Setting(r"[1-9][0-9]?", 1, "GPUs on each machine"),
     "machines": Setting(r"[1-9][0-9]?", 2, "machines, with GPUs on each"),
+    "build_account": Setting(
+        r"[^@\s]+@[^@\s]+\.gserviceaccount\.com", "", "account that Cloud Build runs as (deploy/build.sh --cloud)"
+    ),
+    "kubernetes_account": Setting(r"[a-z0-9-]+", "", "account of the cluster that the job runs as (deploy/gke.sh)"),
     "disk": Setting(r"[1-9][0-9]{2,4}", 200, "size of the boot disk in GB"),
 }
 # What `chips` and `gpu` x `gpus` mean.
@@ -119,12 +124,15 @@ def read_settings(text: str, name: str) -> dict[str, str]:
     return found
 
 
-def settle(spec: dict[str, Any], given: list[tuple[str, dict[str, str]]]) -> Settings:
+def settle(
+    spec: dict[str, Any], given: list[tuple[str, dict[str, str]]], needed: Iterable[str] = ("project", "region", "run")
+) -> Settings:
     """The value of every setting, the given ones checked.
 
     Args:
         spec: its defaults come first.
         given: (where from, texts), the later over the earlier. An empty text is as good as none.
+        needed: settings that must be given although the spec does not mention them.
 
     Raises:
         SettingError: names the setting and where its value came from.
@@ -140,20 +148,21 @@ def settle(spec: dict[str, Any], given: list[tuple[str, dict[str, str]]]) -> Set
             raise SettingError(f"{where}: there is no setting {name}{check.near(name, SETTINGS)}")
         if text:
             settings[name] = _value(name, text.removeprefix("gs://") if name == "bucket" else text, where)
-    needed = set(_used(spec["job"]))
-    if needed & {"image"}:
-        needed |= set() if settings.get("image") else {"project", "region"}
-    if needed & {"workdir", "output"}:
-        needed |= set() if settings.get("workdir") and "output" not in needed else {"bucket"}
-    if "trainer" in needed:
+    used = set(_used(spec["job"]))
+    needed = used | set(needed)
+    if "image" in used and "image" not in settings:
+        needed |= {"project", "region"}
+    if "output" in used or ("trainer" in used and "workdir" not in settings):
+        needed |= {"bucket", "run"}
+    if "trainer" in used:
         needed |= {"data"}
     missing = [name for name in SETTINGS if SETTINGS[name].default is None and name not in settings]
-    missing = [name for name in missing if name in needed | {"project", "region", "run"}]
+    missing = [name for name in missing if name in needed]
     if missing:
         told = "; ".join(f"{name} ({SETTINGS[name].help})" for name in missing)
         raise SettingError(f"not given: {told}. Use --set {missing[0]}=..., or deploy/settings.ini")
     settings = {name: s.default for name, s in SETTINGS.items() if s.default is not None} | settings
-    return settings | _derived(settings, needed)
+    return settings | _derived(settings, used)
 
 
 def _value(name: str, text: str, where: str) -> Value:
@@ -169,34 +178,36 @@ def _value(name: str, text: str, where: str) -> Value:
     return int(text) if isinstance(setting.default, int) else text
 
 
-def _derived(settings: Settings, needed: set[str]) -> Settings:
+def _derived(settings: Settings, used: set[str]) -> Settings:
     """What follows from the settings."""
     found: Settings = {
         "strategy": "SPOT" if settings["spot"] else "STANDARD",
         "timeout": f"{int(str(settings['hours'])) * 3600}s",
         "others": int(str(settings["machines"])) - 1,
     }
-    if "bucket" in settings:
+    if {"bucket", "run"} <= settings.keys():
         found["output"] = f"gs://{settings['bucket']}/runs/{settings['run']}"
         found["workdir"] = settings["workdir"] or found["output"]
+    if "spot_label" in used:
+        found["spot_label"] = "true" if settings["spot"] else ""
     if not settings["image"] and {"project", "region"} <= settings.keys():
         project = str(settings["project"]).replace(":", "/")
         found["image"] = (
             f"{settings['region']}-docker.pkg.dev/{project}/{settings['repository']}/"
             f"funmatch:{settings['hardware']}-{settings['version']}"
         )
-    if "topology" in needed:
+    if "topology" in used:
         if settings["chips"] not in _TOPOLOGY:
             raise SettingError(f"chips = {settings['chips']}: one TPU v5e machine has 1, 4 or 8")
         found["topology"] = _TOPOLOGY[int(str(settings["chips"]))]
-    if "gpu_machine" in needed:
+    if "gpu_machine" in used:
         gpu, count = str(settings["gpu"]), int(str(settings["gpus"]))
         if gpu not in _GPU_MACHINE:
             raise SettingError(f"gpu = {gpu}: must be one of {', '.join(_GPU_MACHINE)}{check.near(gpu, _GPU_MACHINE)}")
         if count not in _GPU_MACHINE[gpu]:
             raise SettingError(f"gpus = {count}: {gpu} comes in {', '.join(map(str, _GPU_MACHINE[gpu]))} a machine")
         found["gpu_machine"] = _GPU_MACHINE[gpu][count]
-    if "others" in needed and int(str(settings["machines"])) < 2:
+    if "others" in used and int(str(settings["machines"])) < 2:
         raise SettingError(f"machines = {settings['machines']}: at least 2; take vertex-gpu for one")
     return found
 

@@ -52,24 +52,30 @@ def main(argv: list[str] | None = None) -> int:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     try:
         return _main(_parser().parse_args(arguments[:cut]), arguments[cut + 1 :])
-    except (SettingError, YamlError, _Mistake) as error:
+    except (SettingError, YamlError, Mistake) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except _Refused as error:
+    except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-class _Mistake(ValueError):
-    """In what was given."""
+class Mistake(ValueError):
+    """Something is wrong in what was given."""
 
 
-class _Refused(Exception):
-    """By Google's side."""
+class Refused(Exception):
+    """Google's side refused, or gcloud did not work."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says mistakes in a line, with the nearest option, and leaves the exit to the caller."""
+
     def error(self, message: str) -> NoReturn:
+        """
+        Raises:
+            Mistake: always.
+        """
         if match := re.search(r"unrecognized arguments: (--?([\w-]+)\S*)", message):
             if match[2].replace("-", "_") in specs.SETTINGS:
                 message = f"{match[1]} is a setting: write --set {match[2].replace('-', '_')}=..."
@@ -77,7 +83,7 @@ class _Parser(argparse.ArgumentParser):
                 message = f"{match[1]} is a flag of the trainer: write it after --"
             else:
                 message = f"there is no {match[1]}{check.near(match[2], [o.lstrip('-') for o in self._option_string_actions])}"
-        raise _Mistake(message)
+        raise Mistake(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         f"  {name:16} {s.help}{'' if s.default in (None, '', []) else f' [{str(s.default).lower()}]'}"
         for name, s in specs.SETTINGS.items()
     )
-    parser = _Parser(
+    parser = Parser(
         prog="deploy/submit.sh",
         usage="deploy/submit.sh SPEC [--dry-run] [--set NAME=VALUE]... [-- TRAINER FLAGS]",
         description="Renders a spec, checks it, and submits it with gcloud. The same command with the same run goes on with it.",
@@ -107,24 +113,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that settings come from."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting; over those of the file"
+    )
+    parser.add_argument("--settings", metavar="FILE", help="file of settings [deploy/settings.ini, if it is there]")
+    parser.add_argument("--spot", action="store_true", help="the same as --set spot=true")
+
+
 def _main(chosen: argparse.Namespace, extra: list[str]) -> int:
     try:
         price = cost.price(chosen.price) if chosen.price else 0.0
     except ValueError as error:
-        raise _Mistake(str(error)) from None
+        raise Mistake(str(error)) from None
     spec = specs.load(chosen.spec)
-    settings = specs.settle(spec, list(_given(chosen)))
+    settings = specs.settle(spec, list(given(chosen)))
     kind, job = _job(chosen, spec, settings, extra)
     trial = job["trialJobSpec"] if kind == "hp-tuning-jobs" else job
     if wrong := list(_wrong(kind, job, settings)):
-        raise _Mistake("\nerror: ".join(wrong))
+        raise Mistake("\nerror: ".join(wrong))
     for note in check.notes(trial, str(settings["region"])):
         _say(f"note: {note}")
     if price:
         _say(f"cost: {cost.most(trial, price, int(job.get('maxTrialCount', 1)))}")
     if chosen.dry_run:
         print(json.dumps(job, indent=1))
-        _say(f"would run: {shlex.join(_command(kind, settings, 'JOB.json'))}")
+        _say(f"would run: {shlex.join(create(kind, settings, 'JOB.json'))}")
         _say("nothing was submitted")
         return 0
     if not chosen.beside:
@@ -137,8 +152,12 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _given(chosen: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
-    """Settings of the file, then those of the command line."""
+def given(chosen: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
+    """Settings of the file, then those of the command line, for `specs.settle`.
+
+    Raises:
+        SettingError: a file that cannot be read, or no NAME=VALUE.
+    """
     path = pathlib.Path(chosen.settings) if chosen.settings else SETTINGS_FILE
     if chosen.settings or path.is_file():
         try:
@@ -165,9 +184,8 @@ def _job(
     chosen: argparse.Namespace, spec: dict[str, Any], settings: specs.Settings, extra: list[str]
 ) -> tuple[str, dict[str, Any]]:
     """The kind of job, as gcloud names it, and the job itself."""
-    job = specs.render(spec, settings, extra)
     if not chosen.study:
-        return "custom-jobs", job
+        return "custom-jobs", specs.render(spec, settings, extra)
     own = chosen.study.endswith((".yaml", ".yml", ".json")) or "/" in chosen.study
     path = pathlib.Path(chosen.study) if own else HERE / "studies" / f"{chosen.study}.yaml"
     if not path.is_file():
@@ -177,7 +195,10 @@ def _job(
         raise SettingError(
             f"{path}: must hold studySpec, maxTrialCount and parallelTrialCount; the spec is the trial's job"
         )
-    return "hp-tuning-jobs", study | {"trialJobSpec": job}
+    with contextlib.suppress(KeyError, IndexError, TypeError):  # of a study that the checker will refuse
+        if "hp_metric" in check.trainer_flags():
+            extra = [*extra, f"--hp_metric={study['studySpec']['metrics'][0]['metricId']}"]
+    return "hp-tuning-jobs", study | {"trialJobSpec": specs.render(spec, settings, extra)}
 
 
 def _wrong(kind: str, job: dict[str, Any], settings: specs.Settings) -> Iterator[str]:
@@ -198,7 +219,8 @@ def _wrong(kind: str, job: dict[str, Any], settings: specs.Settings) -> Iterator
             yield from check.configuration(list(args), job.get("studySpec", {}))
 
 
-def _command(kind: str, settings: specs.Settings, path: str) -> list[str]:
+def create(kind: str, settings: specs.Settings, path: str) -> list[str]:
+    """The command that submits the job in a file."""
     labels = {"program": "funmatch", "run": settings["run"]} | (
         {"recipe": settings["recipe"]} if settings["recipe"] else {}
     )
@@ -211,15 +233,15 @@ def _command(kind: str, settings: specs.Settings, path: str) -> list[str]:
     ]
 
 
-def _gcloud(command: list[str], settings: specs.Settings) -> str:
+def gcloud(command: list[str], settings: specs.Settings) -> str:
     """What gcloud says on stdout.
 
     Raises:
-        _Refused: with its own words, and what to do.
+        Refused: with its own words, and what to do.
     """
     program = shutil.which("gcloud")
     if not program:
-        raise _Refused("gcloud is not on PATH: install the Google Cloud CLI, or see the job with --dry-run")
+        raise Refused("gcloud is not on PATH: install the Google Cloud CLI, or see the job with --dry-run")
     done = subprocess.run(
         [program, *command[1:]],
         capture_output=True,
@@ -236,27 +258,40 @@ def _gcloud(command: list[str], settings: specs.Settings) -> str:
             answer = json.loads(inner[1])["error"]
             told = f"{answer['status']} ({answer['code']}): {answer['message']}"
     advice = next((text for pattern, text in ADVICE if re.search(pattern, told)), "")
-    raise _Refused(told + ("\nhint: " + advice.format(**settings) if advice else ""))
+    raise Refused(told + ("\nhint: " + advice.format(**settings) if advice else ""))
+
+
+def active(kind: str, settings: specs.Settings) -> list[str]:
+    """The command that lists the jobs of this run which have not ended."""
+    states = " ".join(f"JOB_STATE_{state}" for state in ACTIVE)
+    return [
+        *("gcloud", "ai", kind, "list", f"--project={settings['project']}", f"--region={settings['region']}"),
+        f"--filter=displayName={settings['run']} AND state=({states})",
+        "--format=value(name,state)",
+    ]
+
+
+def followers(kind: str, settings: specs.Settings, name: str) -> list[tuple[str, list[str]]]:
+    """What a submitted job can be followed with."""
+    where = [f"--project={settings['project']}", f"--region={settings['region']}"]
+    return [
+        ("logs", ["gcloud", "ai", kind, "stream-logs", name]),
+        ("state", ["gcloud", "ai", kind, "describe", name, "--format=value(state,error.message)"]),
+        ("cancel", ["gcloud", "ai", kind, "cancel", name]),
+        ("all", ["gcloud", "ai", kind, "list", *where, "--filter=labels.program=funmatch"]),
+        ("results", ["gcloud", "storage", "ls", str(settings.get("workdir") or settings.get("output", "gs://"))]),
+    ]
 
 
 def _require_no_other(kind: str, settings: specs.Settings) -> None:
     """Two jobs that write one run's checkpoints would spoil each other's.
 
     Raises:
-        _Refused: a job of this name has not ended.
+        Refused: a job of this name has not ended.
     """
-    states = " ".join(f"JOB_STATE_{state}" for state in ACTIVE)
-    found = _gcloud(
-        [
-            *("gcloud", "ai", kind, "list", f"--project={settings['project']}", f"--region={settings['region']}"),
-            f"--filter=displayName={settings['run']} AND state=({states})",
-            "--format=value(name,state)",
-        ],
-        settings,
-    )
-    if found:
+    if found := gcloud(active(kind, settings), settings):
         name, _, state = found.splitlines()[0].partition("\t")
-        raise _Refused(
+        raise Refused(
             f"the run {settings['run']} has a job already ({name}, {state}): wait for it, cancel it "
             f"(gcloud ai {kind} cancel {name}), or choose another run"
         )
@@ -269,18 +304,14 @@ def _submit(kind: str, job: dict[str, Any], settings: specs.Settings) -> str:
         path = os.path.join(folder, f"{settings['run']}.json")
         with open(path, "w", encoding="utf-8") as file:
             json.dump(job, file)
-        return _gcloud(_command(kind, settings, path), settings)
+        return gcloud(create(kind, settings, path), settings)
 
 
 def _report(kind: str, settings: specs.Settings, name: str) -> None:
-    where = f"--project={settings['project']} --region={settings['region']}"
     print(name)
     _say(f"submitted {name}")
-    _say(f"  logs     gcloud ai {kind} stream-logs {name}")
-    _say(f"  state    gcloud ai {kind} describe {name} --format='value(state,error.message)'")
-    _say(f"  cancel   gcloud ai {kind} cancel {name}")
-    _say(f"  all      gcloud ai {kind} list {where} --filter=labels.program=funmatch")
-    _say(f"  results  gcloud storage ls {settings.get('workdir', settings.get('output', ''))}")
+    for what, line in followers(kind, settings, name):
+        _say(f"  {what:8} {shlex.join(line)}")
     _say(f"The same command with run = {settings['run']} goes on from its last checkpoint, after an end of any kind.")
 
 

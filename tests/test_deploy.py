@@ -7,24 +7,29 @@ sends what we mean is the point.
 from __future__ import annotations
 
 import copy
+import io
 import json
+import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import yaml
-from aiplatform_stub import Stub, error
-from conftest import ROOT
+from aiplatform_stub import Stub, error, uploaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy import check, cost, make_schema, plainyaml, specs, submit
+from deploy import build, check, cost, gke, make_schema, plainyaml, specs, submit, tpu_vm
+from trainer import __version__, errors
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETTINGS = {
     "project": "my-project",
     "region": "us-west4",
@@ -65,7 +70,9 @@ def vertex(service: Stub, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "token").write_text("no-token")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "config"))
     monkeypatch.setenv("CLOUDSDK_AUTH_ACCESS_TOKEN_FILE", str(tmp_path / "token"))
-    monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM", service.url)
+    for name in ("AIPLATFORM", "ARTIFACTREGISTRY", "CLOUDBUILD", "CONTAINERANALYSIS", "ONDEMANDSCANNING", "TPU"):
+        monkeypatch.setenv(f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{name}", service.url)
+    monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE", f"{service.url}storage/v1/")
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     service.reset()
@@ -108,6 +115,16 @@ def machine(machine: dict[str, Any], hardware: str, *args: str, disk: int = 200,
     }
 
 
+def machines() -> dict[str, Any]:
+    """Three machines with an A100 each: a chief and two workers."""
+    a100 = {"machineType": "a2-highgpu-1g", "acceleratorType": "NVIDIA_TESLA_A100", "acceleratorCount": 1}
+    job = machine(a100, "gpu")
+    (chief,) = job["workerPoolSpecs"]
+    job["workerPoolSpecs"] = [chief, chief | {"replicaCount": 2}]
+    job["scheduling"]["restartJobOnWorkerRestart"] = True
+    return job
+
+
 MEANT = {
     "v5e, 1 chip": (
         ["vertex-tpu-v5e", "--set=chips=1"],
@@ -129,6 +146,7 @@ MEANT = {
         ["vertex-gpu"],
         machine({"machineType": "g2-standard-12", "acceleratorType": "NVIDIA_L4", "acceleratorCount": 1}, "gpu"),
     ),
+    "GPUs of 3 machines": (["vertex-gpu-machines", "--set=gpu=NVIDIA_TESLA_A100", "--set=machines=3"], machines()),
     "CPU": (["vertex-cpu"], machine({"machineType": "n1-standard-8"}, "cpu", disk=100, hours=1)),
 }
 
@@ -191,6 +209,9 @@ def test_a_study_is_sent_with_the_spec_as_its_trial(vertex: Stub, capsys: pytest
         "labels": {"program": "funmatch", "run": "flowers-1", "recipe": "flowers102_fast"},
         "trialJobSpec": arrived(MEANT["v5e, 4 chips"][1]),
     }
+    # The trial is told what to report, where the trainer can be told.
+    if "hp_metric" in check.trainer_flags():
+        meant["trialJobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"].append("--hp_metric=student_top1")
     assert request.body == meant
     assert "hp-tuning-jobs stream-logs" in said.err
 
@@ -422,6 +443,7 @@ def test_study_parameters_are_flags_of_the_trainer(tmp_path: pathlib.Path, capsy
         (["vertex-tpu-v5e", "--set=chips=2"], "has 1, 4 or 8"),
         (["vertex-gpu", "--set=gpu=NVIDIA_L40"], "did you mean NVIDIA_L4?"),
         (["vertex-gpu", "--set=gpus=3"], "comes in 1, 2, 4, 8 a machine"),
+        (["vertex-gpu-machines", "--set=machines=1"], "take vertex-gpu for one"),
         (["vertex-gpu", "--set=run=Flowers_1"], "run = Flowers_1"),
         (["vertex-gpu", "--set=data=/home/me/data"], "data = /home/me/data"),
         (["vertex-gpu", "--set=project=12345678"], "project = 12345678"),
@@ -553,6 +575,7 @@ def test_cost_is_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
     assert cost.units(MEANT["v5e, 8 chips"][1]) == (8, "chip")
     assert cost.units(MEANT["v3-8"][1]) == (4, "chip")
     assert cost.units(MEANT["GPU"][1]) == (1, "GPU")
+    assert cost.units(MEANT["GPUs of 3 machines"][1]) == (3, "GPU")
     assert cost.units(MEANT["CPU"][1]) == (1, "machine")
     # 3,600 s x 1,000 images/s = 36,000 steps of 100.
     speed = ["--steps=36000", "--batch_size=100", "--images_per_second=1000"]
@@ -586,6 +609,192 @@ def test_the_script_finds_its_way_from_anywhere(tmp_path: pathlib.Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == MEANT["GPU"][1]
+
+
+# Images, TPU VMs, GKE, the smoke run, and what the documentation says.
+
+
+def test_build_prints_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--settings=/dev/null", "--set=project=my-project", "--set=region=us-west4", "--dry-run"]
+    image = "us-west4-docker.pkg.dev/my-project/funmatch/funmatch:tpu-3"
+    assert build.main(["tpu", *line, "--set=version=3"]) == 0
+    login, make, push = capsys.readouterr().out.splitlines()
+    assert login == "gcloud auth configure-docker us-west4-docker.pkg.dev --quiet"
+    assert f"docker build --target=tpu --tag={image} --build-arg=VERSION={__version__} " in make
+    assert push == f"docker push {image}"
+    assert build.main(["tpu", *line, "--cloud", "--set=version=3"]) == 0
+    assert f"--substitutions=_IMAGE={image},_TARGET=tpu," in capsys.readouterr().out
+    assert build.main(["tpv", *line]) == 2
+    assert "cpu, tpu or gpu" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_cloud_build_gets_the_sources_that_an_image_needs_and_no_more(vertex: Stub) -> None:
+    line = ["--settings=/dev/null", "--set=project=my-project", "--set=region=us-west4", "--cloud"]
+    assert build.main(["tpu", *line, "--set=build_account=b@my-project.iam.gserviceaccount.com"]) == 0
+    (made,) = [r.body for r in vertex.requests if r.path.endswith("/builds")]
+    image = "us-west4-docker.pkg.dev/my-project/funmatch/funmatch:tpu-latest"
+    assert made["substitutions"] | {"_REVISION": ""} == {
+        "_IMAGE": image,
+        "_TARGET": "tpu",
+        "_VERSION": __version__,
+        "_REVISION": "",
+    }
+    assert made["serviceAccount"] == "projects/my-project/serviceAccounts/b@my-project.iam.gserviceaccount.com"
+    assert made["images"] == ["${_IMAGE}"]
+    assert "--target=${_TARGET}" in made["steps"][0]["args"]
+    (sent,) = [r.body for r in vertex.requests if "/upload/" in r.path and r.body]
+    with tarfile.open(fileobj=io.BytesIO(uploaded(sent)), mode="r:gz") as tar:
+        names = {name.split("/")[0] for name in tar.getnames()} - {"."}
+    whole = {".dockerignore", "Dockerfile", "LICENSE", "README.md", "recipes", "requirements", "setup.py", "trainer"}
+    assert names == whole
+
+
+def test_a_tpu_vm_is_asked_for_with_the_job_as_its_start(vertex: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    line = command("create", "--zone=us-west4-a", "--spot", service_account=ACCOUNT)
+    assert tpu_vm.main([*line, "--", "--seed=7"]) == 0
+    (request,) = vertex.requests
+    assert request.path == "/v2/projects/my-project/locations/us-west4-a/queuedResources"
+    assert request.body["spot"] == {}
+    assert request.body["queueingPolicy"] == {"validUntilDuration": "86400s"}
+    (wanted,) = request.body["tpu"]["nodeSpec"]
+    node = wanted["node"]
+    assert (wanted["nodeId"], node["acceleratorType"]) == ("flowers-1", "v5litepod-4")
+    assert node["serviceAccount"]["email"] == ACCOUNT
+    script = node["metadata"]["startup-script"]
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    (run,) = [shlex.split(text) for text in script.splitlines() if text.startswith("docker run")]
+    image = "us-west4-docker.pkg.dev/my-project/funmatch/funmatch:tpu-latest"
+    assert run[run.index(image) + 1 :] == ["--tpu=local", *TRAINER, "--seed=7"]
+    assert "deploy/tpu_vm.sh delete --zone=us-west4-a" in capsys.readouterr().err
+
+
+def test_a_tpu_vms_mistakes_and_other_actions(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*arguments: str) -> str:
+        assert tpu_vm.main(list(arguments)) == 2
+        return capsys.readouterr().err
+
+    assert "did you mean create?" in told(*command("creat", "--zone=us-west4-a"))
+    assert "the data would travel" in told(*command("create", "--zone=us-west1-c"))
+    assert "did you mean temperature?" in told(*command("create", "--zone=us-west4-a"), "--", "--tempreature=1")
+    assert "--zone" in told(*command("create"))
+    for action, word in [("state", "describe"), ("logs", "docker logs"), ("delete", "--force")]:
+        assert tpu_vm.main(command(action, "--zone=us-west4-a", "--dry-run")) == 0
+        assert word in capsys.readouterr().out
+    # Nothing in a value runs as a command of its own on the machine.
+    script = tpu_vm.startup("host/image:1", ["--data=gs://b/$(reboot); reboot"])
+    assert shlex.split(script.splitlines()[-1])[-1] == "--data=gs://b/$(reboot); reboot"
+
+
+def test_gke_gets_a_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gke.main([*command("x")[1:], "--spot", "--set=chips=8"]) == 0
+    job = json.loads(capsys.readouterr().out)
+    assert (job["apiVersion"], job["kind"], job["metadata"]["name"]) == ("batch/v1", "Job", "flowers-1")
+    pod = job["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "2x4",
+        "cloud.google.com/gke-spot": "true",
+    }
+    (container,) = pod["containers"]
+    assert container["args"] == ["--tpu=local", *TRAINER]
+    assert container["resources"] == {"requests": {"google.com/tpu": 8}, "limits": {"google.com/tpu": 8}}
+    # What would fail again ends the Job; a stop by signal (75) does not.
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert rule["onExitCodes"]["values"] == [errors.EXIT_CONFIG, errors.EXIT_DATA, errors.EXIT_DIVERGED]
+    assert gke.main([*command("x")[1:], "--", "--tempreature=1"]) == 2
+
+
+@pytest.mark.slow
+def test_the_smoke_run_in_plain_python(tmp_path: pathlib.Path) -> None:
+    line = [ROOT / "deploy/smoke.sh", "--python", f"--out={tmp_path}/out", "--preset=tiny"]
+    done = subprocess.run(
+        line, capture_output=True, text=True, check=False, env=os.environ | {"PYTHON": sys.executable}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/distill/report.html").is_file()
+
+
+def test_the_smoke_run_says_what_is_missing(tmp_path: pathlib.Path) -> None:
+    script = ROOT / "deploy/smoke.sh"
+    for line, told in [
+        (["--workdir=x"], "is --out=FOLDER"),
+        (["--docker", f"--out={tmp_path}"], "no Docker engine answers"),
+    ]:
+        nowhere = os.environ | {"DOCKER_HOST": f"unix://{tmp_path}/none"}
+        done = subprocess.run([script, *line], capture_output=True, text=True, check=False, env=nowhere)
+        assert done.returncode == 2
+        assert told in done.stderr
+
+
+def gcloud_tree() -> dict[str, Any]:
+    """Commands and flags of the installed gcloud, as it keeps them for the shell's completion."""
+    path = make_schema.gcloud_root() / "data/cli/gcloud_completions.py"
+    scope: dict[str, Any] = {}
+    exec(path.read_text(), scope)  # noqa: S102  gcloud's own file, a single literal
+    return scope["STATIC_COMPLETION_CLI_TREE"]
+
+
+def gcloud_commands() -> list[list[str]]:
+    """Every gcloud command that docs/deploy.md shows and that our scripts run or print."""
+    text = (ROOT / "docs/deploy.md").read_text().replace("\\\n", " ")
+    # Shell variables and what a reader puts in do not matter here.
+    found = [shlex.split(line, comments=True) for line in re.findall(r"^ {4}(gcloud .*)$", text, re.MULTILINE)]
+    settings = specs.settle(
+        specs.load("vertex-gpu"), [("test", SETTINGS | {"service_account": ACCOUNT, "spot": "true"})]
+    )
+    settings["build_account"] = ACCOUNT
+    for kind in ("custom-jobs", "hp-tuning-jobs"):
+        found.append(submit.create(kind, settings, "JOB.json"))
+        found.append(submit.active(kind, settings))
+        found += [line for _, line in submit.followers(kind, settings, "JOB") if line[0] == "gcloud"]
+    found += [line for cloud in (True, False) for line in build.commands("tpu", settings, cloud=cloud)]
+    found += [
+        tpu_vm.create(settings, "z", "f"),
+        *(tpu_vm.other(action, settings, "z") for action in tpu_vm.ACTIONS[1:]),
+    ]
+    return [line for line in found if line[0] == "gcloud"]
+
+
+def test_every_gcloud_command_that_is_shown_exists() -> None:
+    tree, seen = gcloud_tree(), 0
+    for line in gcloud_commands():
+        node, flags_known = tree, set(tree["flags"])
+        for word in line[1:]:
+            if word in node["commands"]:
+                node = node["commands"][word]
+                flags_known |= set(node["flags"])
+            elif word.startswith("--"):
+                assert word.partition("=")[0] in flags_known, f"{shlex.join(line)}: {word}"
+            else:
+                assert not node["commands"], f"{shlex.join(line)}: {word}"
+        seen += 1
+    assert seen > 25
+
+
+def test_what_the_documentation_shows_of_our_scripts_works(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every deploy/... command of docs/deploy.md, in its dry run and with the settings of the example."""
+    shutil.copy(ROOT / "deploy/settings.example", tmp_path / "settings.ini")
+    (tmp_path / "my-job.yaml").write_text(json.dumps(MEANT["GPU"][1]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submit, "SETTINGS_FILE", tmp_path / "settings.ini")
+    text = (ROOT / "docs/deploy.md").read_text()
+    shown = re.findall(r"(?:^ {4}|`)(deploy/(?:submit|build|tpu_vm|gke)\.sh [^`\n]*)", text, re.MULTILINE)
+    tried = 0
+    for line in (shlex.split(text.partition("|")[0], comments=True) for text in shown):
+        if "..." in line or line[1].startswith("--help") or "cpu|tpu|gpu" in text.partition(line[0])[0][-1:]:
+            continue
+        if line[1] == "cpu":  # cpu|tpu|gpu
+            line = ["deploy/build.sh", "cpu"]
+        module = {"submit": submit, "build": build, "tpu_vm": tpu_vm, "gke": gke}[line[0][len("deploy/") : -len(".sh")]]
+        cut = line.index("--") if "--" in line else len(line)
+        dry_run = [] if module is gke else ["--dry-run"]
+        assert module.main([*line[1:cut], *dry_run, *line[cut:]]) == 0, (line, capsys.readouterr().err)
+        tried += 1
+    assert tried >= 8
 
 
 # The YAML that specs are written in.
