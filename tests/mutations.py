@@ -28,7 +28,7 @@ MUTANTS = [
 
 def lives(mutant: Mutant, folder: pathlib.Path) -> str:
     """Runs a mutant's tests in a copy of the project; returns what they said if they pass, else nothing."""
-    for name in ("trainer", "tests", "pyproject.toml"):
+    for name in ("trainer", "tests", "deploy", "docs", "recipes", "pyproject.toml"):
         source = ROOT / name
         shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy(source, folder / name)
     path = folder / "trainer" / mutant.file
