@@ -15,7 +15,7 @@ ORDER = [
     ["errors"],
     ["config", "signals"],
     ["cli"],
-    ["recipes", "files", "synthetic"],
+    ["recipes", "files", "headers", "synthetic"],
     ["accelerator", "archives", "journal", "lock", "places", "records"],
     ["cache", "pictures"],
     ["sources"],

@@ -38,6 +38,7 @@ FLAGS = frozenset(
         "learning_rate",
         "log_every",
         "max_warmup",
+        "max_bad_fraction",
         "min_crop_area",
         "min_teacher_agreement",
         "mixup",
@@ -117,6 +118,7 @@ def test_every_flag_has_help() -> None:
     [
         ({"temperature": 0.0}, "--temperature=0.0"),
         ({"temperature": float("nan")}, "finite"),
+        ({"max_bad_fraction": 1.0}, "--max_bad_fraction=1.0"),
         ({"learning_rate": -1.0}, "--learning_rate=-1.0"),
         ({"batch_size": 0}, "--batch_size=0"),
         ({"steps": 5, "epochs": 1.0}, "one of the two"),

@@ -14,8 +14,12 @@ from trainer.errors import DataError
 from trainer.records import Dataset, EncodedSplit, Picture, Split
 
 
-def picture(label: int = 1, encoded: bytes = b"jpeg") -> Picture:
-    return Picture(encoded, 20, 30, label, "a/b.jpg")
+def png(height: int = 20, width: int = 30) -> bytes:
+    return bytes(tf.io.encode_png(np.zeros((height, width, 3), np.uint8)).numpy())
+
+
+def picture(label: int = 1, encoded: bytes = b"") -> Picture:
+    return Picture(encoded or png(), 20, 30, label, "a/b.jpg")
 
 
 def dataset(folder: pathlib.Path, pictures: list[Picture]) -> Dataset:
@@ -96,7 +100,7 @@ def test_missing_short_and_foreign_shards(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "train-0.tfrecord"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=rf"{path} has {len(content) // 2} bytes"):
+    with pytest.raises(DataError, match=rf"{path}: record 1 at byte {len(content) // 2} is not there: the file has"):
         EncodedSplit(made, made.splits["train"])
     path.unlink()
     with pytest.raises(DataError, match="cannot read a shard"):

@@ -94,7 +94,7 @@ def test_images_are_squashed_and_sizes_remembered(tmp_path: pathlib.Path) -> Non
 
 def test_undecodable_image_is_named(tmp_path: pathlib.Path) -> None:
     pictures = [Picture(jpeg(4, 4), 4, 4), Picture(b"no picture", 4, 4, 0, "bad.jpg")]
-    with pytest.raises(DataError, match=r"s: record 1 at byte \d+ \(bad.jpg\): the image cannot be decoded"):
+    with pytest.raises(DataError, match=r"s: record 1 at byte \d+ is unusable: no JPEG, PNG, GIF or BMP \(bad.jpg\)"):
         store.MemoryStore(*make(tmp_path, pictures), 8, quiet)
 
 

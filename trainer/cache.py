@@ -32,7 +32,7 @@ import numpy as np
 
 from trainer import files, records
 from trainer.errors import DataError
-from trainer.records import Dataset, EncodedShard, Shard, Split
+from trainer.records import Damage, Dataset, EncodedShard, Shard, Split
 
 _SPARE = 1 << 30  # bytes that are left free on the disk when no limit is given
 _COPIERS = 4  # shards read at a time, each whole in memory
@@ -81,28 +81,36 @@ class Cache:
             return Need(sum(wanted.values()), self._room() - sum(others.values()))
 
     def open(
-        self, dataset: Dataset, split: Split, progress: Callable[[int, int], None] = lambda *_: None
+        self,
+        dataset: Dataset,
+        split: Split,
+        progress: Callable[[int, int], None] = lambda *_: None,
+        damage: Damage | None = None,
     ) -> list[EncodedShard]:
         """The shards of a split as open files. What is not here yet is copied, and what was never checked is checked.
 
         Args:
             dataset, split: which.
             progress: called with bytes copied or checked so far and in all.
+            damage: counts bad records; by default the first one is an error.
 
         Raises:
             DataError: a shard is missing or damaged, or the copies do not fit.
         """
+        damage = damage or Damage(dataset, split)
         remote = files.is_remote(dataset.folder)
         if remote:
             self._lease({name(shard): shard.bytes for shard in split.shards})
         index = os.path.join(self.folder, "index", f"{split.crc32c}-{len(dataset.classes)}.npy")
         table = _load(index, split)
+        if table is not None and (damage.limit or (table["offset"] < 0).any()):
+            table = None  # made by a run that counted otherwise
         todo = {name(s): s for s in split.shards if table is None or (remote and not self._has(s))}
         done, total, lock = 0, sum(shard.bytes for shard in todo.values()), threading.Lock()
 
         def take(shard: Shard) -> np.ndarray:
             nonlocal done
-            found = self._take(dataset, shard, remote)
+            found = self._take(dataset, shard, remote, damage)
             with lock:
                 done += shard.bytes
                 progress(done, total)
@@ -133,18 +141,24 @@ class Cache:
         except OSError:
             return False
 
-    def _take(self, dataset: Dataset, shard: Shard, remote: bool) -> np.ndarray:
+    def _take(self, dataset: Dataset, shard: Shard, remote: bool, damage: Damage) -> np.ndarray:
         """Checks a shard, copies it if it lies elsewhere and has no copy, and returns its index."""
         path = self._path(dataset, shard, remote)
         source = files.join(dataset.folder, shard.file)
         if not remote:
-            return records.index(dataset, shard, files.read(source, "a shard"), source)
+            return records.index(dataset, shard, files.read(source, "a shard"), source, damage)
         # Whoever holds this lock copies; another process waits here and finds the copy made.
         with _flock(f"{path}.copying"):
             if self._has(shard):
-                return records.index(dataset, shard, files.read(path, "a copy of a shard"), path)
+                return records.index(dataset, shard, files.read(path, "a copy of a shard"), path, damage)
             content = files.read(source, "a shard")
-            found = records.index(dataset, shard, content, source)
+            found = records.index(dataset, shard, content, source, damage)
+            if google_crc32c.value(content) != shard.crc32c:
+                # The copy would pass for the whole one with every run that has the same shard.
+                raise DataError(
+                    f"{source} does not have the CRC32C that {records.INDEX} says, and no copy is made of a damaged shard: "
+                    "copy it again, or leave bad records out with --store=memory"
+                )
             files.write(path, content, "a copy of a shard")
             return found
 

@@ -62,6 +62,13 @@ class Config:
         "Folder or gs:// prefix made by trainer.prepare (it holds dataset.json).",
         state=False,
     )
+    max_bad_fraction: float = _field(
+        0.0,
+        "data",
+        "Share of a split's records that may be bad (damaged, or of an image that cannot be used), 0 to below 1. 0: the first "
+        "one stops the job. Above: bad ones are left out, told and listed in result.json, and each image is decoded once "
+        "more before the first step to find them all.",
+    )
     eval_data: str = _field("", "data", "The same, for evaluation; empty: --data.", state=False)
     train_split: str = _field("train", "data", "Split whose images are trained on.")
     eval_split: str = _field("validation", "data", "Split measured every --eval_every steps.", state=False)
@@ -316,6 +323,7 @@ class Config:
             self._need(name, 0 < getattr(self, name) <= 1, "it must be above 0 and at most 1")
         self._need("min_teacher_agreement", 0 <= self.min_teacher_agreement <= 1, "it must be from 0 to 1")
         self._need("max_warmup", 0 <= self.max_warmup <= 1, "it must be from 0 to 1")
+        self._need("max_bad_fraction", 0 <= self.max_bad_fraction < 1, "it must be at least 0 and below 1")
         self._need("label_smoothing", 0 <= self.label_smoothing < 1, "it must be at least 0 and below 1")
         for name in (
             "weight_decay",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 import time
 import zipfile
@@ -22,7 +23,7 @@ from trainer.errors import ConfigError, DataError, Diverged, Stopped
 from trainer.journal import Journal, Screen
 from trainer.measure import Evaluator
 from trainer.models import students, teachers
-from trainer.records import Dataset
+from trainer.records import Bad, Damage, Dataset, Split
 from trainer.signals import StopRequest
 from trainer.store import MemoryStore, Order, Store
 
@@ -38,6 +39,7 @@ class Job:
         config: resolved; nothing in it is left to a default.
         identity: JSON value that decides which weights come out: configuration, data, teachers.
         targets: for each teacher its constant logits on the training split, where the views fix them; else none.
+        left_out: bad records by split, which the run does without (--max_bad_fraction).
         step: updates made so far.
         seconds: wall time of training so far, over all processes of this run.
         pending: steps and metrics of the device's loops since the last row of metrics.
@@ -54,6 +56,7 @@ class Job:
     targets: tuple[np.ndarray, ...]
     optimizer: keras.optimizers.Optimizer
     run_steps: Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
+    left_out: dict[str, list[Bad]] = dataclasses.field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
     pending: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
@@ -194,9 +197,18 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         )
         screen.say(f"student {config.student}: {student.count_params():,} parameters, {config.image_size} px")
 
+    left_out: dict[str, list[Bad]] = {}
+
     def decode(dataset: Dataset, name: str, flag: str, side: int) -> MemoryStore:
         split = dataset.split(name, flag)
-        return MemoryStore(dataset, split, side, lambda done, total: screen.progress(f"decode {name}", done, total))
+        damage = Damage(dataset, split, config.max_bad_fraction)
+        held = MemoryStore(
+            dataset, split, side, lambda done, total: screen.progress(f"decode {name}", done, total), damage
+        )
+        _say_damage(damage, split, screen)
+        if damage.bad:
+            left_out[name] = damage.bad
+        return held
 
     train = decode(data, config.train_split, "train_split", config.store_size)
     if config.distance == "labels" and (train.labels < 0).any():
@@ -215,6 +227,8 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         raise ConfigError(
             f"--keep_best=student_top1, but {config.eval_split} has no labels: choose agreement_top1 or kl"
         )
+    if config.max_bad_fraction and config.workdir and not (config.check or config.dry_run):
+        require_same_records(config.workdir, left_out)
     jit_compile = accelerator.jit_compile(config.jit_compile)
     with strategy.scope():
         loaded = agreement.cheapen(
@@ -238,7 +252,33 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         resident,
         jit_compile=jit_compile,
     )
-    return Job(config, accelerator, identity, train, stores, student, loaded, targets, optimizer, run_steps)
+    return Job(config, accelerator, identity, train, stores, student, loaded, targets, optimizer, run_steps, left_out)
+
+
+def _say_damage(damage: Damage, split: Split, screen: Screen, most: int = 20) -> None:
+    lines = damage.lines()
+    for line in lines[:most]:
+        screen.say(f"warning: left out: {line}")
+    if lines:
+        more = f"{len(lines) - most} more; " if len(lines) > most else ""
+        screen.say(f"warning: {more}{len(lines)} of {split.examples:,} records of {split.name!r} are bad and left out")
+
+
+def require_same_records(workdir: str, left_out: dict[str, list[Bad]]) -> None:
+    """Writes down which records a run does without, once: the order of the others depends on it.
+
+    Raises:
+        DataError: an earlier process of this run did without others.
+    """
+    path = files.join(workdir, "left_out.json")
+    text = json.dumps({name: [dataclasses.asdict(bad) for bad in bads] for name, bads in left_out.items()}, indent=1)
+    if not files.exists(path):
+        files.write(path, f"{text}\n".encode(), "the list of bad records")
+    elif files.read(path, "the list of bad records").decode(errors="replace") != f"{text}\n":
+        raise DataError(
+            f"other records are bad now than when this run began ({path} lists those): it would not go on as it began. "
+            "Mend the data, or take another --workdir"
+        )
 
 
 def fixed_targets(

@@ -7,6 +7,7 @@ image/filename, and label (absent where there is none).
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ import google_crc32c
 import numpy as np
 import tensorflow as tf
 
-from trainer import files
+from trainer import files, headers
 from trainer.errors import DataError
 
 FORMAT = "funmatch-dataset/1"
@@ -230,21 +231,57 @@ def payloads(content: bytes | memoryview, where: str) -> Iterator[tuple[int, mem
     Raises:
         DataError: a record is cut off or damaged; the text has file, record number and byte offset.
     """
-    view, offset, number = memoryview(content), 0, 0
+    for number, (offset, payload, trouble) in enumerate(_frames(content)):
+        if payload is None:
+            raise DataError(f"{_where(where, number, offset)} {trouble}")
+        yield offset, payload
+
+
+def _frames(content: bytes | memoryview) -> Iterator[tuple[int, memoryview | None, str]]:
+    """Offset, payload and trouble of each record; payload is None where there is trouble.
+
+    After a record whose end is not known, it goes on at the next one that has a whole head. Records between the two are not
+    told: whoever knows how many there should be must count.
+    """
+    view, offset = memoryview(content), 0
     while offset < len(view):
-        place = f"{where}: record {number} at byte {offset}"
-        if offset + _HEADER.size > len(view):
-            raise DataError(f"{place} is cut off")
-        length, crc = _HEADER.unpack_from(view, offset)
-        if masked_crc(view[offset : offset + 8]) != crc:
-            raise DataError(f"{place} has a damaged length")
-        start, end = offset + _HEADER.size, offset + _HEADER.size + length
-        if length > _LONGEST or end + _FOOTER.size > len(view):
-            raise DataError(f"{place} is cut off")
-        if masked_crc(view[start:end]) != _FOOTER.unpack_from(view, end)[0]:
-            raise DataError(f"{place} is damaged (its CRC32C does not match)")
-        yield offset, view[start:end]
-        offset, number = end + _FOOTER.size, number + 1
+        payload, trouble = _frame_at(view, offset)
+        yield offset, payload, trouble
+        if payload is not None:
+            offset += _HEADER.size + len(payload) + _FOOTER.size
+        elif trouble == _DAMAGED:
+            offset += _HEADER.size + _HEADER.unpack_from(view, offset)[0] + _FOOTER.size
+        else:
+            offset = _next_head(view, offset + 1)
+
+
+_DAMAGED = "is damaged (its CRC32C does not match)"
+
+
+def _frame_at(view: memoryview, offset: int) -> tuple[memoryview | None, str]:
+    if offset + _HEADER.size > len(view):
+        return None, "is cut off"
+    length, crc = _HEADER.unpack_from(view, offset)
+    if masked_crc(view[offset : offset + 8]) != crc:
+        return None, "has a damaged length"
+    start, end = offset + _HEADER.size, offset + _HEADER.size + length
+    if length > _LONGEST or end + _FOOTER.size > len(view):
+        return None, "is cut off"
+    if masked_crc(view[start:end]) != _FOOTER.unpack_from(view, end)[0]:
+        return None, _DAMAGED
+    return view[start:end], ""
+
+
+def _next_head(view: memoryview, offset: int) -> int:
+    """Where the next record with a whole head begins, at `offset` or after it; the file's length if nowhere."""
+    content = bytes(view)
+    # A length below 2^31 has zeros in its upper half, and bytes.find is quick.
+    while (zeros := content.find(bytes(4), offset + 4)) >= 0:
+        offset = zeros - 4
+        if _frame_at(view, offset)[1] in ("", _DAMAGED):
+            return offset
+        offset += 1
+    return len(view)
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
@@ -255,9 +292,55 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
 
 # Where a record's payload lies in its shard, in bytes, and what the store wants to know of it without reading it.
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")])
+_NOWHERE = np.array((-1, 0, -1, 0, 0), ENTRY)  # a bad record's
 
 
-def index(dataset: Dataset, shard: Shard, content: bytes | memoryview, path: str) -> np.ndarray:
+@dataclasses.dataclass(frozen=True, order=True)
+class Bad:
+    """A record that cannot be used: its shard's file name, number and byte offset there, and why."""
+
+    file: str
+    record: int
+    offset: int
+    reason: str
+
+
+class Damage:
+    """The bad records of a split, and how many of them a run bears."""
+
+    def __init__(self, dataset: Dataset, split: Split, limit: float = 0.0) -> None:
+        """`limit`: largest share of bad records, 0..1 (--max_bad_fraction); at 0 the first one is an error."""
+        self._folder, self._split, self.limit = dataset.folder, split, limit
+        self._found: list[Bad] = []
+
+    def add(self, file: str, record: int, offset: int, reason: str) -> None:
+        """Counts one.
+
+        Raises:
+            DataError: that was one too many.
+        """
+        self._found.append(Bad(file, record, offset, reason))
+        if len(self._found) > self.limit * self._split.examples:
+            place = _where(files.join(self._folder, file), record, offset)
+            share = ""
+            if self.limit:
+                share = f"; with it {len(self._found)} of {self._split.examples:,} records of {self._split.name!r} are bad, "
+                share += f"more than --max_bad_fraction={self.limit:g}"
+            raise DataError(f"{place} {reason}{share}: prepare or copy the data set again")
+
+    @property
+    def bad(self) -> list[Bad]:
+        """All so far, in the split's order of files and records."""
+        return sorted(self._found)
+
+    def lines(self) -> list[str]:
+        """One for each, for people."""
+        return [f"{_where(files.join(self._folder, b.file), b.record, b.offset)} {b.reason}" for b in self.bad]
+
+
+def index(
+    dataset: Dataset, shard: Shard, content: bytes | memoryview, path: str, damage: Damage | None = None
+) -> np.ndarray:
     """Checks every record of a shard and says where each is: `ENTRY` [examples]. All ways into a store come through here.
 
     Args:
@@ -265,26 +348,85 @@ def index(dataset: Dataset, shard: Shard, content: bytes | memoryview, path: str
         shard: what dataset.json says of it.
         content: the whole file.
         path: where it came from, for messages.
+        damage: counts bad records, whose entries are left at an offset of -1; by default the first one is an error.
 
     Raises:
-        DataError: another length, count or CRC than dataset.json says, or a damaged record or one with a label of no class.
+        DataError: more bad records than `damage` bears; more records than dataset.json says; or no bad one and another CRC.
     """
-    if len(content) != shard.bytes:
-        raise DataError(f"{path} has {len(content)} bytes; {INDEX} says {shard.bytes}: prepare or copy it again")
-    found = []
-    for number, (offset, payload) in enumerate(payloads(content, path)):
-        where = _where(path, number, offset)
-        picture = Picture.parse(bytes(payload), where)
-        if picture.label >= max(1, len(dataset.classes)):
-            raise DataError(f"{where}: label {picture.label}, but {INDEX} names {len(dataset.classes)} classes")
-        found.append((offset + _HEADER.size, len(payload), picture.label, picture.height, picture.width))
-    if len(found) != shard.examples:
-        raise DataError(f"{path} has {len(found)} records; {INDEX} says {shard.examples}")
-    if google_crc32c.value(bytes(content)) != shard.crc32c:
+    damage = damage or Damage(dataset, Split("", (shard,)))
+    table = np.full(shard.examples, _NOWHERE, ENTRY)
+    number = -1
+    for number, (offset, payload, trouble) in enumerate(_frames(content)):
+        if number >= shard.examples:
+            more = len(content) - offset
+            raise DataError(f"{path} has {more:,} bytes after its {number:,} records; {INDEX} knows none")
+        if payload is None:
+            damage.add(shard.file, number, offset, trouble)
+            continue
+        try:
+            picture = check(dataset, bytes(payload))
+        except headers.Unfit as error:
+            damage.add(shard.file, number, offset, f"is unusable: {error}")
+            continue
+        table[number] = (offset + _HEADER.size, len(payload), picture.label, picture.height, picture.width)
+    lost = "it was lost in the damage before it"
+    if len(content) < shard.bytes:
+        lost = f"the file has {len(content):,} of {shard.bytes:,} bytes"
+    for missing in range(number + 1, shard.examples):
+        damage.add(shard.file, missing, len(content), f"is not there: {lost}")
+    if damage.limit:
+        _decode_all(content, table, shard, damage)
+    if (table["offset"] >= 0).all() and google_crc32c.value(bytes(content)) != shard.crc32c:
         raise DataError(
             f"{path} does not have the CRC32C that {INDEX} says: it is another file; prepare or copy it again"
         )
-    return np.array(found, ENTRY)
+    return table
+
+
+def check(dataset: Dataset, payload: bytes) -> Picture:
+    """The picture of a record's payload, everything about it checked that can be without decoding it.
+
+    Raises:
+        Unfit: it cannot be used; the text says why.
+    """
+    try:
+        picture = Picture.parse(payload, "")
+    except DataError as error:
+        raise headers.Unfit(str(error).removeprefix(": ")) from error
+    if picture.label >= max(1, len(dataset.classes)):
+        raise headers.Unfit(f"label {picture.label}, but {INDEX} names {len(dataset.classes)} classes")
+    try:
+        header = headers.look(picture.encoded)
+    except headers.Unfit as error:
+        raise headers.Unfit(f"{error} ({picture.filename or 'without a name'})") from error
+    if (header.height, header.width) != (picture.height, picture.width):
+        raise headers.Unfit(
+            f"its image has {header.height} x {header.width} pixels; its record says {picture.height} x {picture.width}"
+        )
+    return picture
+
+
+def _decode_all(content: bytes | memoryview, table: np.ndarray, shard: Shard, damage: Damage) -> None:
+    """Where bad records are left out, all of them must be known before the first step: so every image is decoded once."""
+
+    def trouble(number: int) -> str:
+        start = int(table[number]["offset"])
+        encoded = Picture.parse(bytes(content[start : start + int(table[number]["length"])]), "").encoded
+        try:
+            if encoded.startswith(b"\xff\xd8"):
+                tf.io.decode_jpeg(encoded, channels=3, ratio=8)  # reads every byte and leaves most arithmetic out
+            else:
+                decode(tf.constant(encoded))
+        except tf.errors.OpError:
+            return "is unusable: its image cannot be decoded"
+        return ""
+
+    good = np.flatnonzero(table["offset"] >= 0).tolist()
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, reason in zip(good, pool.map(trouble, good), strict=True):
+            if reason:
+                damage.add(shard.file, number, int(table[number]["offset"]) - _HEADER.size, reason)
+                table[number] = _NOWHERE
 
 
 def _where(path: str, number: int, offset: int) -> str:
@@ -295,7 +437,7 @@ class EncodedShard:
     """The records of one shard, still encoded, reached by number.
 
     Attributes:
-        table: `ENTRY` [examples].
+        table: `ENTRY` of the records that can be used; a number is a position in it.
     """
 
     def __init__(self, path: str, table: np.ndarray, content: bytes | int) -> None:
@@ -307,7 +449,9 @@ class EncodedShard:
                 object. Reads are positional, not through a memory map: a thread that waits for the disk lets the others
                 run, what the kernel keeps is not counted as the job's memory, and a file cut short is an error and no crash.
         """
-        self.table, self._path, self._content = table, path, content
+        self._records = np.flatnonzero(table["offset"] >= 0)
+        self.table = table if len(self._records) == len(table) else table[self._records]
+        self._path, self._content = path, content
         if isinstance(content, int):
             weakref.finalize(self, os.close, content)
 
@@ -334,7 +478,7 @@ class EncodedShard:
 
     def where(self, number: int) -> str:
         """File, record number and byte offset, for messages."""
-        return _where(self._path, number, int(self.table[number]["offset"]) - _HEADER.size)
+        return _where(self._path, int(self._records[number]), int(self.table[number]["offset"]) - _HEADER.size)
 
 
 class EncodedSplit:
@@ -386,13 +530,13 @@ def sides(table: np.ndarray) -> np.ndarray:
     return np.stack([table["height"], table["width"]], axis=1).astype(np.float32)
 
 
-def read_shards(dataset: Dataset, split: Split) -> Iterator[EncodedShard]:
+def read_shards(dataset: Dataset, split: Split, damage: Damage | None = None) -> Iterator[EncodedShard]:
     """The shards of a split, each read whole into memory and checked.
 
     Raises:
-        DataError: one is missing or damaged.
+        DataError: one is missing, or more records are bad than `damage` bears (none, by default).
     """
     for shard in split.shards:
         path = files.join(dataset.folder, shard.file)
         content = files.read(path, "a shard")
-        yield EncodedShard(path, index(dataset, shard, content, path), content)
+        yield EncodedShard(path, index(dataset, shard, content, path, damage), content)

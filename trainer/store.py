@@ -17,7 +17,7 @@ import tensorflow as tf
 from trainer import records
 from trainer.cache import Cache
 from trainer.errors import DataError
-from trainer.records import Dataset, EncodedShard, EncodedSplit, Split
+from trainer.records import Damage, Dataset, EncodedShard, EncodedSplit, Split
 
 
 def permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
@@ -96,8 +96,21 @@ class MemoryStore(Store):
         images: uint8 [examples, side, side, 3].
     """
 
-    def __init__(self, dataset: Dataset, split: Split, side: int, progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        side: int,
+        progress: Callable[[int, int], None],
+        damage: Damage | None = None,
+    ) -> None:
         """Reads, checks and decodes the whole split with a thread per core; of the encoded images, one shard at a time is held.
+
+        Args:
+            dataset, split: which.
+            side: of a square, in pixels.
+            progress: called with images decoded so far and in all.
+            damage: counts bad records, which are left out; by default the first one is an error.
 
         Raises:
             DataError: a shard is damaged, an image cannot be decoded (file, record, offset and name are given), or the
@@ -113,13 +126,14 @@ class MemoryStore(Store):
         self.images = np.empty((split.examples, side, side, 3), np.uint8)
         tables, start = [], 0
         with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
-            for shard in records.read_shards(dataset, split):
+            for shard in records.read_shards(dataset, split, damage):
                 place = self.images[start : start + len(shard.table)]
                 for done, _ in enumerate(pool.map(_decoder(shard, side, place), range(len(place))), start + 1):
                     if done % 64 == 0 or done == split.examples:
                         progress(done, split.examples)
                 tables.append(shard.table)
                 start += len(place)
+        self.images = self.images[:start]
         table = np.concatenate(tables)
         self.labels, self.sizes = table["label"].astype(np.int32), records.sides(table)
 
@@ -139,6 +153,7 @@ class DiskStore(Store):
         cache: Cache,
         progress: Callable[[int, int], None],
         threads: int = 0,
+        damage: Damage | None = None,
     ) -> None:
         """
         Args:
@@ -147,12 +162,13 @@ class DiskStore(Store):
             cache: where copies of shards are kept that do not lie on a disk.
             progress: called with bytes copied or checked so far and in all.
             threads: that decode; 0: one for each core.
+            damage: counts bad records, which are left out; by default the first one is an error.
 
         Raises:
             DataError: a shard is missing or damaged, or there is no room for the copies.
         """
         self._cache, self._side = cache, side  # with the cache goes the lease on the copies
-        self._encoded = EncodedSplit(dataset, split, cache.open(dataset, split, progress))
+        self._encoded = EncodedSplit(dataset, split, cache.open(dataset, split, progress, damage))
         self.labels, self.sizes, self.classes = self._encoded.labels, self._encoded.sizes, dataset.classes
         self._pool = concurrent.futures.ThreadPoolExecutor(threads or cores(), "decode")
 

@@ -9,6 +9,7 @@ Exit codes: 0 done; 2 bad flags; 3 bad data, teacher or checkpoint; 4 training d
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import platform
 import sys
@@ -95,6 +96,7 @@ def finish(
     rates = [row["images_per_second"] for row in journal.rows if row["kind"] == "train"]
     result = measured | {
         "split": settings.final_split,
+        "left_out": {name: [dataclasses.asdict(bad) for bad in bads] for name, bads in job.left_out.items()},
         "examples": len(job.train),
         "steps": job.step,
         "batch_size": settings.batch_size,
