@@ -177,7 +177,9 @@ def test_verify_finds_damage(tmp_path: pathlib.Path) -> None:
 
 
 def test_verify_decodes(tmp_path: pathlib.Path) -> None:
-    shard = records.write_shard(str(tmp_path), "t", [records.Picture(b"no picture", 4, 4, 0, "n.jpg")])
+    broken = bytearray(tf.io.encode_png(np.zeros((4, 4, 3), np.uint8)).numpy())
+    broken[45] ^= 0xFF  # behind the header, which is looked at first
+    shard = records.write_shard(str(tmp_path), "t", [records.Picture(bytes(broken), 4, 4, 0, "n.jpg")])
     Dataset(str(tmp_path), "t", ("a",), {"train": records.Split("train", (shard,))}, {}).save()
     with pytest.raises(DataError, match=r"record 0 .*n\.jpg.*cannot be decoded"):
         prepare.verify(str(tmp_path), silent)

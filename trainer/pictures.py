@@ -20,7 +20,7 @@ from typing import Any
 import tensorflow as tf
 from PIL import Image, ImageOps
 
-from trainer import files
+from trainer import files, headers
 from trainer.errors import DataError
 from trainer.records import Picture, decode
 
@@ -66,7 +66,9 @@ def check(encoded: bytes, label: int, name: str, where: str, upright: bool = Fal
             # An MPO is a JPEG with a second one behind it, as some telephones make them.
             kind = "JPEG" if image.format == "MPO" else str(image.format)
             plain = image.mode in _MODES.get(kind, ()) and "transparency" not in image.info
-            plain = plain and (kind != "GIF" or not getattr(image, "is_animated", False))
+            plain = plain and (kind != "GIF" or not getattr(image, "is_animated", False)) and _as_it_is(encoded)
+            if image.width * image.height > headers.MAX_PIXELS:
+                raise ValueError(f"{image.height:,} x {image.width:,} pixels, more than {headers.MAX_PIXELS:,} in all")
             turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
             if plain and not (turned and upright):
                 width, height = image.size
@@ -80,6 +82,15 @@ def check(encoded: bytes, label: int, name: str, where: str, upright: bool = Fal
             return Found(Picture(buffer.getvalue(), height, width, label, name), turned and not upright, True)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, tf.errors.OpError) as error:
         raise Unusable(f"{where}: the image cannot be read ({files.reason(error)})") from error
+
+
+def _as_it_is(encoded: bytes) -> bool:
+    """Whether training takes these bytes. What is cut off is not healed by that: Pillow does not read it either."""
+    try:
+        headers.look(encoded)
+    except headers.Unfit:
+        return False
+    return True
 
 
 def _prove(encoded: bytes, kind: str, height: int, width: int) -> None:

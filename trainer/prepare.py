@@ -619,11 +619,13 @@ def _records(dataset: Dataset, shard: Shard, content: bytes) -> Iterator[tuple[b
 def _decodable(dataset: Dataset, payload: bytes, where: str) -> None:
     import tensorflow as tf
 
-    from trainer.records import Picture, decode
+    from trainer import headers
+    from trainer.records import check, decode
 
-    picture = Picture.parse(payload, where)
-    if picture.label >= max(1, len(dataset.classes)):
-        raise DataError(f"{where}: label {picture.label}, but dataset.json names {len(dataset.classes)} classes")
+    try:
+        picture = check(dataset, payload)
+    except headers.Unfit as error:
+        raise DataError(f"{where}: {error}") from error
     try:
         height, width, _ = decode(tf.constant(picture.encoded)).shape
     except tf.errors.OpError as error:
