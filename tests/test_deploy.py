@@ -628,6 +628,78 @@ def test_build_prints_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> No
     assert "cpu, tpu or gpu" in capsys.readouterr().err
 
 
+FAKE = """#!/bin/sh
+# Stands in for a program: notes how it was called, and fails where FAIL says so.
+echo "$(basename "$0") $*" >> "$CALLS"
+case "$*" in $FAIL) exit 1 ;; esac
+case "$*" in *RepoDigests*) echo "host/p/funmatch@sha256:$(printf '0%.0s' $(seq 64))" ;; esac
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """A docker and a gcloud that do nothing but note their arguments in this file."""
+    for name in ("docker", "gcloud"):
+        (tmp_path / name).write_text(FAKE)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    monkeypatch.setenv("FAIL", "nothing")
+    return tmp_path / "calls"
+
+
+def test_build_logs_in_builds_pushes_and_gives_the_digest(
+    fakes: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = [
+        "gpu",
+        "--settings=/dev/null",
+        "--set=image=host/p/funmatch:gpu-1",
+        "--set=project=my-project",
+        "--set=region=r-r1",
+    ]
+    assert build.main(line) == 0
+    assert [call.split()[:2] for call in fakes.read_text().splitlines()] == [
+        ["gcloud", "auth"],
+        ["docker", "build"],
+        ["docker", "push"],
+        ["docker", "image"],
+    ]
+    assert capsys.readouterr().out == f"image = host/p/funmatch@sha256:{'0' * 64}\n"
+    monkeypatch.setenv("FAIL", "push*")
+    assert build.main(line) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.splitlines()[-1]) == ("", "error: docker push exited with 1")
+
+
+def test_smoke_runs_the_image_with_little_and_builds_it_if_need_be(
+    fakes: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = [ROOT / "deploy/smoke.sh", f"--out={tmp_path}/out", "--preset=tiny"]
+    assert subprocess.run(line, check=False, capture_output=True).returncode == 0
+    assert not any(call.startswith("docker build") for call in fakes.read_text().splitlines())
+    run = fakes.read_text().splitlines()[-1].split()
+    for flag in (
+        "--read-only",
+        "--network none",
+        "--cap-drop ALL",
+        "--rm",
+        "--tmpfs /tmp",
+        f"--volume {tmp_path}/out:/work",
+    ):
+        assert f" {flag} " in " ".join(run)
+    assert run[run.index("funmatch:cpu") :] == [
+        "funmatch:cpu",
+        "-m",
+        "trainer.smoke",
+        "--workdir=/work",
+        "--preset=tiny",
+    ]
+    monkeypatch.setenv("FAIL", "image inspect*")
+    assert subprocess.run(line, check=False, capture_output=True).returncode == 0
+    assert "docker build --target cpu --tag funmatch:cpu" in fakes.read_text()
+
+
 @pytest.mark.slow
 def test_cloud_build_gets_the_sources_that_an_image_needs_and_no_more(vertex: Stub) -> None:
     line = ["--settings=/dev/null", "--set=project=my-project", "--set=region=us-west4", "--cloud"]
