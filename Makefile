@@ -6,6 +6,8 @@ IMAGE ?= funmatch:cpu
 SMOKE_FLAGS ?=
 MINIATURE_FLAGS ?=
 PYTEST_FLAGS ?=
+# Files of tests go to as many processes as there are processors, at most four: each has a TensorFlow of its own.
+PARALLEL ?= -n logical --maxprocesses=4 --dist=loadfile
 BUILD_FLAGS ?=
 
 PY := $(VENV)/bin/python
@@ -25,11 +27,11 @@ smoke: venv  ## Run the whole job on built-in data on the CPU. More flags: SMOKE
 	$(PY) -m trainer.smoke $(SMOKE_FLAGS)
 
 test: venv  ## Run the tests that take seconds each.
-	$(PY) -m pytest -m "not slow and not docker" $(PYTEST_FLAGS)
+	$(PY) -m pytest -m "not slow and not docker" $(PARALLEL) $(PYTEST_FLAGS)
 
 # pytest exits with 5 when it finds no test. That is right while no test is marked slow, and a mistake afterwards.
 test-slow: venv  ## Run the tests that take minutes.
-	@$(PY) -m pytest -m "slow and not docker" $(PYTEST_FLAGS) \
+	@$(PY) -m pytest -m "slow and not docker" $(PARALLEL) $(PYTEST_FLAGS) \
 		|| { code=$$?; [ $$code -eq 5 ] && ! grep -rqs --include='*.py' 'mark\.slow' tests || exit $$code; }
 
 test-docker: venv  ## Build the image and test it. Starts an engine of its own (root, Debian) when none runs.
