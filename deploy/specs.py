@@ -99,8 +99,11 @@ def load(name: str) -> dict[str, Any]:
     spec = plainyaml.load(path.read_text(encoding="utf-8"), str(path) if own else f"specs/{path.name}")
     if isinstance(spec, dict) and "workerPoolSpecs" in spec:
         spec = {"job": spec}
-    if not isinstance(spec, dict) or not isinstance(spec.get("job"), dict) or set(spec) - {"defaults", "job"}:
-        raise SettingError(f"{path}: must hold job, and may hold defaults")
+    well_formed = (
+        isinstance(spec, dict) and isinstance(spec.get("job"), dict) and isinstance(spec.get("defaults", {}), dict)
+    )
+    if not well_formed or set(spec) - {"defaults", "job"}:
+        raise SettingError(f"{path}: must hold job, a mapping, and may hold defaults, another")
     return {"defaults": spec.get("defaults", {}), "job": spec["job"]}
 
 
@@ -137,12 +140,11 @@ def settle(
     Raises:
         SettingError: names the setting and where its value came from.
     """
-    texts = {name: (str(value), "the spec") for name, value in spec["defaults"].items()}
-    for where, values in given:
-        texts.update({name: (value, where) for name, value in values.items()})
-    # `hardware` is the spec's own: which of the images it needs.
-    hardware = texts.pop("hardware", ("tpu", ""))[0]
-    settings: Settings = {"hardware": hardware}
+    own = dict(spec["defaults"])
+    # Which of the images a spec needs is not for the user to set.
+    settings: Settings = {"hardware": str(own.pop("hardware", "tpu"))}
+    own = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in own.items()}
+    texts = {name: (value, where) for where, values in [("the spec", own), *given] for name, value in values.items()}
     for name, (text, where) in texts.items():
         if name not in SETTINGS:
             raise SettingError(f"{where}: there is no setting {name}{check.near(name, SETTINGS)}")

@@ -26,7 +26,7 @@ from aiplatform_stub import Stub, error, uploaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy import build, check, cost, gke, make_schema, plainyaml, specs, submit, tpu_vm
+from deploy import build, check, cost, gke, make_schema, plainyaml, setup, specs, submit, tpu_vm
 from trainer import __version__, errors
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -517,6 +517,18 @@ def test_a_file_of_ones_own(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
     path.write_text((ROOT / "deploy/specs/vertex-gpu.yaml").read_text().replace("${gpu}", "${gpuu}"))
     assert submit.main(command(str(path))) == 2
     assert "${gpuu}, which is no setting; did you mean gpu?" in capsys.readouterr().err
+    spot = (ROOT / "deploy/specs/vertex-gpu.yaml").read_text().replace("hardware: gpu", "hardware: gpu\n  spot: true")
+    path.write_text(spot)
+    assert dry(capsys, str(path))["scheduling"]["strategy"] == "SPOT"
+    assert dry(capsys, str(path), "--set=spot=false")["scheduling"]["strategy"] == "STANDARD"
+    for text, told in [
+        ("defaults: 3\njob:\n  a: 1", "must hold job"),
+        ("jobs: 3", "must hold job"),
+        (spot.replace("spot:", "spott:"), "the spec: there is no setting spott; did you mean spot?"),
+    ]:
+        path.write_text(text)
+        assert submit.main(command(str(path))) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_flag_given_twice_is_the_users(capsys: pytest.CaptureFixture[str]) -> None:
@@ -557,6 +569,37 @@ def test_the_trainer_takes_the_arguments_that_specs_send(name: str) -> None:
     assert list(check.configuration(args, {})) == []
     assert list(check.configuration([*args, "--no_such=1"], {})) != []
     assert list(check.configuration(args, STUDY["studySpec"])) == []
+
+
+@pytest.mark.slow
+def test_the_trainer_rehearses_what_a_spec_sends(
+    data: str, teacher_file: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The arguments of a job, with the bucket's paths replaced by this machine's, through the trainer's own --dry_run."""
+    from conftest import here
+
+    more = [
+        "--",
+        "--steps=2",
+        "--batch_size=4",
+        "--image_size=24",
+        "--store_size=32",
+        "--student=bit-tiny",
+        "--dry_run",
+    ]
+    job = dry(capsys, "vertex-cpu", *more, teacher="keras:gs://my-bucket/t.keras")
+    places = {
+        "gs://my-bucket/data/flowers": data,
+        "gs://my-bucket/t.keras": teacher_file,
+        "gs://my-bucket/runs/flowers-1": str(tmp_path / "run"),
+    }
+    args = job["workerPoolSpecs"][0]["containerSpec"]["args"]
+    for ours, local in places.items():
+        assert sum(ours in text for text in args) == 1
+        args = [text.replace(ours, local) for text in args]
+    done = here("task", *args)
+    assert done.returncode == 0, done.stderr
+    assert "plan: 2 steps = 8 images" in done.stderr
 
 
 def test_schema_is_that_of_the_installed_gcloud() -> None:
@@ -631,7 +674,7 @@ def test_build_prints_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> No
 FAKE = """#!/bin/sh
 # Stands in for a program: notes how it was called, and fails where FAIL says so.
 echo "$(basename "$0") $*" >> "$CALLS"
-case "$*" in $FAIL) exit 1 ;; esac
+case "$*" in $FAIL) echo "ERROR: $SAYS" >&2; exit 1 ;; esac
 case "$*" in *RepoDigests*) echo "host/p/funmatch@sha256:$(printf '0%.0s' $(seq 64))" ;; esac
 """
 
@@ -645,6 +688,7 @@ def fakes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("FAIL", "nothing")
+    monkeypatch.setenv("SAYS", "failed")
     return tmp_path / "calls"
 
 
@@ -670,6 +714,63 @@ def test_build_logs_in_builds_pushes_and_gives_the_digest(
     assert build.main(line) == 1
     said = capsys.readouterr()
     assert (said.out, said.err.splitlines()[-1]) == ("", "error: docker push exited with 1")
+
+
+SETUP = [
+    "--user=me@example.com",
+    "--settings=/dev/null",
+    "--set=project=my-project",
+    "--set=region=r-r1",
+    "--set=bucket=my-bucket",
+]
+
+
+def test_setup_makes_what_is_missing_and_stops_at_what_fails(
+    fakes: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert setup.main(SETUP) == 0
+    calls = fakes.read_text().splitlines()
+    assert "service_account = funmatch-job@my-project.iam.gserviceaccount.com" in capsys.readouterr().err
+    # An account stands before what is granted to it, and the job's may nothing on the project but write logs.
+    (first,) = [n for n, call in enumerate(calls) if "service-accounts create funmatch-job" in call]
+    granted = [n for n, call in enumerate(calls) if "--member=serviceAccount:funmatch-job@" in call]
+    assert min(granted) > first
+    roles = {(calls[n].split()[1], calls[n].partition("--role=")[2].split()[0]) for n in granted}
+    assert roles == {
+        ("storage", "roles/storage.objectUser"),
+        ("storage", "roles/storage.legacyBucketReader"),
+        ("projects", "roles/logging.logWriter"),
+    }
+    assert not any(role in call for call in calls for role in ("roles/owner", "roles/editor"))
+
+    monkeypatch.setenv("FAIL", "storage buckets create gs://my-bucket*")
+    monkeypatch.setenv("SAYS", "HTTPError 409: you already own it")
+    fakes.unlink()
+    assert setup.main(SETUP) == 0
+    assert fakes.read_text().splitlines() == calls
+    monkeypatch.setenv("SAYS", "HTTPError 409: The requested bucket name is not available, it already exists")
+    fakes.unlink()
+    assert setup.main(SETUP) == 1
+    assert "not available" in capsys.readouterr().err
+    assert len(fakes.read_text().splitlines()) == 2
+
+    # A new account that is not known yet is tried again.
+    monkeypatch.setattr(setup, "WAITS", (0.0, 0.0))
+    monkeypatch.setenv("FAIL", "projects *")
+    monkeypatch.setenv("SAYS", "Service account funmatch-job@my-project.iam.gserviceaccount.com does not exist.")
+    fakes.unlink()
+    assert setup.main(SETUP) == 1
+    assert sum(" projects " in call for call in fakes.read_text().splitlines()) == 3
+
+
+def test_setups_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    for more, told in [
+        (["--user=me"], "must be an e-mail address"),
+        (["--set=service_account=x@other.iam.gserviceaccount.com"], "is not of the project my-project"),
+        (["--set=bucket="], "not given: bucket"),
+    ]:
+        assert setup.main([*SETUP, "--dry-run", *more]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_smoke_runs_the_image_with_little_and_builds_it_if_need_be(
@@ -821,6 +922,7 @@ def gcloud_commands() -> list[list[str]]:
         found.append(submit.create(kind, settings, "JOB.json"))
         found.append(submit.active(kind, settings))
         found += [line for _, line in submit.followers(kind, settings, "JOB") if line[0] == "gcloud"]
+    found += setup.commands(settings, "me@example.com")
     found += [line for cloud in (True, False) for line in build.commands("tpu", settings, cloud=cloud)]
     found += [
         tpu_vm.create(settings, "z", "f"),
@@ -854,14 +956,15 @@ def test_what_the_documentation_shows_of_our_scripts_works(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(submit, "SETTINGS_FILE", tmp_path / "settings.ini")
     text = (ROOT / "docs/deploy.md").read_text()
-    shown = re.findall(r"(?:^ {4}|`)(deploy/(?:submit|build|tpu_vm|gke)\.sh [^`\n]*)", text, re.MULTILINE)
+    shown = re.findall(r"(?:^ {4}|`)(deploy/(?:submit|setup|build|tpu_vm|gke)\.sh [^`\n]*)", text, re.MULTILINE)
     tried = 0
     for line in (shlex.split(text.partition("|")[0], comments=True) for text in shown):
         if "..." in line or line[1].startswith("--help") or "cpu|tpu|gpu" in text.partition(line[0])[0][-1:]:
             continue
         if line[1] == "cpu":  # cpu|tpu|gpu
             line = ["deploy/build.sh", "cpu"]
-        module = {"submit": submit, "build": build, "tpu_vm": tpu_vm, "gke": gke}[line[0][len("deploy/") : -len(".sh")]]
+        name = line[0].removeprefix("deploy/").removesuffix(".sh")
+        module = {"submit": submit, "setup": setup, "build": build, "tpu_vm": tpu_vm, "gke": gke}[name]
         cut = line.index("--") if "--" in line else len(line)
         dry_run = [] if module is gke else ["--dry-run"]
         assert module.main([*line[1:cut], *dry_run, *line[cut:]]) == 0, (line, capsys.readouterr().err)
