@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from typing import Any
 
 from deploy import specs, submit
 from deploy.plainyaml import YamlError
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = parser.parse_args(argv)
         if not re.fullmatch(r"[^@\s]+@[^@\s]+", chosen.user):
             raise submit.Mistake(f"--user={chosen.user}: must be an e-mail address")
-        spec = {"defaults": {}, "job": {}}
+        spec: dict[str, Any] = {"defaults": {}, "job": {}}
         settings = specs.settle(spec, list(submit.given(chosen)), needed=("project", "region", "bucket"))
         job, build = accounts(settings)
         for command in commands(settings, chosen.user):
