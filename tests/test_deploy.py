@@ -568,6 +568,7 @@ def test_the_trainer_takes_the_arguments_that_specs_send(name: str) -> None:
     args = MEANT[name][1]["workerPoolSpecs"][0]["containerSpec"]["args"]
     assert list(check.configuration(args, {})) == []
     assert list(check.configuration([*args, "--no_such=1"], {})) != []
+    assert list(check.configuration([text for text in args if not text.startswith("--teacher=")], {})) != []
     assert list(check.configuration(args, STUDY["studySpec"])) == []
 
 
