@@ -119,8 +119,8 @@ class Bucket(Place):
     writers = 4
 
     def __init__(self, folder: str, flag: str = "--out", *, reading: bool = False) -> None:
+        bucket, _, prefix = folder.removeprefix("gs://").rstrip("/").partition("/")
         self.folder, self.local = folder.rstrip("/"), ""
-        bucket, _, prefix = self.folder.removeprefix("gs://").partition("/")
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
         self._threads = threading.local()
         self._credentials: Any = None

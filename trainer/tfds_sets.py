@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import importlib.resources.abc
+import importlib.util
 import logging
 import socket
 import sys
@@ -85,12 +87,8 @@ def _library(name: str) -> Any:
         raise ConfigError(
             f"--dataset=tfds:{name} needs tensorflow-datasets ({error}): pip install 'funmatch[datasets]'"
         ) from error
-    try:
-        import importlib_resources  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("importlib_resources") is None:
         # tensorflow-datasets 4.9.10 imports it and requires it on old Pythons only. The standard library's is the same.
-        import importlib.resources.abc
-
         sys.modules["importlib_resources"] = importlib.resources
     return tensorflow_datasets
 
@@ -137,7 +135,7 @@ def _prepare(tfds: Any, builder: Any, name: str) -> None:
 
 def _resolve(builder: Any, name: str) -> None:
     """Says at once that there is no network; tensorflow-datasets would try for minutes."""
-    hosts = {urllib.parse.urlsplit(str(url)).hostname for url in builder.url_infos or {}} - {None}
+    hosts = {urllib.parse.urlsplit(str(url)).hostname or "" for url in builder.url_infos or {}} - {""}
     proxied = any(urllib.request.getproxies().get(scheme) for scheme in ("http", "https"))
     if not hosts or proxied or files.names(f"{builder._data_dir_root}/downloads"):
         return
