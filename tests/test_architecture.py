@@ -24,6 +24,7 @@ ORDER = [
     ["models.bit", "models.cheap"],
     ["models.loading", "models.saved_models"],
     ["models.weights"],
+    ["models.conversion"],
     ["models.students"],
     ["models.teachers"],
     ["optim"],

@@ -220,8 +220,6 @@ def _unzip(file: IO[bytes], target: str, gate: _Gate) -> list[str]:
             folder = info.is_dir()
             if kind not in (0, stat.S_IFDIR if folder else stat.S_IFREG):
                 raise _Refused(f"{info.orig_filename!a} is {_kind(kind)}, neither a file nor a folder")
-            if info.flag_bits & 0x1:
-                raise _Refused(f"{info.orig_filename!a} is encrypted")
             inside = gate.enter(info.orig_filename, folder=folder, size=0 if folder else info.file_size)
             if folder and info.file_size:
                 raise _Refused(f"the folder {info.orig_filename!a} has content")
@@ -282,11 +280,9 @@ def _untar(file: _Bounded, target: str, gate: _Gate) -> list[str]:
     found = []
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in _members(archive):
-            for test, kind in _TAR_KINDS:
-                if test(member):
-                    raise _Refused(f"{member.name!a} is {kind}, neither a file nor a folder")
-            if not (member.isreg() or member.isdir()):
-                raise _Refused(f"{member.name!a} is something else, neither a file nor a folder")
+            plain = "" if member.isreg() or member.isdir() else "something else"
+            if kind := next((kind for test, kind in _TAR_KINDS if test(member)), plain):
+                raise _Refused(f"{member.name!a} is {kind}, neither a file nor a folder")
             folder = member.isdir()
             inside = gate.enter(member.name, folder=folder, size=0 if folder else member.size)
             if folder:

@@ -93,10 +93,11 @@ class Config:
         "Side in pixels that each teacher takes; empty: what its file says, else --image_size.",
     )
     teacher_range: tuple[str, ...] = _field(
-        ("-1,1",),
+        ("auto",),
         "teacher",
-        "Value range that each teacher takes: -1,1 or 0,1 or 0,255.",
-        choices=RANGES,
+        "Value range that each teacher takes: -1,1 or 0,1 or 0,255. auto: what a probe batch shows of a SavedModel that is a BiT, "
+        "else -1,1.",
+        choices=(*RANGES, "auto"),
     )
     teacher_outputs: str = _field(
         "auto",

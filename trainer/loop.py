@@ -183,6 +183,8 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
     with strategy.scope():
         loaded = teachers.load(config, classes)
         for teacher in loaded:
+            for note in teacher.notes:
+                screen.say(note)
             screen.say(
                 f"teacher {teacher.name}: {teacher.model.count_params():,} parameters, {teacher.size} px, {teacher.value_range}"
             )

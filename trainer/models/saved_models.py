@@ -103,6 +103,14 @@ class SavedClassifier:
         del training
         return self._call(**{self._input: images})[self._output]
 
+    @property
+    def variables(self) -> list[list[Any]]:
+        """The variables that it computes with, in the order of their use and, where the model says it, of their creation."""
+        used = list(self._call.variables)
+        made = getattr(self._loaded, "variables", None)
+        listed = [v for v in made if any(v is u for u in used)] if isinstance(made, (list, tuple)) else []
+        return [used, listed] if len(listed) == len(used) else [used]
+
     def count_params(self) -> int:
         """Numbers in its variables."""
         return sum(int(np.prod(v.shape)) for v in self._call.variables)
@@ -125,7 +133,18 @@ def _logits(outputs: dict[str, tf.TensorSpec]) -> str | None:
     return "logits" if "logits" in matrices else matrices[0] if len(matrices) == 1 else None
 
 
-def _inspect(path: str, where: str) -> None:
+def variable_shapes(path: str, role: str) -> list[tuple[int, ...]]:
+    """Shapes of all variables of a SavedModel, without loading it; -1 where a side is open.
+
+    Raises:
+        DataError: it is none, or one with operations that a classifier needs none of.
+    """
+    parsed = _inspect(path, f"--{role}=saved_model:{path}")
+    nodes = [node for meta in parsed.meta_graphs for node in meta.object_graph_def.nodes]
+    return [tuple(d.size for d in n.variable.shape.dim) for n in nodes if n.WhichOneof("kind") == "variable"]
+
+
+def _inspect(path: str, where: str) -> Any:
     name = files.join(path, "saved_model.pb")
     if not files.exists(name):
         raise DataError(f"{where}: there is no saved_model.pb in it")
@@ -140,6 +159,7 @@ def _inspect(path: str, where: str) -> None:
                 f"{where} is of TensorFlow 1, whose start-up operations run unseen: save it again with TensorFlow 2"
             )
         _refuse(meta.graph_def, where, savers=True)
+    return parsed
 
 
 def _refuse(graph: Any, where: str, *, savers: bool) -> None:

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from trainer.config import Config
 from trainer.errors import ConfigError, DataError
-from trainer.models import bit, loading, saved_models, students, weights
+from trainer.models import bit, conversion, loading, saved_models, students, weights
 from trainer.models.saved_models import SavedClassifier
 from trainer.views import to_range
 
@@ -34,6 +34,7 @@ class Teacher:
         value_range: "-1,1", "0,1" or "0,255".
         probabilities: it returns probabilities that could not be turned back into logits inside.
         precision: the form that `model` is in, see `trainer.models.cheap`.
+        notes: what loading found that its user should know, a line each.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Teacher:
     value_range: str
     probabilities: bool
     precision: str = "float32"
+    notes: tuple[str, ...] = ()
 
     def logits(self, views: tf.Tensor) -> tf.Tensor:
         """Float32 [n, size, size, 3] in [-1, 1] -> float32 logits [n, classes]."""
@@ -94,14 +96,22 @@ def checksum(config: Config, name: str) -> str:
 
 def _load(config: Config, name: str, size: int, value_range: str, classes: int) -> Teacher:
     kind, _, rest = name.partition(":")
-    softmax = False
+    softmax = native = False
+    notes: list[str] = []
     model: keras.Model | SavedClassifier
     if kind == "keras" and rest:
         model, softmax = loading.load_keras(rest, "teacher")
     elif kind == "saved_model" and rest:
-        model = SavedClassifier(rest, "teacher")
+        converted = conversion.convert(rest, "teacher", value_range)
+        if isinstance(converted, conversion.Native):
+            model, native, value_range = converted.model, True, "-1,1"
+            notes.append(f"{name}: {converted.note}")
+        else:
+            model = SavedClassifier(rest, "teacher")
+            if converted:
+                notes.append(f"warning: {name} is called as it was saved, and not made our own BiT: {converted}")
     elif kind == "bit" and rest:
-        if value_range != "-1,1":
+        if value_range not in ("auto", "-1,1"):
             raise ConfigError(f"--teacher_range={value_range}: {name} takes -1,1, as every BiT npz does")
         if (known := weights.PUBLISHED.get(rest)) and known.classes != classes:
             raise DataError(f"--teacher={name} knows {known.classes:,} classes; --data={config.data} has {classes:,}")
@@ -111,6 +121,7 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
         model = students.build(rest, classes, size or config.image_size, seed=config.seed)
     else:
         raise ConfigError(_UNKNOWN.format(name))
+    value_range = "-1,1" if value_range == "auto" else value_range
     if model.output_shape[-1] != classes:
         raise DataError(
             f"--teacher={name} knows {model.output_shape[-1]} classes; --data={config.data} has {classes}: "
@@ -122,7 +133,9 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
     if size and height and size != height:
         raise ConfigError(f"--teacher_image_size={size}, but {name} takes {height} x {height} pixels")
     size = size or height or config.image_size
-    if config.teacher_outputs != "probabilities" and softmax:
+    if native:
+        softmax = False  # ours ends in logits, whatever the SavedModel does
+    elif config.teacher_outputs != "probabilities" and softmax:
         model, softmax = loading.strip_softmax(model), False
     elif config.teacher_outputs == "auto":
         softmax = _look_like_probabilities(model, size, value_range)
@@ -132,7 +145,7 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
         if any(isinstance(layer, bit.StdConv2D) for layer in model.layers):
             model = bit.fold(model)
         model.trainable = False
-    return Teacher(name, model, size, value_range, softmax)
+    return Teacher(name, model, size, value_range, softmax, notes=tuple(notes))
 
 
 def _look_like_probabilities(model: keras.Model | SavedClassifier, size: int, value_range: str) -> bool:

@@ -99,6 +99,7 @@ def source(text: str, flag: str) -> Source:
 
 
 _WHERE = r"block(?P<block>\d)/unit(?P<unit>\d\d)"
+_OURS = r"block(?P<block>\d)_unit(?P<unit>\d\d)"
 _N = r"(?:_\d+)?"  # some files number their layers: standardized_conv2d_17
 # Pattern of a key, the layer's name in our models, the weight's name there; {x} is the pattern's group x, mapped.
 _KEYS = [
@@ -114,6 +115,11 @@ _KEYS = [
     (rf"{_WHERE}/gn(?P<part>[123])/(?P<weight>scale|bias)", "{where}_{part}_norm", "{norm}"),
     (r"norm-pre-head/(?P<weight>scale|bias)", "final_norm", "{norm}"),
     (r"head/(?P<weight>kernel|bias)", "head", "{weight}"),
+    # Ours, as a SavedModel of ours has them.
+    (r"root_conv/kernel", "root_conv", "kernel"),
+    (rf"{_OURS}_(?P<part>[abc]|proj)/kernel", "{where}_{part}", "kernel"),
+    (rf"{_OURS}_(?P<part>[abc])_norm/(?P<weight>gamma|beta)", "{where}_{part}_norm", "{weight}"),
+    (r"final_norm/(?P<weight>gamma|beta)", "final_norm", "{weight}"),
 ]
 # Where a training checkpoint has the model, beside much else: big_vision's of today, and that of its first years.
 _PREFIXES = ("params/", "opt/target/")
@@ -132,6 +138,25 @@ def canonical(key: str) -> str | None:
             }
             return f"{layer}/{weight}".format(**names)
     return None
+
+
+def known(units: tuple[int, ...], filters: int) -> bit.Arch | None:
+    """The architecture with these units and root filters: one of `bit.ARCHS`, else one of the paper's 32 groups."""
+    for arch in bit.ARCHS.values():
+        if (arch.units, arch.filters) == (units, filters):
+            return arch
+    return bit.Arch(units, filters) if units and filters % 32 == 0 else None
+
+
+def architecture(shapes: dict[str, tuple[int, ...]]) -> bit.Arch | None:
+    """The architecture whose weights have these shapes, by "layer/weight"; None if it is none of BiT's."""
+    units: dict[int, int] = {}
+    for name in shapes:
+        if match := re.fullmatch(r"block(\d)_unit(\d\d)_b/kernel", name):
+            units[int(match[1])] = units.get(int(match[1]), 0) + 1
+    if sorted(units) != list(range(1, len(units) + 1)) or len(shapes.get("root_conv/kernel", ())) != 4:
+        return None
+    return known(tuple(units[block] for block in sorted(units)), shapes["root_conv/kernel"][-1])
 
 
 def read(path: str, role: str) -> dict[str, np.ndarray]:
