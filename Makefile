@@ -2,7 +2,9 @@
 # when the locks or setup.py change.
 
 VENV ?= .venv
-IMAGE ?= funmatch:cpu
+FLAVOUR ?= cpu
+IMAGE ?= funmatch:$(FLAVOUR)
+BASE ?=
 SMOKE_FLAGS ?=
 MINIATURE_FLAGS ?=
 PYTEST_FLAGS ?=
@@ -18,7 +20,7 @@ LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --gen
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv smoke test test-slow test-docker mutations miniature lint lint-deploy lock image clean
+.PHONY: help venv smoke test test-slow test-docker mutations miniature lint lint-deploy lock image sbom audit clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,10 +64,15 @@ lock: venv  ## Resolve requirements/*.in again. UPGRADE=--upgrade takes the newe
 	$(LOCK) $(UPGRADE) -o requirements/gpu.txt requirements/gpu.in
 	$(LOCK) $(UPGRADE) -o requirements/dev.txt requirements/dev.in
 
-image:  ## Build the CPU image as IMAGE. More for docker build: BUILD_FLAGS="--pull".
-	docker build --target cpu --tag $(IMAGE) $(BUILD_FLAGS) \
+image:  ## Build an image: FLAVOUR=cpu, tpu or gpu. A pinned base: BASE=python:3.11-slim-bookworm@sha256:...
+	docker build --target $(FLAVOUR) --tag $(IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) $(BUILD_FLAGS) \
 		--build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' trainer/__init__.py)" \
 		--build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" .
+
+sbom: venv  ## The bill of materials (CycloneDX) of each image, from its lock, into build/.
+	mkdir -p build
+	for flavour in cpu tpu gpu; do \
+		$(PY) requirements/sbom.py requirements/build.txt requirements/$$flavour.txt > build/sbom-$$flavour.cdx.json || exit 1; done
 
 clean:  ## Remove the environment, caches and smoke runs.
 	rm -rf $(VENV) build dist smoke *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
