@@ -13,6 +13,8 @@ from conftest import ROOT
 # The data's way. A module imports only from earlier lines; the first line may be imported by all.
 ORDER = [
     ["errors"],
+    ["environment"],
+    ["logs"],
     ["config", "signals"],
     ["cli"],
     ["recipes", "files", "headers", "synthetic"],
@@ -32,7 +34,7 @@ ORDER = [
     ["agreement"],
     ["checkpoint", "measure"],
     ["loop"],
-    ["export", "report"],
+    ["check", "export", "report"],
     ["task"],
     ["teacher"],
     ["smoke"],
@@ -100,6 +102,8 @@ def test_light_modules_import_no_tensorflow() -> None:
         "recipes",
         "cli",
         "config",
+        "environment",
+        "logs",
         "synthetic",
         "report",
         "errors",

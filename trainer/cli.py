@@ -12,7 +12,8 @@ from typing import Any
 
 from absl import flags
 
-from trainer.errors import EXIT_CONFIG, EXIT_DONE, FunmatchError
+from trainer import environment, logs
+from trainer.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, FunmatchError
 from trainer.signals import StopRequest
 
 VERBS = {
@@ -46,6 +47,14 @@ def run(
     """
     values = flags.FlagValues()
     define(values)
+    flags.DEFINE_enum(
+        "log_format",
+        "auto",
+        logs.FORMATS,
+        "Lines on standard error. auto: JSON with a severity in a container of Vertex AI or Kubernetes, else text.",
+        flag_values=values,
+        module_name="logs",
+    )
     arguments = sys.argv[1:] if argv is None else argv
     if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in arguments):
         print(f"{(doc or '').strip()}\n{values.get_help()}")
@@ -55,17 +64,28 @@ def run(
         if rest:
             raise flags.Error(f"unexpected argument {rest[0]!r}: every option is a flag, --name=value")
     except (flags.Error, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(" ".join(str(error).split()), EXIT_CONFIG)
         return EXIT_CONFIG
+    if values["log_format"].present:  # a verb that runs others keeps what it was told itself
+        logs.choose(values.log_format)
     try:
         with StopRequest(at_once=True):
             if tensorflow:
+                environment.for_tensorflow(values.tpu if "tpu" in values else "none")
                 _import_tensorflow()
             body(values)
     except FunmatchError as error:
-        print(f"error: {error}" if error.exit_code != 75 else str(error), file=sys.stderr)
+        _tell(str(error), error.exit_code)
         return error.exit_code
     return EXIT_DONE
+
+
+def _tell(text: str, code: int) -> None:
+    """The one line that a run ends with if it does not end well."""
+    if logs.as_json():
+        logs.write("WARNING" if code == EXIT_STOPPED else "ERROR", text, exit_code=code)
+    else:
+        print(text if code == EXIT_STOPPED else f"error: {text}", file=sys.stderr)
 
 
 def _import_tensorflow() -> None:

@@ -29,6 +29,7 @@ COMPAT = ("keras_example", "crop", "central", "mixup", "t2", "distance", "clip",
 ROOT_POOLS = ("zero", "inf")
 JIT = ("auto", "on", "off")
 BEST = ("none", "student_top1", "agreement_top1", "kl")
+HP_METRICS = ("student_top1", "student_top5", "agreement_top1", "kl")
 
 
 def _field(default: Any, group: str, text: str, *, state: bool = True, choices: tuple[str, ...] = ()) -> Any:
@@ -76,7 +77,20 @@ class Config:
     workdir: str = _field(
         "",
         "data",
-        "Folder or gs:// prefix of this run. The same command goes on from what it holds.",
+        "Folder or gs:// prefix of this run. The same command goes on from what it holds. Empty: on Vertex AI the folder above "
+        "AIP_CHECKPOINT_DIR; a trial of a study gets a folder trial-N in a workdir that is given.",
+        state=False,
+    )
+    model_dir: str = _field(
+        "",
+        "data",
+        "Folder or gs:// prefix for a copy of the SavedModel, as `gcloud ai models upload` takes it. Empty: AIP_MODEL_DIR, if set.",
+        state=False,
+    )
+    tensorboard_dir: str = _field(
+        "",
+        "data",
+        "Folder or gs:// prefix for TensorBoard's files. Empty: AIP_TENSORBOARD_LOG_DIR, if set, else one in the workdir.",
         state=False,
     )
     # Teacher.
@@ -159,7 +173,8 @@ class Config:
     precision: str = _field(
         "float32",
         "student",
-        "Arithmetic of the student; losses and updates are always float32.",
+        "Arithmetic of the student; losses and updates are always float32. The same on all hardware unless it is asked for, since "
+        "it decides the weights; mixed_bfloat16 is the usual choice on a TPU.",
         choices=PRECISIONS,
     )
     # Method.
@@ -284,8 +299,16 @@ class Config:
     tpu: str = _field(
         "none",
         "running",
-        "none, local (a TPU VM or Vertex), a name, grpc://HOST:PORT, or '' for the environment's.",
+        "none, local (a TPU VM or Vertex AI), a name, grpc://HOST:PORT, or '' for the environment's (TPU_NAME, TPU_CONFIG). With "
+        "none: all GPUs of the machine, or of the machines in TF_CONFIG; else the CPU.",
         state=False,
+    )
+    hp_metric: str = _field(
+        "student_top1",
+        "running",
+        "What a trial of a hyperparameter study reports on the evaluation split, under this name (the study's metricId).",
+        state=False,
+        choices=HP_METRICS,
     )
     jit_compile: str = _field(
         "auto",

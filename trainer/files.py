@@ -121,19 +121,36 @@ def remove_temporary(folder: str) -> None:
 
 
 def require_writable(folder: str, what: str) -> None:
-    """Writes and deletes a small object in `folder`, so that a job fails before its work and not after.
+    """Writes, reads back and deletes a small object in `folder`, so that a job fails before its work and not after.
 
     Raises:
         DataError: that did not work.
     """
     probe = join(folder, f".write-probe-{uuid.uuid4().hex[:8]}")
     try:
-        write(probe, b"", what)
+        content = uuid.uuid4().hex.encode()
+        write(probe, content, what)
+        if read(probe, what) != content:
+            raise DataError("what was written is not what is read back")
         tf.io.gfile.remove(probe)
     except (tf.errors.OpError, DataError) as error:
         raise DataError(
             f"{what} {folder} is not writable: {reason(error)}; choose another or change its permissions"
         ) from error
+
+
+def copy_tree(source: str, target: str, what: str, last: str) -> None:
+    """Copies the files of a folder to another, on a disk or gs://; the one named `last` comes last, and so says that all is there.
+
+    Raises:
+        DataError: it cannot be read or written.
+    """
+    try:
+        found = [join(folder, name) for folder, _, inside in tf.io.gfile.walk(source) for name in inside]
+    except tf.errors.OpError as error:
+        raise DataError(f"cannot list {source}: {reason(error)}") from error
+    for path in sorted(found, key=lambda path: (posixpath.basename(path) == last, path)):
+        write(join(target, posixpath.relpath(path, source)), read(path, what), what)
 
 
 def exists(path: str) -> bool:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from trainer import files
+from trainer import files, logs
 
 
 class Journal:
@@ -23,10 +23,17 @@ class Journal:
     cannot be written, that is said and the run goes on.
     """
 
-    def __init__(self, workdir: str) -> None:
+    def __init__(self, workdir: str, boards: str = "", *, writes: bool = True) -> None:
+        """
+        Args:
+            workdir: of the run.
+            boards: folder of TensorBoard's files; empty: one in the workdir.
+            writes: whether this process writes at all; of several machines one does.
+        """
         self.warnings: list[str] = []  # whoever says them takes them out
         self._path = files.join(workdir, "metrics.jsonl")
-        self._boards = files.join(workdir, "tensorboard")
+        self._boards = boards or files.join(workdir, "tensorboard")
+        self._writes = writes
         self._writer: Any = None
         self._broken = False
         self.rows: list[dict[str, Any]] = []
@@ -41,8 +48,12 @@ class Journal:
                     self.rows.append(row)
 
     def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One row; numbers go to TensorBoard too."""
+        """One row; numbers go to TensorBoard too, and to the log where that is JSON."""
         self.rows.append({"kind": kind, "step": step} | values)
+        if not self._writes:
+            return
+        if logs.as_json():
+            logs.write("INFO", f"{kind} at step {step}", kind=kind, step=step, metrics=values)
 
         def work() -> None:
             if self._writer is None:
@@ -60,6 +71,8 @@ class Journal:
 
     def write(self, text: bytes) -> None:
         """Makes rows durable; in another thread too."""
+        if not self._writes:
+            return
         files.write(self._path, text, "the metrics")
         self._optional(lambda: self._writer and self._writer.flush())
 
@@ -78,11 +91,11 @@ class Journal:
 
 
 class Screen:
-    """Progress on a terminal as a bar, elsewhere as a line now and then; everything goes to standard error."""
+    """Progress on a terminal as a bar, elsewhere as a line now and then (JSON in a cloud); everything goes to standard error."""
 
     def __init__(self, quiet_seconds: float = 20.0) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr.isatty() and not logs.as_json()
         self._quiet = quiet_seconds
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -90,7 +103,10 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        self._console.print(text, markup=False)
+        if logs.as_json():
+            logs.tell(text)
+        else:
+            self._console.print(text, markup=False)
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """How far `what` is: `done` of `total`. Off a terminal, at most a line each `quiet_seconds` and one at the end."""

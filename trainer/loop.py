@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import agreement, distill, files, optim, views
+from trainer import agreement, distill, environment, files, optim, views
 from trainer.accelerator import Accelerator
 from trainer.checkpoint import Background, Checkpoints
 from trainer.config import Config, fingerprint
@@ -27,6 +27,7 @@ from trainer.records import Bad, Damage, Dataset, Split
 from trainer.signals import StopRequest
 from trainer.store import MemoryStore, Order, Store
 
+_OTHER = "a signal to another machine"
 _KEEP_SECONDS = 60.0  # between keepings of half-made fixed targets
 _REMEDY = {distill.CAUSES[0]: "check the teacher's file, --teacher_range and --teacher_precision"}
 
@@ -177,7 +178,7 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         open_checkpoints(config, identity).require_ours()
     accelerator.check_batch(config.batch_size)
     config = dataclasses.replace(config, steps_per_loop=config.steps_per_loop or accelerator.steps_per_loop)
-    for line in config.warnings():
+    for line in config.warnings() + accelerator.hints(config.precision):
         screen.say(f"warning: {line}")
     strategy, classes = accelerator.strategy, len(held_out.classes)
     with strategy.scope():
@@ -239,7 +240,7 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
     targets: tuple[np.ndarray, ...] = ()
     if loaded and views.mode(config).fixed:
         asked = Evaluator(config, strategy, train, jit_compile=jit_compile)
-        targets = fixed_targets(config, asked, loaded, fingerprint(identity), screen)
+        targets = fixed_targets(config, accelerator, asked, loaded, fingerprint(identity), screen)
     with strategy.scope():
         optimizer = optim.build(config, student.trainable_variables)
         images, sizes, labels = (tf.Variable(a, trainable=False) for a in (train.images, train.sizes, train.labels))
@@ -284,7 +285,12 @@ def require_same_records(workdir: str, left_out: dict[str, list[Bad]]) -> None:
 
 
 def fixed_targets(
-    config: Config, evaluator: Evaluator, loaded: tuple[teachers.Teacher, ...], key: str, screen: Screen
+    config: Config,
+    accelerator: Accelerator,
+    evaluator: Evaluator,
+    loaded: tuple[teachers.Teacher, ...],
+    key: str,
+    screen: Screen,
 ) -> tuple[np.ndarray, ...]:
     """For each teacher its constant output float32 [examples, classes]: the mean of its logits over the fixed views.
 
@@ -302,17 +308,23 @@ def fixed_targets(
     if done < crops:
         logits, kept = evaluator.fixed_logits(loaded), time.monotonic()
         with StopRequest() as stop:
-            while done < crops and not stop.name:
+            stopping = accelerator.any_worker(bool(stop.name))
+            while done < crops and not stopping:
                 total, done = total + logits(done).astype(np.float64), done + 1
                 screen.progress("fixed targets", done, crops)
-                if path and (done == crops or stop.name or time.monotonic() > kept + _KEEP_SECONDS):
+                stopping = accelerator.any_worker(bool(stop.name))
+                if (
+                    path
+                    and accelerator.chief
+                    and (done == crops or stopping or time.monotonic() > kept + _KEEP_SECONDS)
+                ):
                     buffer = io.BytesIO()
                     np.savez(buffer, total=total, done=done)
                     files.write(path, buffer.getvalue(), "the fixed targets")
                     kept = time.monotonic()
-        if stop.name:
+        if done < crops:
             raise Stopped(
-                f"stopped by {stop.name} after {done} of {crops} crops of the fixed targets: the same command goes on"
+                f"stopped by {stop.name or _OTHER} after {done} of {crops} crops of the fixed targets: the same command goes on"
             )
     mean = (total / done).astype(np.float32)
     return tuple(np.ascontiguousarray(mean[:, number]) for number in range(len(loaded)))
@@ -339,7 +351,11 @@ def train(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) 
     config = job.config
     resume(job, journal, checkpoints, screen)
     order = Order(config.seed, len(job.train), config.batch_size)
-    meter = _Meter(job)
+    meter, hardware = _Meter(job), job.accelerator
+    if not hardware.same_on_all(job.step):
+        raise DataError(
+            f"this machine resumed at step {job.step} and another did not: --workdir must be one folder that all machines share"
+        )
 
     def tell() -> None:
         for told in (journal.warnings, checkpoints.warnings):
@@ -347,7 +363,8 @@ def train(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) 
                 screen.say(f"warning: {told.pop(0)}")
 
     with StopRequest() as stop, Background() as saving:
-        while job.step < config.steps and not stop.name:
+        stopping = hardware.any_worker(bool(stop.name))
+        while job.step < config.steps and not stopping:
             saving.check()
             steps = _until_due(config, job.step)
             metrics = job.advance(steps, order)
@@ -361,15 +378,20 @@ def train(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) 
             if last or job.step % config.eval_every == 0:
                 better = _note_best(job, evaluate(job, config.eval_split, "eval", journal, screen).metrics())
                 meter.skip()
-            if last or better or stop.name or job.step % config.checkpoint_every == 0:
+            # Asked once a turn, so that all machines, and saving and ending, go by the same answer.
+            stopping = hardware.any_worker(bool(stop.name))
+            if last or better or stopping or job.step % config.checkpoint_every == 0:
                 save(job, journal, checkpoints, saving)
                 meter.skip()
             tell()
         saving.wait()
     tell()
     screen.close()
-    if stop.name:
-        raise Stopped(f"stopped by {stop.name} at step {job.step} of {config.steps}; saved: the same command goes on")
+    # Of several machines none goes on before the chief's last checkpoint is whole, nor alone after a late signal.
+    if hardware.any_worker(stopping or bool(stop.name)):
+        raise Stopped(
+            f"stopped by {stop.name or _OTHER} at step {job.step} of {config.steps}; saved: the same command goes on"
+        )
 
 
 def resume(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) -> None:
@@ -387,10 +409,12 @@ def resume(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen)
         job.pending = [(steps, metrics) for steps, metrics in restored.extra["pending"]]
         best = restored.extra.get("best", {})
         job.best = best if best.get("by") == job.config.keep_best else {}
-        checkpoints.clean(job.step, job.best.get("step"))
+        if job.accelerator.chief:
+            checkpoints.clean(job.step, job.best.get("step"))
         screen.say(f"resumed at step {job.step} of {job.config.steps}")
     journal.rewind(job.step)
-    files.remove_temporary(job.config.workdir)
+    if job.accelerator.chief:
+        files.remove_temporary(job.config.workdir)
 
 
 def save(job: Job, journal: Journal, checkpoints: Checkpoints, saving: Background | None = None) -> None:
@@ -398,7 +422,11 @@ def save(job: Job, journal: Journal, checkpoints: Checkpoints, saving: Backgroun
 
     Args:
         saving: does all of it but the copy of the state into host memory; None: here, now.
+
+    Of several machines the chief alone does.
     """
+    if not job.accelerator.chief:
+        return
     if saving is not None:
         saving.wait()  # one copy of the state at a time
     step, arrays, text, best = job.step, job.state(), journal.text(), dict(job.best)
@@ -445,6 +473,8 @@ def evaluate(job: Job, split: str, kind: str, journal: Journal, screen: Screen) 
     outcome = job.evaluator(split).run(job.student, job.teachers)
     metrics = outcome.metrics()
     journal.add(kind, job.step, {"split": split} | metrics)
+    if kind == "eval" and job.accelerator.chief and job.config.hp_metric in metrics:
+        environment.report_metric(job.config.hp_metric, metrics[job.config.hp_metric], job.step)
     names = {"student_top1": "student", "teacher_top1": "teacher", "agreement_top1": "agreement"}
     told = ", ".join(f"{word} {100 * metrics[name]:.1f}%" for name, word in names.items() if name in metrics)
     screen.say(f"step {job.step}, {split} ({len(outcome.labels)} images): {told}")
@@ -511,4 +541,5 @@ def open_checkpoints(
 
 def open_run(job: Job, before_commit: Callable[[], None] = lambda: None) -> tuple[Journal, Checkpoints]:
     """The journal and the checkpoints of a job's workdir."""
-    return Journal(job.config.workdir), open_checkpoints(job.config, job.identity, before_commit)
+    journal = Journal(job.config.workdir, job.config.tensorboard_dir, writes=job.accelerator.chief)
+    return journal, open_checkpoints(job.config, job.identity, before_commit)

@@ -146,6 +146,9 @@ class Evaluator:
             values = [
                 distribute(lambda c, s=source: share(c, s)) for source in (store.take(ids), store.sizes[ids], ids)
             ]
-            local = strategy.experimental_local_results(run(*values))
+            made = run(*values)
+            local = strategy.experimental_local_results(made)
+            if len(local) < strategy.num_replicas_in_sync:  # the other rows are on other machines
+                local = (strategy.gather(made, axis=0),)
             parts.append(np.concatenate([value.numpy() for value in local])[: len(store) - start])
         return np.concatenate(parts)

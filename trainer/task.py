@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trainer import __version__, cli, config, recipes
+from trainer import __version__, cli, config, environment, recipes
 from trainer.config import Config
 from trainer.errors import DataError
 
@@ -29,7 +29,20 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """The verb; returns an exit code."""
     return cli.run(
-        __doc__, config.define_flags, lambda values: _main(config.from_flags(values, recipes.find(values.recipe))), argv
+        __doc__,
+        config.define_flags,
+        lambda values: _main(on_vertex(config.from_flags(values, recipes.find(values.recipe)))),
+        argv,
+    )
+
+
+def on_vertex(chosen: Config) -> Config:
+    """The configuration with the folders that Vertex AI names by variables, where flags do not say otherwise."""
+    return dataclasses.replace(
+        chosen,
+        workdir=environment.workdir(chosen.workdir),
+        model_dir=environment.model_dir(chosen.model_dir),
+        tensorboard_dir=environment.tensorboard_dir(chosen.tensorboard_dir),
     )
 
 
@@ -50,7 +63,9 @@ def run(chosen: Config, screen: Screen) -> dict[str, Any]:
         FunmatchError: see trainer.errors.
     """
     chosen.require_complete()
-    from trainer import accelerator, files, lock, loop
+    import tensorflow as tf
+
+    from trainer import accelerator, check, files, lock, loop
 
     resolved, _, _, identity = loop.identify(chosen)
     print_ = config.fingerprint(identity)
@@ -59,26 +74,34 @@ def run(chosen: Config, screen: Screen) -> dict[str, Any]:
         return done
     with contextlib.ExitStack() as stack:
         held: lock.Held = lock.Unlocked()
-        if not chosen.dry_run:
+        if chosen.check:
+            check.surroundings(chosen, screen)
+        elif not chosen.dry_run:
             files.require_writable(chosen.workdir, "--workdir")
-        if not (chosen.dry_run or chosen.check):
-            held = stack.enter_context(lock.hold(chosen.workdir, screen.say, chosen.lease_seconds))
-        hardware = accelerator.resolve(chosen.tpu)
+            if environment.is_chief():
+                held = stack.enter_context(lock.hold(chosen.workdir, screen.say, chosen.lease_seconds))
+        hardware = accelerator.resolve(chosen.tpu, screen.say)
         screen.say(f"{hardware.description}; {resolved.steps:,} steps of {resolved.batch_size} images")
         job = loop.build(chosen, hardware, screen)
         if chosen.check or chosen.dry_run:
             _rehearse(job, screen)
             return {}
         held.check()
-        _write_json(
-            files.join(chosen.workdir, "config.json"),
-            {"config": job.config.to_dict(), "identity": identity},
-        )
+        if hardware.chief:
+            _write_json(
+                files.join(chosen.workdir, "config.json"),
+                {"config": job.config.to_dict(), "identity": identity},
+            )
         journal, checkpoints = loop.open_run(job, held.check)
-        loop.train(job, journal, checkpoints, screen)
-        if job.config.export_from == "best":
-            loop.take_best(job, checkpoints)
-        return finish(job, journal, screen, print_, held.check)
+        try:
+            loop.train(job, journal, checkpoints, screen)
+            if job.config.export_from == "best":
+                loop.take_best(job, checkpoints)
+            return finish(job, journal, screen, print_, held.check)
+        except tf.errors.OpError as error:
+            if hardware.workers > 1:
+                raise accelerator.worker_lost(error) from error
+            raise
 
 
 def finish(
@@ -110,6 +133,9 @@ def finish(
         "best": job.best,
         "versions": versions(),
     }
+    if not job.accelerator.chief:
+        screen.say(f"this machine is done: {_summary(result)}; the chief writes the results")
+        return result
     store = job.stores[settings.final_split]
     card = {
         "student": settings.student,
@@ -126,6 +152,8 @@ def finish(
     files.remove(files.join(settings.workdir, "result.json"))  # one of other weights does not outlive their export
     folder = files.join(settings.workdir, "export")
     export.write(folder, job.student, store.classes, settings, card)
+    if settings.model_dir:
+        files.copy_tree(files.join(folder, "saved_model"), settings.model_dir, "the served model", "saved_model.pb")
     trained_on, measured_on = samples(job, outcome)
     page = report.render(
         title=files.join(settings.workdir).rstrip("/").rsplit("/", 1)[-1],
@@ -236,6 +264,7 @@ def _rehearse(job: Job, screen: Screen) -> None:
     """Two short turns of the real step, of which nothing is kept, and the plan that follows from them."""
     import time
 
+    from trainer import check
     from trainer.store import Order
 
     settings = job.config
@@ -247,6 +276,7 @@ def _rehearse(job: Job, screen: Screen) -> None:
         f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4f}, {compiled:.1f} s with compilation"
     )
     if settings.check:
+        check.built(job, screen)
         screen.say("check passed: accelerator, data, teacher, workdir and the first batch are fine")
         return
     began = time.monotonic()

@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from trainer import cli, config
+from trainer import cli, config, environment
 from trainer.errors import ConfigError
 
 _HIDDEN = (
@@ -57,6 +57,8 @@ def _main(values: Any) -> None:
     screen = Screen()
     if not task.run(chosen, screen):
         return  # --check or --dry_run
+    if not environment.is_chief():
+        return
     model = files.join(workdir, "export", "model.keras")
     files.write(values.out, files.read(model, "the trained teacher"), "the teacher")
     screen.say(f"teacher {values.out}")

@@ -27,7 +27,7 @@ MUTANTS = [
     Mutant(
         "half-made targets are kept",
         "loop.py",
-        "(done == crops or stop.name or",
+        "(done == crops or stopping or",
         "(done == crops or",
         "test_distill.py::test_a_signal_among_the_fixed_crops_keeps_their_sum",
     ),
