@@ -96,14 +96,8 @@ class Accelerator:
         """The sum of the replicas' values; one machine alone sums its own without asking a device."""
         if self.workers == 1:
             return value * self.strategy.num_replicas_in_sync
-        if "total" not in self._compiled:
-
-            def add(one: tf.Tensor) -> Any:
-                return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, one)
-
-            self._compiled["total"] = tf.function(lambda one: self.strategy.run(add, (one,)))
-        found = self._compiled["total"](tf.constant(value, tf.float64))
-        return float(self.strategy.experimental_local_results(found)[0])
+        values = self.strategy.experimental_distribute_values_from_function(lambda _: tf.constant(value, tf.float64))
+        return float(self.strategy.reduce(tf.distribute.ReduceOp.SUM, values, axis=None))
 
 
 def resolve(tpu: str, say: Callable[[str], None] = lambda _: None) -> Accelerator:
@@ -120,7 +114,7 @@ def resolve(tpu: str, say: Callable[[str], None] = lambda _: None) -> Accelerato
     if tpu != "none":
         if workers > 1:
             raise ConfigError(
-                f"--tpu={tpu} and {workers} machines in TF_CONFIG: a TPU job runs on one machine; choose a machine with more chips"
+                f"--tpu={tpu}: {workers} machines are in TF_CONFIG, and a TPU job runs on one; choose a machine with more chips"
             )
         if tpu not in _made:
             _made[tpu] = _tpu(tpu, say)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -243,6 +244,8 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         targets = fixed_targets(config, accelerator, asked, loaded, fingerprint(identity), screen)
     with strategy.scope():
         optimizer = optim.build(config, student.trainable_variables)
+    # Each of several machines has read the data itself; TensorFlow's broadcast between machines knows no uint8.
+    with strategy.scope() if accelerator.workers == 1 else contextlib.nullcontext():
         images, sizes, labels = (tf.Variable(a, trainable=False) for a in (train.images, train.sizes, train.labels))
         tables = tuple(tf.Variable(a, trainable=False) for a in targets)
         resident = distill.Data(images, sizes, labels, tables)
