@@ -11,7 +11,7 @@ import tensorflow as tf
 from trainer import distill, views
 from trainer.config import Config
 from trainer.errors import ConfigError, DataError
-from trainer.models import cheap
+from trainer.models import bit, cheap
 from trainer.models.teachers import Teacher
 from trainer.store import Order, Store
 
@@ -86,7 +86,7 @@ def forms(
     """
     if not wanted:
         return []
-    if not cheap.is_plain(teacher.model):
+    if not bit.is_plain(teacher.model):
         raise ConfigError(
             f"--teacher_precision={wanted[0]}: {teacher.name} is a program whose layers cannot be exchanged; "
             "ask it in float32, or give the network as keras: or bit:"

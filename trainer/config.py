@@ -97,8 +97,8 @@ class Config:
     teacher: tuple[str, ...] = _field(
         (),
         "teacher",
-        "keras:PATH; saved_model:PATH; bit:ARCH@FILE.npz or bit:NAME, a published BiT such as R152x2_T_flowers128; random:NAME "
-        "(untrained, for timing). Repeat for several. Paths may be gs:// or https://.",
+        "keras:PATH; saved_model:PATH; app:NAME@WEIGHTS.h5 (keras.applications); bit:ARCH@FILE.npz or bit:NAME, a published BiT "
+        "such as R152x2_T_flowers128; random:NAME (untrained, for timing). Repeat for several. Paths may be gs:// or https://.",
         state=False,
     )
     teacher_image_size: tuple[int, ...] = _field(
@@ -144,13 +144,14 @@ class Config:
     student: str = _field(
         "bit-r50x1",
         "student",
-        "bit-tiny, bit-small, bit-r50x1, ..., resnet50v2, mobilenetv3-large, app:NAME (keras.applications), keras:PATH.",
+        "bit-tiny, bit-small, bit-r50x1, ..., resnet50v2, mobilenetv3-large, mobilenetv3-small, app:NAME (keras.applications); these, "
+        "but not BiT, also with -gn: group in place of batch normalisation (paper: MobileNetV3); keras:PATH.",
     )
     student_weights: str = _field(
         "",
         "student",
-        "Weights that a bit-ARCH student starts from: bit:ARCH@FILE.npz or a published bit:NAME (paper, Fig. 5); with its "
-        "classifier if that has as many classes as the data. Empty: drawn.",
+        "Weights that the student starts from (paper, Fig. 5): keras:PATH or h5:PATH of the same network; for a bit-ARCH also "
+        "bit:ARCH@FILE.npz or a published bit:NAME. With their classifier if that has as many classes as the data. Empty: drawn.",
         state=False,
     )
     root_pool: str = _field(

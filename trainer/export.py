@@ -76,19 +76,19 @@ class Servable(tf.Module):
 def single_device_copy(model: keras.Model) -> keras.Model:
     """The model outside of any strategy, float32 throughout, weight standardisation folded in."""
     config = model.get_config()
-    copy = type(model).from_config(_float32(config))
+    copy = type(model).from_config(_alone(config))
     copy.set_weights(model.get_weights())
     return bit.fold(copy)
 
 
-def _float32(value: Any) -> Any:
-    """A model's configuration with every dtype policy of its layers set to float32."""
+def _alone(value: Any) -> Any:
+    """A model's configuration with every dtype policy of its layers set to float32, and no normalisation over replicas."""
     if isinstance(value, dict):
         if value.get("class_name") == "DTypePolicy":
             return value | {"config": {"name": "float32"}}
-        return {key: _float32(item) for key, item in value.items()}
+        return {key: False if key == "synchronized" else _alone(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_float32(item) for item in value)
+        return type(value)(_alone(item) for item in value)
     return value
 
 

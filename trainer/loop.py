@@ -256,7 +256,8 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         loaded,
         optimizer,
         resident,
-        jit_compile=jit_compile,
+        # Replicas that meet in a normalisation cannot do so inside a program that was compiled for one of them.
+        jit_compile=jit_compile and not any(layer.synchronized for layer in students.batch_norms(student)),
     )
     return Job(config, accelerator, identity, train, stores, student, loaded, targets, optimizer, run_steps, left_out)
 

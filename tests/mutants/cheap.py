@@ -41,8 +41,36 @@ MUTANTS = [
     Mutant(
         "programs have no cheap form",
         "agreement.py",
-        "if not cheap.is_plain(teacher.model):",
+        "if not bit.is_plain(teacher.model):",
         "if False:",
         "test_cheap.py::test_a_program_is_asked_in_float32_only",
+    ),
+    Mutant(
+        "batch statistics over all replicas",
+        "models/students.py",
+        "layer.synchronized = tf.distribute.get_strategy().num_replicas_in_sync > 1",
+        "layer.synchronized = False",
+        "test_students.py::test_moving_statistics_are_the_mean_of_what_was_seen",
+    ),
+    Mutant(
+        "eight groups",
+        "models/students.py",
+        "if isinstance(layer, keras.layers.BatchNormalization) and flag.endswith(GROUP_NORM):",
+        "if False:",
+        "test_students.py::test_group_norm_is_computed_over_eight_groups",
+    ),
+    Mutant(
+        "weights that a file has not",
+        "models/loading.py",
+        "if new := [w.path for w in model.weights if _digest(keras.ops.convert_to_numpy(w)) not in held]:",
+        "if new := []:",
+        "test_students.py::test_applications_that_do_not_fit",
+    ),
+    Mutant(
+        "an application's own preprocessing",
+        "models/students.py",
+        "other(_Preprocess(name)(inputs))",
+        "other(inputs)",
+        "test_students.py::test_an_application_is_a_teacher_with_its_own_preprocessing",
     ),
 ]

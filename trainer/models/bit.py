@@ -155,14 +155,28 @@ def fold(model: keras.Model) -> keras.Model:
     standardised convolutions is copied as it is.
     """
 
-    def plain(layer: keras.layers.Layer) -> keras.layers.Layer:
+    def plain(layer: Any) -> Any:
         kind = keras.layers.Conv2D if type(layer) is StdConv2D else type(layer)
         return kind.from_config(layer.get_config())
 
-    copy = keras.models.clone_model(model, clone_function=plain)
-    for old, new in zip(model.layers, copy.layers, strict=True):
+    copy = keras.models.clone_model(model, clone_function=plain, recursive=True)
+    for old, new in zip(leaves(model), leaves(copy), strict=True):
         weights = old.get_weights()
         if type(old) is StdConv2D:
             weights[0] = ops.convert_to_numpy(standardize(weights[0]))
         new.set_weights(weights)
     return copy
+
+
+def leaves(model: keras.Model) -> list[keras.layers.Layer]:
+    """Layers of a model and of the models in it, in the data's order."""
+    found = []
+    for layer in model.layers:
+        found += leaves(layer) if isinstance(layer, keras.Model) else [layer]
+    return found
+
+
+def is_plain(model: Any) -> bool:
+    """Whether a model is made of layers that can be exchanged one by one (Functional or Sequential, all the way down)."""
+    kinds = (keras.Sequential, keras.src.models.Functional)
+    return isinstance(model, kinds) and all(is_plain(x) for x in model.layers if isinstance(x, keras.Model))

@@ -19,6 +19,7 @@ from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.python.ops import control_flow_util
 
 from trainer.errors import ConfigError
+from trainer.models.bit import leaves
 
 FORMS = ("float32", "bfloat16", "int8")
 LEVELS = 127  # of kernels, on both sides of zero: -128 is not used
@@ -165,20 +166,6 @@ class Int8Conv2D(keras.layers.Layer):
             missing = max(0, (-(-side // stride) - 1) * stride + reach - side)
             found.append([missing // 2, missing - missing // 2])
         return found
-
-
-def leaves(model: keras.Model) -> list[keras.layers.Layer]:
-    """Layers of a model and of the models in it, in the data's order."""
-    found = []
-    for layer in model.layers:
-        found += leaves(layer) if isinstance(layer, keras.Model) else [layer]
-    return found
-
-
-def is_plain(model: Any) -> bool:
-    """Whether a model is made of layers that can be exchanged one by one (Functional or Sequential, all the way down)."""
-    kinds = (keras.Sequential, keras.src.models.Functional)
-    return isinstance(model, kinds) and all(is_plain(x) for x in model.layers if isinstance(x, keras.Model))
 
 
 def _parts(model: keras.Model) -> tuple[list[keras.layers.Layer], frozenset[int]]:

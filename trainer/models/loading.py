@@ -10,9 +10,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from trainer import files
@@ -43,6 +46,56 @@ def load_keras(path: str, role: str) -> tuple[keras.Model, bool]:
             "it must take (batch, height, width, 3) and return (batch, classes)"
         )
     return model, _ends_in_softmax(model)
+
+
+def load_weights(model: keras.Model, path: str, role: str) -> str:
+    """Fills a model from a file of weights (`.weights.h5` of Keras 3, `.h5` of older ones), on a disk, gs:// or https://.
+
+    Returns:
+        Why it does not fit; empty if it does.
+
+    Raises:
+        DataError: the file is not there.
+    """
+    found = os.path.abspath(local(path, role))
+    with tempfile.TemporaryDirectory() as folder:
+        # Keras goes by the name.
+        link = os.path.join(folder, "w.weights.h5" if path.split("?")[0].endswith(".weights.h5") else "w.h5")
+        os.symlink(found, link)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it warns of what it leaves out, where we refuse
+                model.load_weights(link)
+        except Exception as error:  # Keras and h5py raise nearly every type for a foreign file
+            return files.reason(error)
+    held = {_digest(item[()]) for item in _arrays(path, role)}
+    if new := [w.path for w in model.weights if _digest(keras.ops.convert_to_numpy(w)) not in held]:
+        return f"it has nothing for {len(new)} of {len(model.weights)} arrays, the first: {new[0]}"
+    return ""
+
+
+def array_shapes(path: str, role: str) -> list[tuple[int, ...]]:
+    """Shapes of all arrays in an HDF5 file; none if it is not one."""
+    return [item.shape for item in _arrays(path, role)]
+
+
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.sha256(f"{array.shape}".encode() + np.ascontiguousarray(array, np.float32).tobytes()).digest()
+
+
+def _arrays(path: str, role: str) -> Iterator[Any]:
+    """The arrays of an HDF5 file, one open at a time."""
+    import h5py
+
+    try:
+        with h5py.File(local(path, role), "r") as file:
+            names: list[str] = []
+            file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+            for name in names:
+                if file[name].dtype.kind in "fiu":
+                    yield file[name]
+    except OSError:
+        return
 
 
 def _last(model: keras.Model) -> Any:

@@ -19,7 +19,8 @@ from trainer.models.saved_models import SavedClassifier
 from trainer.views import to_range
 
 _UNKNOWN = (
-    "--teacher={}: it must be keras:PATH, saved_model:PATH, bit:ARCH@FILE.npz, bit:NAME (published) or random:NAME"
+    "--teacher={}: it must be keras:PATH, saved_model:PATH, app:NAME@WEIGHTS.h5, bit:ARCH@FILE.npz, bit:NAME (published) or "
+    "random:NAME"
 )
 
 
@@ -87,6 +88,8 @@ def checksum(config: Config, name: str) -> str:
         return loading.checksum(rest, "teacher")
     if kind == "saved_model" and rest:
         return saved_models.checksum(rest, "teacher")
+    if kind == "app" and "@" in rest:
+        return f"{loading.checksum(rest.partition('@')[2], 'teacher')}, {rest.partition('@')[0]}"
     if kind == "bit" and rest:
         chosen = weights.source(rest, "teacher")
         # The size that a published name brings along decides what the teacher says, as its bytes do.
@@ -117,6 +120,14 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
             raise DataError(f"--teacher={name} knows {known.classes:,} classes; --data={config.data} has {classes:,}")
         size = size or weights.source(rest, "teacher").size or config.image_size
         model = weights.load(rest, "teacher", size, config.root_pool)
+    elif kind == "app" and "@" in rest:
+        if value_range == "0,1":
+            raise ConfigError(
+                f"--teacher_range={value_range}: {name} takes pixels and turns them into its own range; leave it out"
+            )
+        value_range, size = "0,255", size or config.image_size
+        application, _, path = rest.partition("@")
+        model = students.application_teacher(application, path, classes, size, f"teacher={name}")
     elif kind == "random" and rest:
         model = students.build(rest, classes, size or config.image_size, seed=config.seed)
     else:
@@ -142,7 +153,7 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
     else:
         softmax = config.teacher_outputs == "probabilities"
     if isinstance(model, keras.Model):
-        if any(isinstance(layer, bit.StdConv2D) for layer in model.layers):
+        if bit.is_plain(model) and any(isinstance(layer, bit.StdConv2D) for layer in bit.leaves(model)):
             model = bit.fold(model)
         model.trainable = False
     return Teacher(name, model, size, value_range, softmax, notes=tuple(notes))
