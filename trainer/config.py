@@ -144,7 +144,7 @@ class Config:
     student: str = _field(
         "bit-r50x1",
         "student",
-        "bit-tiny, bit-small, bit-r50x1, ..., resnet50v2, mobilenetv3-large, mobilenetv3-small, app:NAME (keras.applications); these, "
+        "bit-tiny, bit-small, bit-r50x1, ..., resnet50v2, mobilenetv3-large, mobilenetv3-small, app:NAME; these, "
         "but not BiT, also with -gn: group in place of batch normalisation (paper: MobileNetV3); keras:PATH.",
     )
     student_weights: str = _field(
