@@ -8,6 +8,7 @@ BASE ?=
 SMOKE_FLAGS ?=
 MINIATURE_FLAGS ?=
 PYTEST_FLAGS ?=
+AUDIT_FLAGS ?=
 # Files of tests go to as many processes as there are processors, at most four: each has a TensorFlow of its own.
 PARALLEL ?= -n logical --maxprocesses=4 --dist=loadfile
 BUILD_FLAGS ?=
@@ -62,6 +63,7 @@ lock: venv  ## Resolve requirements/*.in again. UPGRADE=--upgrade takes the newe
 	$(LOCK) $(UPGRADE) -o requirements/cpu.txt requirements/cpu.in
 	$(LOCK) $(UPGRADE) -o requirements/tpu.txt requirements/tpu.in
 	$(LOCK) $(UPGRADE) -o requirements/gpu.txt requirements/gpu.in
+	$(LOCK) $(UPGRADE) -o requirements/audit.txt requirements/audit.in
 	$(LOCK) $(UPGRADE) -o requirements/dev.txt requirements/dev.in
 
 image:  ## Build an image: FLAVOUR=cpu, tpu or gpu. A pinned base: BASE=python:3.11-slim-bookworm@sha256:...
@@ -73,6 +75,12 @@ sbom: venv  ## The bill of materials (CycloneDX) of each image, from its lock, i
 	mkdir -p build
 	for flavour in cpu tpu gpu; do \
 		$(PY) requirements/sbom.py requirements/build.txt requirements/$$flavour.txt > build/sbom-$$flavour.cdx.json || exit 1; done
+
+# In an environment of its own: pip-audit and what it needs have no place beside what is tested.
+audit: venv  ## Ask whether what the images hold has known vulnerabilities. AUDIT_FLAGS=--or-say-so: go on if nobody answers.
+	$(PY) -m venv --clear build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/audit.txt
+	build/audit/bin/python requirements/audit.py $(AUDIT_FLAGS) $(foreach lock,build cpu tpu gpu,requirements/$(lock).txt)
 
 clean:  ## Remove the environment, caches and smoke runs.
 	rm -rf $(VENV) build dist smoke *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
