@@ -73,6 +73,10 @@ def vertex(service: Stub, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatc
     for name in ("AIPLATFORM", "ARTIFACTREGISTRY", "CLOUDBUILD", "CONTAINERANALYSIS", "ONDEMANDSCANNING", "TPU"):
         monkeypatch.setenv(f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{name}", service.url)
     monkeypatch.setenv("CLOUDSDK_API_ENDPOINT_OVERRIDES_STORAGE", f"{service.url}storage/v1/")
+    # Nothing outside is asked: no usage report, no look for updates or for a machine of Google's.
+    monkeypatch.setenv("CLOUDSDK_CORE_DISABLE_USAGE_REPORTING", "1")
+    monkeypatch.setenv("CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK", "1")
+    monkeypatch.setenv("CLOUDSDK_CORE_CHECK_GCE_METADATA", "false")
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     service.reset()
