@@ -332,10 +332,10 @@ class Flag(NamedTuple):
 def trainer_flags(source: pathlib.Path = HERE.parent / "trainer" / "config.py") -> dict[str, Flag]:
     """The flags of trainer.task, read from its source: a laptop need not have what the trainer imports."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
-    values: dict[str, Any] = {}
+    values: dict[str, tuple[str, ...]] = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
-            values[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
+            values[ast.unparse(node.targets[0])] = _texts(node.value, values)
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
     kinds = {"str": str, "int": int, "float": float, "bool": bool}
     found = {}
@@ -343,10 +343,21 @@ def trainer_flags(source: pathlib.Path = HERE.parent / "trainer" / "config.py") 
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
             continue
         kind = kinds.get(ast.unparse(node.annotation), tuple)
-        listed = next((k.value for k in node.value.keywords if k.arg == "choices"), None)
-        name = ast.unparse(listed) if listed else ""
-        choices = values[name] if name in values else ast.literal_eval(name or "()")
+        choices = next((_texts(k.value, values) for k in node.value.keywords if k.arg == "choices"), ())
         found[ast.unparse(node.target)] = Flag(kind, choices)
+    return found
+
+
+def _texts(node: ast.expr, names: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The tuple of texts that an expression of texts, names and *names makes; of any other, none: then all values pass here."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id, ())
+    found: tuple[str, ...] = ()
+    for part in node.elts if isinstance(node, ast.Tuple) else []:
+        if isinstance(part, ast.Starred):
+            found += _texts(part.value, names)
+        elif isinstance(part, ast.Constant) and isinstance(part.value, str):
+            found += (part.value,)
     return found
 
 

@@ -196,8 +196,7 @@ def _job(
             f"{path}: must hold studySpec, maxTrialCount and parallelTrialCount; the spec is the trial's job"
         )
     with contextlib.suppress(KeyError, IndexError, TypeError):  # of a study that the checker will refuse
-        if "hp_metric" in check.trainer_flags():
-            extra = [*extra, f"--hp_metric={study['studySpec']['metrics'][0]['metricId']}"]
+        extra = [*extra, f"--hp_metric={study['studySpec']['metrics'][0]['metricId']}"]
     return "hp-tuning-jobs", study | {"trialJobSpec": specs.render(spec, settings, extra)}
 
 

@@ -213,9 +213,8 @@ def test_a_study_is_sent_with_the_spec_as_its_trial(vertex: Stub, capsys: pytest
         "labels": {"program": "funmatch", "run": "flowers-1", "recipe": "flowers102_fast"},
         "trialJobSpec": arrived(MEANT["v5e, 4 chips"][1]),
     }
-    # The trial is told what to report, where the trainer can be told.
-    if "hp_metric" in check.trainer_flags():
-        meant["trialJobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"].append("--hp_metric=student_top1")
+    # The trial is told what to report.
+    meant["trialJobSpec"]["workerPoolSpecs"][0]["containerSpec"]["args"].append("--hp_metric=student_top1")
     assert request.body == meant
     assert "hp-tuning-jobs stream-logs" in said.err
 
@@ -408,6 +407,16 @@ def test_a_wrong_study_is_refused_and_named(path: str, value: Any, told: str) ->
     assert list(check.tuning_job(job, "us-west4")) == []
     change(path, value)(job)
     assert told in " | ".join(check.tuning_job(job, "us-west4"))
+
+
+def test_a_studys_metric_is_one_that_the_trainer_reports(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = copy.deepcopy(STUDY)
+    study["studySpec"]["metrics"][0]["metricId"] = "accuracy"
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    assert submit.main(command("vertex-gpu", f"--study={tmp_path}/study.json", "--dry-run")) == 2
+    assert "--hp_metric=accuracy: must be one of student_top1" in capsys.readouterr().err
 
 
 def test_study_parameters_are_flags_of_the_trainer(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -674,6 +683,10 @@ def test_build_prints_what_it_would_do(capsys: pytest.CaptureFixture[str]) -> No
     assert f"--substitutions=_IMAGE={image},_TARGET=tpu," in capsys.readouterr().out
     assert build.main(["tpv", *line]) == 2
     assert "cpu, tpu or gpu" in capsys.readouterr().err
+    # Every target is one of the Dockerfile's, and what a spec asks for is what is built.
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert set(build.TARGETS) <= set(stages)
+    assert {specs.load(name)["defaults"]["hardware"] for name in specs.names()} <= set(build.TARGETS)
 
 
 FAKE = """#!/bin/sh
