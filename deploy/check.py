@@ -338,7 +338,7 @@ def trainer_flags(source: pathlib.Path = HERE.parent / "trainer" / "config.py") 
             values[ast.unparse(node.targets[0])] = _texts(node.value, values)
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
     kinds = {"str": str, "int": int, "float": float, "bool": bool}
-    found = {}
+    found = {"log_format": Flag(str, ("auto", "text", "json"))}  # of every verb, so it stands in cli.py
     for node in body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
             continue

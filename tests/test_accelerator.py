@@ -7,10 +7,12 @@ import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 import urllib.error
 from collections.abc import Iterator
@@ -217,7 +219,7 @@ def test_a_machine_that_is_lost_is_a_stop() -> None:
     assert "Connection reset by peer)" in str(error)
 
 
-def machines(count: int, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+def started(count: int, *arguments: str) -> list[subprocess.Popen[str]]:
     """The job on so many machines, each a process of its own with a port of its own."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
@@ -238,8 +240,13 @@ def machines(count: int, *arguments: str) -> list[subprocess.CompletedProcess[st
                 text=True,
             )
         )
+    return running
+
+
+def machines(count: int, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """The same, to its end."""
     done = []
-    for process in running:
+    for process in started(count, *arguments):
         out, err = process.communicate(timeout=240)
         done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return done
@@ -282,6 +289,33 @@ def test_two_machines_give_the_weights_of_one(data: str, teacher_file: str, tmp_
     )
     rows = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("one", "two")]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_machine_stops_both(data: str, teacher_file: str, tmp_path: pathlib.Path) -> None:
+    both = started(
+        2,
+        *(f"--data={data}", f"--teacher=keras:{teacher_file}", "--student=bit-tiny", f"--image_size={IMAGE}"),
+        *("--store_size=32", "--steps=100000", "--batch_size=8", "--checkpoint_every=10", "--eval_every=100000"),
+        f"--workdir={tmp_path}/run",
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob("run/checkpoints/checkpoint-*.json")):
+            assert time.monotonic() < deadline
+            assert [process.poll() for process in both] == [None, None]
+            time.sleep(0.2)
+        both[1].send_signal(signal.SIGTERM)
+        told = [process.communicate(timeout=100)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [75, 75], told
+    assert "stopped by a signal to another machine at step" in told[0]
+    assert "stopped by SIGTERM at step" in told[1]
+    steps = [re.findall(r"at step (\d+) of", text)[-1] for text in told]
+    assert steps[0] == steps[1]
+    assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{int(steps[0]):010d}.json").exists()
 
 
 def test_environment_names_agree_with_tensorflows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -127,7 +128,14 @@ class Evaluator:
 
     def _distributed(self, forward: Callable) -> Callable:
         compiled = tf.function(forward, jit_compile=self._jit)
-        return tf.function(lambda *values: self._strategy.run(compiled, values))
+        strategy = self._strategy
+
+        def run(*values: tf.distribute.DistributedValues) -> Any:
+            made = strategy.run(compiled, values)
+            elsewhere = len(strategy.experimental_local_results(made)) < strategy.num_replicas_in_sync
+            return strategy.gather(made, axis=0) if elsewhere else made  # rows of other machines come here
+
+        return tf.function(run)
 
     def _over_all(self, run: Callable) -> np.ndarray:
         """Concatenates what `run` gives for images, original sizes and ids of each batch."""
@@ -146,9 +154,6 @@ class Evaluator:
             values = [
                 distribute(lambda c, s=source: share(c, s)) for source in (store.take(ids), store.sizes[ids], ids)
             ]
-            made = run(*values)
-            local = strategy.experimental_local_results(made)
-            if len(local) < strategy.num_replicas_in_sync:  # the other rows are on other machines
-                local = (strategy.gather(made, axis=0),)
+            local = strategy.experimental_local_results(run(*values))
             parts.append(np.concatenate([value.numpy() for value in local])[: len(store) - start])
         return np.concatenate(parts)
