@@ -585,35 +585,74 @@ def test_the_trainer_takes_the_arguments_that_specs_send(name: str) -> None:
     assert list(check.configuration(args, STUDY["studySpec"])) == []
 
 
-@pytest.mark.slow
-def test_the_trainer_rehearses_what_a_spec_sends(
-    data: str, teacher_file: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The arguments of a job, with the bucket's paths replaced by this machine's, through the trainer's own --dry_run."""
+SMALL = ["--steps=2", "--batch_size=4", "--image_size=24", "--store_size=32", "--student=bit-tiny"]
+
+
+@pytest.fixture
+def at_vertex(
+    data: str, teacher_file: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[dict[str, Any]], subprocess.CompletedProcess[str]]:
+    """Runs a job's arguments as Vertex AI would run them, with this machine's paths in place of the bucket's."""
     from conftest import here
 
-    more = [
-        "--",
-        "--steps=2",
-        "--batch_size=4",
-        "--image_size=24",
-        "--store_size=32",
-        "--student=bit-tiny",
-        "--dry_run",
-    ]
-    job = dry(capsys, "vertex-cpu", *more, teacher="keras:gs://my-bucket/t.keras")
     places = {
         "gs://my-bucket/data/flowers": data,
         "gs://my-bucket/t.keras": teacher_file,
         "gs://my-bucket/runs/flowers-1": str(tmp_path / "run"),
     }
-    args = job["workerPoolSpecs"][0]["containerSpec"]["args"]
-    for ours, local in places.items():
-        assert sum(ours in text for text in args) == 1
-        args = [text.replace(ours, local) for text in args]
-    done = here("task", *args)
+
+    def run(job: dict[str, Any], trial: str = "") -> subprocess.CompletedProcess[str]:
+        args = job["workerPoolSpecs"][0]["containerSpec"]["args"]
+        base = job["baseOutputDirectory"]["outputUriPrefix"] + (f"/{trial}" if trial else "")
+        for ours, local in places.items():
+            assert sum(ours in text for text in args) == 1
+            args = [text.replace(ours, local) for text in args]
+            base = base.replace(ours, local)
+        for name, folder in [("MODEL", "model"), ("CHECKPOINT", "checkpoints"), ("TENSORBOARD_LOG", "logs")]:
+            monkeypatch.setenv(f"AIP_{name}_DIR", f"{base}/{folder}/")
+        task = {"type": "workerpool0", "index": 0} | ({"trial": trial} if trial else {})
+        cluster = {"cluster": {"workerpool0": ["one:2222"]}, "environment": "cloud", "task": task}
+        monkeypatch.setenv("CLUSTER_SPEC", json.dumps(cluster))
+        return here("task", *args)
+
+    return run
+
+
+@pytest.mark.slow
+def test_what_a_spec_sends_trains_and_the_same_again_is_finished(
+    at_vertex: Callable[..., Any], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = dry(capsys, "vertex-cpu", "--", *SMALL, teacher="keras:gs://my-bucket/t.keras")
+    done = at_vertex(job)
     assert done.returncode == 0, done.stderr
-    assert "plan: 2 steps = 8 images" in done.stderr
+    assert json.loads((tmp_path / "run/result.json").read_text())["steps"] == 2
+    assert (tmp_path / "run/model/saved_model.pb").is_file()
+    assert list((tmp_path / "run/logs").rglob("events.*"))
+    again = at_vertex(job)
+    assert (again.returncode, "is finished" in again.stderr) == (0, True)
+
+
+@pytest.mark.slow
+def test_what_a_study_sends_reports_the_metric_of_each_trial(
+    at_vertex: Callable[..., Any],
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CLOUD_ML_HP_METRIC_FILE", str(tmp_path / "metrics"))
+    study = dry(capsys, "vertex-cpu", "--study=learning-rate", "--", *SMALL, teacher="keras:gs://my-bucket/t.keras")
+    trial = study["trialJobSpec"]
+    # Vertex AI adds a flag for each parameter, at the end.
+    trial["workerPoolSpecs"][0]["containerSpec"]["args"] += [
+        f"--{parameter['parameterId']}={value}"
+        for parameter, value in zip(study["studySpec"]["parameters"], (0.001, 1e-4, 2.0), strict=True)
+    ]
+    done = at_vertex(trial, trial="3")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/trial-3/result.json").is_file()
+    reported = json.loads((tmp_path / "metrics").read_text().splitlines()[-1])
+    assert study["studySpec"]["metrics"][0]["metricId"] in reported
+    assert reported["trial"] == "3"
 
 
 def test_schema_is_that_of_the_installed_gcloud() -> None:

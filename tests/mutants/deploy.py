@@ -92,6 +92,13 @@ MUTANTS = [
         "test_deploy.py::test_a_flag_given_twice_is_the_users",
     ),
     Mutant(
+        "a trial reports what its study looks at",
+        SUBMIT,
+        "extra = [*extra, f\"--hp_metric={study['studySpec']['metrics'][0]['metricId']}\"]",
+        "pass",
+        "test_deploy.py::test_a_studys_metric_is_one_that_the_trainer_reports",
+    ),
+    Mutant(
         "one writer for a run",
         SUBMIT,
         "if not chosen.beside:",
