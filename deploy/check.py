@@ -329,6 +329,10 @@ class Flag(NamedTuple):
     choices: tuple[str, ...]
 
 
+# Of every verb, so it stands in trainer/cli.py.
+EVERY_VERBS = {"log_format": Flag(str, ("auto", "text", "json"))}
+
+
 def trainer_flags(source: pathlib.Path = HERE.parent / "trainer" / "config.py") -> dict[str, Flag]:
     """The flags of trainer.task, read from its source: a laptop need not have what the trainer imports."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
@@ -338,7 +342,7 @@ def trainer_flags(source: pathlib.Path = HERE.parent / "trainer" / "config.py") 
             values[ast.unparse(node.targets[0])] = _texts(node.value, values)
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
     kinds = {"str": str, "int": int, "float": float, "bool": bool}
-    found = {"log_format": Flag(str, ("auto", "text", "json"))}  # of every verb, so it stands in cli.py
+    found = {}
     for node in body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
             continue
@@ -368,7 +372,7 @@ def arguments(args: list[str], *, cloud: bool = True) -> Iterator[str]:
         args: `--name=value`, or `--name` and `--noname` for what is true or false.
         cloud: paths must be gs:// or https://, because the machine that reads them is another one.
     """
-    known = trainer_flags()
+    known = trainer_flags() | EVERY_VERBS
     given = {text.lstrip("-").partition("=")[0] for text in args}
     if not given & {"steps", "epochs", "recipe", "flagfile"}:
         yield "trainer flag --recipe, --steps or --epochs is missing: how long to train"
@@ -422,7 +426,7 @@ def _is_local(name: str, value: str) -> bool:
 
 def study_flags(study: dict[str, Any], args: list[str]) -> Iterator[str]:
     """What is wrong between a study's parameters and the trainer's flags: each parameter arrives as `--parameterId=value`."""
-    known = trainer_flags()
+    known = trainer_flags() | EVERY_VERBS
     given = {text.lstrip("-").partition("=")[0] for text in args}
     for parameter in study["parameters"]:
         name = parameter["parameterId"]
