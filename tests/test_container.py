@@ -50,7 +50,7 @@ LOCKED_DOWN = [
     "--tmpfs=/tmp",
 ]
 # On the real base image. Without the Dockerfile's cuts it is more than this.
-LARGEST_IMAGE = {"cpu": 2.2e9, "tpu": 1.9e9}
+LARGEST_IMAGE = {"cpu": 2.3e9, "tpu": 2.1e9}
 FLAVOURS = sorted(LARGEST_IMAGE)
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(2400)]
@@ -253,7 +253,8 @@ assert tf.lite.TFLiteConverter.from_saved_model("/tmp/saved").convert()
 assert tf.io.decode_jpeg(tf.io.encode_jpeg(tf.zeros([8, 8, 3], tf.uint8))).shape == (8, 8, 3)
 print("trained and exported")
 """
-    assert "trained and exported" in in_image(engine, image, work).stdout
+    # What the program sets before it imports TensorFlow; without it libtpu waits for Google's metadata server.
+    assert "trained and exported" in in_image(engine, image, work, "--env=TPU_LOAD_LIBRARY=0").stdout
 
 
 def test_the_whole_job_runs_locked_down(engine: Engine, image: str, tmp_path: Path) -> None:

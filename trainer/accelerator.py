@@ -256,6 +256,6 @@ def _advice(error: Exception) -> str:
 def worker_lost(error: tf.errors.OpError) -> Stopped:
     """What to raise when another machine of the job has gone away in the middle of a step."""
     return Stopped(
-        f"another machine of this job does not answer any more ({files.reason(error)}): start all of them again with the same "
+        f"another machine of this job does not answer any more ({type(error).__name__}): start all of them again with the same "
         "command; they go on from the newest checkpoint"
     )
