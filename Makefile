@@ -52,7 +52,7 @@ lint: lint-deploy  ## Check style, formatting and types, scripts, workflows and 
 	$(PY) -m mypy
 
 lint-deploy: venv  ## Of these: shell scripts, GitHub's workflows and Cloud Build's steps.
-	$(VENV)/bin/shellcheck -x .ci/run deploy/*.sh tests/*.sh
+	$(VENV)/bin/shellcheck -x .ci/run deploy/*.sh requirements/*.sh tests/*.sh
 	$(VENV)/bin/zizmor --offline --quiet --persona=auditor .github
 	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml

@@ -85,7 +85,10 @@ def test_what_only_a_tpu_wheel_raises(error: Exception, advice: str, monkeypatch
     assert advice in refused("local")
 
 
-def test_an_address_where_nothing_answers(bare: list[float]) -> None:
+def test_an_address_where_nothing_answers(bare: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        tf.config, "experimental_connect_to_cluster", lambda _: pytest.fail("it would wait for minutes")
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
