@@ -467,7 +467,8 @@ def configuration(args: list[str], study: dict[str, Any]) -> Iterator[str]:
         values = flags.FlagValues()
         config.define_flags(values)
         try:
-            rest = values(["trainer.task", *args, *corner])[1:]
+            own = [text for text in args if text.lstrip("-").partition("=")[0] not in EVERY_VERBS]
+            rest = values(["trainer.task", *own, *corner])[1:]
             if rest:
                 raise flags.Error(f"unexpected argument {rest[0]!r}")
             config.from_flags(values, recipes.find(values.recipe)).require_complete()

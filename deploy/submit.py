@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         if match := re.search(r"unrecognized arguments: (--?([\w-]+)\S*)", message):
             if match[2].replace("-", "_") in specs.SETTINGS:
                 message = f"{match[1]} is a setting: write --set {match[2].replace('-', '_')}=..."
-            elif match[2] in check.trainer_flags():
+            elif match[2] in check.trainer_flags() | check.EVERY_VERBS:
                 message = f"{match[1]} is a flag of the trainer: write it after --"
             else:
                 message = f"there is no {match[1]}{check.near(match[2], [o.lstrip('-') for o in self._option_string_actions])}"

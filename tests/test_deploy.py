@@ -468,6 +468,8 @@ def test_study_parameters_are_flags_of_the_trainer(tmp_path: pathlib.Path, capsy
         (["vertex-gpu", "--", "--tempreature=2"], "did you mean temperature?"),
         (["vertex-gpu", "--", "--workdir=runs/1"], "copy it to gs:// first"),
         (["vertex-gpu", "--", "--views=mixed"], "did you mean mix?"),
+        (["vertex-gpu", "--", "--log_format=jsn"], "did you mean json?"),
+        (["vertex-gpu", "--log_format=json"], "is a flag of the trainer: write it after --"),
         (["vertex-gpu", "--", "--steps=many"], "must be an integer"),
         (["vertex-gpu", "--", "--seed"], "needs a value"),
         (["vertex-gpu", "--", "epochs=3"], "must be --name=value"),
@@ -575,11 +577,19 @@ def test_the_flags_that_the_checker_knows_are_the_trainers() -> None:
         assert not isinstance(values[name], flags.EnumFlag) or list(flag.choices) == values[name].parser.enum_values
 
 
+def test_the_trainers_help_lists_no_flag_that_the_checker_does_not_know() -> None:
+    line = [sys.executable, "-m", "trainer.task", "--help"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = set(re.findall(r"^  --(?:\[no\])?(\w+):", done.stdout, re.MULTILINE))
+    assert shown - {"flagfile", "undefok"} == (check.trainer_flags() | check.EVERY_VERBS).keys()
+
+
 @pytest.mark.parametrize("name", MEANT)
 def test_the_trainer_takes_the_arguments_that_specs_send(name: str) -> None:
     """As far as the trainer goes without data and bucket: it understands every flag and misses none."""
     args = MEANT[name][1]["workerPoolSpecs"][0]["containerSpec"]["args"]
     assert list(check.configuration(args, {})) == []
+    assert list(check.configuration([*args, "--log_format=json"], {})) == []
     assert list(check.configuration([*args, "--no_such=1"], {})) != []
     assert list(check.configuration([text for text in args if not text.startswith("--teacher=")], {})) != []
     assert list(check.configuration(args, STUDY["studySpec"])) == []
