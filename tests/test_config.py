@@ -15,9 +15,9 @@ from trainer.errors import ConfigError
 FLAGS = frozenset(
     [
         "batch_size",
+        "central_fraction",
         "check",
         "checkpoint_every",
-        "central_fraction",
         "clip_norm",
         "compat",
         "data",
@@ -29,19 +29,24 @@ FLAGS = frozenset(
         "eval_data",
         "eval_every",
         "eval_split",
+        "export_from",
         "final_split",
         "fixed_crops",
+        "hp_metric",
         "image_size",
         "jit_compile",
+        "keep_best",
         "keep_checkpoints",
         "label_smoothing",
         "learning_rate",
+        "lease_seconds",
         "log_every",
-        "max_warmup",
         "max_bad_fraction",
+        "max_warmup",
         "min_crop_area",
         "min_teacher_agreement",
         "mixup",
+        "model_dir",
         "optimizer",
         "precision",
         "recipe",
@@ -61,6 +66,7 @@ FLAGS = frozenset(
         "teacher_range",
         "teacher_sha256",
         "temperature",
+        "tensorboard_dir",
         "tpu",
         "train_split",
         "views",
@@ -206,8 +212,9 @@ def test_a_schedule_within_the_warmup_is_refused() -> None:
 
 # What may differ between two processes of one run. Everything else decides the weights.
 FREE = """
-    check checkpoint_every data dry_run eval_batch_size eval_data eval_every eval_split final_split jit_compile keep_checkpoints
-    log_every max_warmup min_teacher_agreement recipe steps_per_loop student_weights teacher teacher_sha256 tpu workdir
+    check checkpoint_every data dry_run eval_batch_size eval_data eval_every eval_split export_from final_split hp_metric
+    jit_compile keep_best keep_checkpoints lease_seconds log_every max_warmup min_teacher_agreement model_dir recipe
+    steps_per_loop student_weights teacher teacher_sha256 tensorboard_dir tpu workdir
 """
 
 
