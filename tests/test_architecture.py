@@ -15,7 +15,7 @@ ORDER = [
     ["errors"],
     ["environment"],
     ["logs"],
-    ["config", "signals"],
+    ["config", "signals", "storage"],
     ["cli"],
     ["recipes", "files", "headers", "synthetic"],
     ["accelerator", "archives", "journal", "lock", "places", "records"],

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from trainer import environment, logs
+from trainer import environment, logs, storage
 from trainer.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, FunmatchError
 from trainer.signals import StopRequest
 
@@ -93,6 +93,7 @@ def _import_tensorflow() -> None:
 
     The chatter comes from C++ before any log level applies, so the file descriptor itself is turned away.
     """
+    storage.set_defaults()
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ or "tensorflow" in sys.modules:
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import os
 import posixpath
 import re
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar
 
-import tensorflow as tf
-
+from trainer import storage
 from trainer.errors import DataError
+
+storage.set_defaults()  # in a program that has not come through trainer.cli
+
+import tensorflow as tf  # noqa: E402
+
+T = TypeVar("T")
 
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp|\.write-probe-[0-9a-f]{8}")
 
@@ -31,17 +38,50 @@ def join(folder: str, *parts: str) -> str:
     return posixpath.join(folder, *parts)
 
 
+def attempt(work: Callable[[], T], path: str, definite: tuple[type[Exception], ...] = ()) -> T:
+    """What `work` returns, with up to two more tries where a bucket said no in a way that may pass.
+
+    TensorFlow's client itself repeats what failed on the way or on the server's side. It takes a refusal for an answer, but one
+    may come of a permission that has not reached all servers yet.
+
+    Args:
+        work: does one thing to `path`, and can do it again.
+        path: on a disk nothing is tried twice.
+        definite: refusals that are answers.
+    """
+    for pause in (0.5, 1.5) if path.startswith("gs://") else ():
+        try:
+            return work()
+        except definite:
+            raise
+        except _REFUSALS:
+            time.sleep(pause)
+    return work()
+
+
+_REFUSALS = (
+    tf.errors.PermissionDeniedError,
+    tf.errors.UnauthenticatedError,
+    tf.errors.NotFoundError,
+    tf.errors.FailedPreconditionError,
+)
+
+
 def read(path: str, what: str) -> bytes:
     """The whole content of `path`.
 
     Raises:
         DataError: it cannot be read; the text says `what` it was meant to be.
     """
-    try:
+
+    def work() -> bytes:
         with tf.io.gfile.GFile(path, "rb") as file:
-            return file.read()
+            return bytes(file.read())
+
+    try:
+        return attempt(work, path)
     except tf.errors.OpError as error:
-        raise DataError(f"cannot read {what} {path}: {reason(error)}") from error
+        raise DataError(f"cannot read {what} {path}: {reason(error, path)}") from error
 
 
 def write(path: str, content: bytes, what: str) -> None:
@@ -55,13 +95,25 @@ def write(path: str, content: bytes, what: str) -> None:
     """
     try:
         if is_remote(path):
-            with tf.io.gfile.GFile(path, "wb") as file:
-                file.write(content)
+            attempt(lambda: _upload(path, content), path)
             return
         with replacing(path, what) as file:
             file.write(content)
     except (tf.errors.OpError, OSError) as error:
-        raise DataError(f"cannot write {what} {path}: {reason(error)}") from error
+        raise DataError(f"cannot write {what} {path}: {reason(error, path)}") from error
+
+
+def _upload(path: str, content: bytes) -> None:
+    file = tf.io.gfile.GFile(path, "wb")
+    try:
+        file.write(content)
+        file.close()
+    except tf.errors.OpError:
+        # A file whose upload failed would begin it all over again when it is destroyed, twice: three times as long until
+        # the error is told, and once more after the job has given the place up. So it never is.
+        if (inner := getattr(file, "_writable_file", None)) is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(inner))
+        raise
 
 
 @contextlib.contextmanager
@@ -132,11 +184,10 @@ def require_writable(folder: str, what: str) -> None:
         write(probe, content, what)
         if read(probe, what) != content:
             raise DataError("what was written is not what is read back")
-        tf.io.gfile.remove(probe)
+        attempt(lambda: tf.io.gfile.remove(probe), probe)
     except (tf.errors.OpError, DataError) as error:
-        raise DataError(
-            f"{what} {folder} is not writable: {reason(error)}; choose another or change its permissions"
-        ) from error
+        why = str(error) if isinstance(error, DataError) else reason(error, folder)
+        raise DataError(f"{what} {folder} is not writable: {why}; choose another or change its permissions") from error
 
 
 def copy_tree(source: str, target: str, what: str, last: str) -> None:
@@ -148,7 +199,7 @@ def copy_tree(source: str, target: str, what: str, last: str) -> None:
     try:
         found = [join(folder, name) for folder, _, inside in tf.io.gfile.walk(source) for name in inside]
     except tf.errors.OpError as error:
-        raise DataError(f"cannot list {source}: {reason(error)}") from error
+        raise DataError(f"cannot list {source}: {reason(error, source)}") from error
     for path in sorted(found, key=lambda path: (posixpath.basename(path) == last, path)):
         write(join(target, posixpath.relpath(path, source)), read(path, what), what)
 
@@ -160,9 +211,9 @@ def exists(path: str) -> bool:
         DataError: the answer cannot be had (no permission, no such bucket).
     """
     try:
-        return bool(tf.io.gfile.exists(path))
+        return bool(attempt(lambda: tf.io.gfile.exists(path), path))
     except tf.errors.OpError as error:
-        raise DataError(f"cannot look at {path}: {reason(error)}") from error
+        raise DataError(f"cannot look at {path}: {reason(error, path)}") from error
 
 
 def names(folder: str) -> list[str]:
@@ -172,11 +223,23 @@ def names(folder: str) -> list[str]:
         DataError: it cannot be listed.
     """
     try:
-        return sorted(name.rstrip("/") for name in tf.io.gfile.listdir(folder))
+        return sorted(attempt(lambda: _list(folder), folder, (tf.errors.NotFoundError,)))
     except tf.errors.NotFoundError:
         return []
     except tf.errors.OpError as error:
-        raise DataError(f"cannot list {folder}: {reason(error)}") from error
+        raise DataError(f"cannot list {folder}: {reason(error, folder)}") from error
+
+
+def _list(folder: str) -> set[str]:
+    try:
+        return {name.rstrip("/") for name in tf.io.gfile.listdir(folder)}
+    except tf.errors.NotFoundError:
+        if not folder.startswith("gs://"):
+            raise
+        # listdir says "not found" of a folder that it was not let to look at, or that did not answer: a run would take its
+        # checkpoints for gone, and begin anew. glob says what went wrong. It lists what lies deeper too, hence only now.
+        start = folder.rstrip("/") + "/"
+        return {path.removeprefix(start).split("/")[0] for path in tf.io.gfile.glob(start + "*")}
 
 
 def remove(path: str) -> None:
@@ -186,11 +249,11 @@ def remove(path: str) -> None:
         DataError: it cannot be deleted.
     """
     try:
-        tf.io.gfile.remove(path)
+        attempt(lambda: tf.io.gfile.remove(path), path, (tf.errors.NotFoundError,))
     except tf.errors.NotFoundError:
         pass
     except tf.errors.OpError as error:
-        raise DataError(f"cannot delete {path}: {reason(error)}") from error
+        raise DataError(f"cannot delete {path}: {reason(error, path)}") from error
 
 
 def cache_folder() -> str:
@@ -213,9 +276,9 @@ def _temporary() -> str:
     return folder
 
 
-def reason(error: Any) -> str:
-    """The first line of an error, without TensorFlow's wrapping."""
+def reason(error: Any, path: str = "") -> str:
+    """The first line of an error, without TensorFlow's wrapping; with a `path` in a bucket, what to do about it too."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = getattr(error, "message", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0].strip()
+    text = str(getattr(error, "message", None) or str(error) or type(error).__name__)
+    return storage.explain(text, path) if path.startswith("gs://") else text.splitlines()[0].strip()

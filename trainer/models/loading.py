@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
 import warnings
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,9 +34,12 @@ def load_keras(path: str, role: str) -> tuple[keras.Model, bool]:
     Raises:
         DataError: not there, not a Keras 3 file, unsafe, or not an image classifier; `role` says whose file it is.
     """
+    found = os.path.abspath(local(path, role))
+    if trouble := _unsafe(found):
+        raise DataError(f"--{role}=keras:{path} is refused: {trouble}; nothing in it was run")
     with tempfile.TemporaryDirectory() as folder:
         link = os.path.join(folder, "model.keras")  # Keras goes by the name
-        os.symlink(os.path.abspath(local(path, role)), link)
+        os.symlink(found, link)
         try:
             model = keras.saving.load_model(link, compile=False, safe_mode=True)
         except Exception as error:  # Keras raises nearly every type for a damaged or foreign file
@@ -46,6 +51,38 @@ def load_keras(path: str, role: str) -> tuple[keras.Model, bool]:
             "it must take (batch, height, width, 3) and return (batch, classes)"
         )
     return model, _ends_in_softmax(model)
+
+
+def _unsafe(path: str) -> str:
+    """Why a `.keras` file (a zip) is not given to Keras; empty if it may be, or is no zip, which Keras says better."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (OSError, zipfile.BadZipFile):
+        return ""
+    total = 0
+    for member in members:
+        name = member.orig_filename
+        if (
+            name.startswith(("/", "\\"))
+            or "\0" in name
+            or ".." in name.replace("\\", "/").split("/")
+            or name[1:2] == ":"
+        ):
+            return f"its member {name!r} would lie outside of it"
+        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            return f"its member {name!r} is a link or a device"
+        total += member.file_size
+    if len({member.filename for member in members}) < len(members):
+        return "it has two members of one name"
+    size = os.path.getsize(path)
+    # Weights hardly compress, and a model that is all zeros is no teacher. Small files may be mostly JSON, which does.
+    if total > max(_EXPANSION * size, 1 << 26):
+        return f"its {size:,} bytes claim to hold {total:,}"
+    return ""
+
+
+_EXPANSION = 20
 
 
 def load_weights(model: keras.Model, path: str, role: str) -> str:

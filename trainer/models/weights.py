@@ -159,6 +159,9 @@ def architecture(shapes: dict[str, tuple[int, ...]]) -> bit.Arch | None:
     return known(tuple(units[block] for block in sorted(units)), shapes["root_conv/kernel"][-1])
 
 
+_LARGEST = 1 << 34  # R152x4, the largest, has 3.7 GB of weights; a checkpoint of training some times that
+
+
 def read(path: str, role: str) -> dict[str, np.ndarray]:
     """The arrays of a BiT npz by "layer/weight", float32, as our layers hold them.
 
@@ -176,6 +179,8 @@ def read(path: str, role: str) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(local) as archive:
             names = [info.filename for info in archive.infolist()]
+            if (total := sum(info.file_size for info in archive.infolist())) > _LARGEST:
+                raise DataError(f"--{role}={path} claims to hold {total:,} bytes, more than any BiT with its optimizer")
             inside = next((p for p in _PREFIXES if any(name.startswith(p) for name in names)), "")
             for info in archive.infolist():
                 if not info.filename.startswith(inside):

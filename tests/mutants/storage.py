@@ -1,0 +1,69 @@
+"""Guards of gs://, and against models that want more than to be loaded."""
+
+from mutants import Mutant
+
+MUTANTS = [
+    Mutant(
+        "a folder that cannot be looked at is not empty",
+        "files.py",
+        'if not folder.startswith("gs://"):\n            raise\n',
+        "raise\n",
+        "test_gcs.py::test_a_folder_that_cannot_be_looked_at_is_not_empty",
+    ),
+    Mutant(
+        "a failed upload is not begun again unseen",
+        "files.py",
+        "ctypes.pythonapi.Py_IncRef(ctypes.py_object(inner))",
+        "pass",
+        "test_gcs.py::test_a_failed_upload_is_not_begun_again_unseen",
+    ),
+    Mutant(
+        "refusals that may pass",
+        "files.py",
+        'for pause in (0.5, 1.5) if path.startswith("gs://") else ():',
+        "for pause in ():",
+        "test_gcs.py::test_what_passes_is_not_felt",
+    ),
+    Mutant(
+        "the client's settings before TensorFlow",
+        "cli.py",
+        "storage.set_defaults()",
+        "pass",
+        "test_gcs.py::test_defaults_are_set_unless_they_are_set_already",
+    ),
+    Mutant(
+        "what to do without credentials",
+        "storage.py",
+        'if status == 401 or "nonymous" in said:',
+        "if False:",
+        "test_gcs.py::test_what_errors_mean",
+    ),
+    Mutant(
+        "a member outside of its zip",
+        "models/loading.py",
+        'return f"its member {name!r} would lie outside of it"',
+        "continue",
+        "test_hostile_models.py::test_a_hostile_keras_file",
+    ),
+    Mutant(
+        "a link in a zip",
+        "models/loading.py",
+        'return f"its member {name!r} is a link or a device"',
+        "continue",
+        "test_hostile_models.py::test_a_link_in_a_keras_file",
+    ),
+    Mutant(
+        "a zip bomb",
+        "models/loading.py",
+        "if total > max(_EXPANSION * size, 1 << 26):",
+        "if False:",
+        "test_hostile_models.py::test_a_zip_bomb",
+    ),
+    Mutant(
+        "an npz larger than any BiT",
+        "models/weights.py",
+        "> _LARGEST:",
+        "> 1 << 62:",
+        "test_hostile_models.py::test_an_npz_larger_than_any_bit",
+    ),
+]
