@@ -30,7 +30,7 @@ ORDER = [
     ["models.conversion"],
     ["models.students"],
     ["models.teachers"],
-    ["optim"],
+    ["optim", "feed"],
     ["distill"],
     ["agreement"],
     ["checkpoint", "measure"],

@@ -15,12 +15,15 @@ from trainer.errors import ConfigError
 FLAGS = frozenset(
     [
         "batch_size",
+        "cache_dir",
+        "cache_gb",
         "central_fraction",
         "check",
         "checkpoint_every",
         "clip_norm",
         "compat",
         "data",
+        "data_weights",
         "distance",
         "dry_run",
         "ensemble",
@@ -55,6 +58,7 @@ FLAGS = frozenset(
         "seed",
         "steps",
         "steps_per_loop",
+        "store",
         "store_size",
         "student",
         "student_range",
@@ -212,9 +216,10 @@ def test_a_schedule_within_the_warmup_is_refused() -> None:
 
 # What may differ between two processes of one run. Everything else decides the weights.
 FREE = """
-    check checkpoint_every data dry_run eval_batch_size eval_data eval_every eval_split export_from final_split hp_metric
-    jit_compile keep_best keep_checkpoints lease_seconds log_every max_warmup min_teacher_agreement model_dir recipe
-    steps_per_loop student_weights teacher teacher_sha256 tensorboard_dir tpu workdir
+    cache_dir cache_gb check checkpoint_every data data_weights dry_run eval_batch_size eval_data eval_every eval_split
+    export_from final_split hp_metric jit_compile keep_best keep_checkpoints lease_seconds log_every max_warmup
+    min_teacher_agreement model_dir recipe steps_per_loop store student_weights teacher teacher_sha256 tensorboard_dir tpu
+    workdir
 """
 
 
@@ -249,3 +254,28 @@ def test_identity_knows_what_decides_the_weights() -> None:
         {"student_range": "0,1"},
     ):
         assert config.fingerprint(dataclasses.replace(base, **change).identity()) != config.fingerprint(base.identity())
+
+
+def test_data_is_one_set_or_several_with_weights() -> None:
+    assert parsed("--data=a").data == ("a",) == Config(data="a").data  # type: ignore[arg-type]
+    assert parsed().data == () == Config(data="").data  # type: ignore[arg-type]
+    several = parsed("--data=a", "--data=gs://b/c", "--data_weights=0.7,3")
+    assert (several.data, several.data_weights) == (("a", "gs://b/c"), (0.7, 3.0))
+    assert Config.from_dict(several.to_dict()) == several
+    assert (parsed("--data=a", "--data=b").held_out, parsed("--data=a", "--eval_data=b").held_out) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data=a", "--data=b", "--data_weights=1"], "1 numbers for 2 sets"),
+        (["--data=a", "--data=b", "--data_weights=1,0"], "each must be above 0"),
+        (["--data=a", "--data=b", "--data_weights=1,x"], "numbers such as 0.7,0.3"),
+        (["--data=a", "--data=b", "--data_weights=1,nan"], "finite"),
+        (["--data=a", "--data=a"], "given twice"),
+        (["--cache_gb=-1"], "must not be negative"),
+    ],
+)
+def test_wrong_sets_are_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parsed(*arguments)

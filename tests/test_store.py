@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import pathlib
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from scipy import stats
 
 from trainer import records, store
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.records import Dataset, Picture, Split
 
 
@@ -36,7 +37,7 @@ def test_batch_t_is_the_same_however_it_is_reached(examples: int, batch: int) ->
 def test_far_batches_are_near() -> None:
     order = store.Order(0, 1020, 512)
     assert order.batches(1_992_187, 1).shape == (1, 512)
-    assert len(order._epochs) <= 2
+    assert len(order._sets[0]._kept) <= 2
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -101,3 +102,84 @@ def test_undecodable_image_is_named(tmp_path: pathlib.Path) -> None:
 def test_more_than_memory_is_refused_with_sizes(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"needs .* GiB decoded"):
         store.MemoryStore(*make(tmp_path, [Picture(jpeg(4, 4), 4, 4)] * 3), 1 << 20, quiet)
+
+
+SETS = {
+    "one": (17, ()),
+    "two as one": ((10, 7), ()),
+    "two by weight": ((10, 7), (0.7, 0.3)),
+    "three by weight": ((3, 40, 11), (1.0, 2.0, 0.5)),
+}
+
+
+@pytest.mark.parametrize("sets", SETS)
+@pytest.mark.parametrize("batch", [4, 17, 5])
+def test_restored_at_every_batch_of_two_epochs_the_rest_is_the_same(sets: str, batch: int) -> None:
+    """As Grain tests its iterators; the batch does and does not divide the epoch."""
+    examples, weights = SETS[sets]
+    count = -(-2 * int(np.sum(examples)) // batch) + 1
+    whole = store.Order(1, examples, batch, weights).batches(0, count)
+    for first in range(count):
+        restored = store.Order(1, examples, batch, weights)
+        assert (restored.batches(first, count - first) == whole[first:]).all()
+        stepwise = store.Order(1, examples, batch, weights)
+        assert (stepwise.batches(first, 1)[0] == whole[first]).all()
+
+
+@pytest.mark.parametrize("batch", [4, 7])
+def test_each_set_goes_through_epochs_of_its_own(batch: int) -> None:
+    """Without repeats within an epoch, whatever its share, and another order in each epoch and set."""
+    sizes, weights = (30, 30, 5), (0.6, 0.3, 0.1)
+    ids = store.Order(2, sizes, batch, weights).batches(0, 20_000 // batch).ravel()
+    starts = np.cumsum([0, *sizes])
+    orders = set()
+    for number, size in enumerate(sizes):
+        own = ids[(ids >= starts[number]) & (ids < starts[number + 1])] - starts[number]
+        assert len(own) > 3 * size
+        for epoch in range(len(own) // size):
+            part = own[epoch * size : (epoch + 1) * size]
+            assert sorted(part) == list(range(size))
+            orders.add((size, *part[:5]))
+    assert len(orders) > 300
+
+
+def test_shares_are_exact_and_placed_at_random() -> None:
+    weights, cycle = (0.7, 0.3), 10_000
+    ids = store.Order(0, (1000, 1000), 100, weights).batches(0, 3 * cycle // 100).ravel()
+    second = (ids >= 1000).reshape(3, cycle)
+    assert second.sum(axis=1).tolist() == [3000] * 3
+    assert not (second[0] == second[1]).all()
+    # A row tells nothing of the next one: the four kinds of neighbours come as often as chance has them.
+    pairs = np.bincount(2 * second[:, :-1].ravel() + second[:, 1:].ravel(), minlength=4)
+    chance = np.outer([0.7, 0.3], [0.7, 0.3]).ravel() * pairs.sum()
+    assert stats.chisquare(pairs, chance).pvalue > 1e-4
+
+
+def test_sets_without_weights_are_one() -> None:
+    several, one = store.Order(4, (9, 4, 7), 6), store.Order(4, 20, 6)
+    assert (several.batches(0, 40) == one.batches(0, 40)).all()
+
+
+def test_a_share_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--data_weights=1,1e-06: a share below 1 in 10,000"):
+        store.Order(0, (5, 5), 2, (1, 1e-6))
+    assert store._shares((1, 1, 1)).sum() == 10_000
+    with pytest.raises(DataError, match="at once"):
+        store.Order(0, (2**30, 2**30), 2)
+
+
+def test_neighbours_are_independent_and_places_uniform() -> None:
+    """Over 400 epochs of 60: who follows whom, and who is where. Mixup makes pairs of neighbours."""
+    size, epochs = 60, 400
+    ids = store.Order(9, size, size).batches(0, epochs)
+    after = np.zeros((size, size))
+    np.add.at(after, (ids[:, :-1].ravel(), ids[:, 1:].ravel()), 1)
+    follows = after[~np.eye(size, dtype=bool)]
+    assert stats.chisquare(follows).pvalue > 1e-4
+    places = np.zeros((size, size))
+    np.add.at(places, (np.arange(size)[None, :].repeat(epochs, 0), ids), 1)
+    assert stats.chisquare(places.ravel()).pvalue > 1e-4
+    # Nor do two epochs in a row have anything to do with each other.
+    ranks = np.argsort(ids, axis=1)
+    correlations = [np.corrcoef(a, b)[0, 1] for a, b in itertools.pairwise(ranks)]
+    assert abs(np.mean(correlations)) < 4 / np.sqrt(size * epochs)

@@ -62,7 +62,11 @@ def built(job: Job, screen: Screen) -> None:
         f"{job.accelerator.description}, {config.steps_per_loop} steps a loop, {config.precision}",
     )
     splits = ", ".join(f"{name} {len(store):,}" for name, store in job.stores.items())
-    say(screen, "data", f"{config.data}: {len(job.train):,} images to train on; {splits}; every record's checksum read")
+    say(
+        screen,
+        "data",
+        f"{', '.join(config.data)}: {len(job.train):,} images to train on; {splits}; every record's checksum read",
+    )
     for name, digest in zip(config.teacher, job.identity["teacher"], strict=True):
         say(screen, "teacher", f"{name}: loads; SHA-256 {str(digest)[:16]}...")
     state = sum(array.nbytes for array in job.state().values())

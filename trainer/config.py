@@ -26,6 +26,7 @@ MIXUPS = ("batch", "example")
 ENSEMBLES = ("mean_logits", "mean_probabilities", "sum_losses")
 OPTIMIZERS = ("adamw", "muon")
 COMPAT = ("keras_example", "crop", "central", "mixup", "t2", "distance", "clip", "decay")
+STORES = ("auto", "device", "host", "disk")
 ROOT_POOLS = ("zero", "inf")
 JIT = ("auto", "on", "off")
 BEST = ("none", "student_top1", "agreement_top1", "kl")
@@ -57,10 +58,11 @@ class Config:
         state=False,
     )
     # Where things are.
-    data: str = _field(
-        "",
+    data: tuple[str, ...] = _field(
+        (),
         "data",
-        "Folder or gs:// prefix made by trainer.prepare (it holds dataset.json).",
+        "Folder or gs:// prefix made by trainer.prepare (it holds dataset.json). Its labels are not used but for "
+        "--distance=labels. Repeat for several sets.",
         state=False,
     )
     max_bad_fraction: float = _field(
@@ -70,7 +72,14 @@ class Config:
         "one stops the job. Above: bad ones are left out, told and listed in result.json, and each image is decoded once "
         "more before the first step to find them all.",
     )
-    eval_data: str = _field("", "data", "The same, for evaluation; empty: --data.", state=False)
+    data_weights: tuple[float, ...] = _field(
+        (),
+        "data",
+        "Share of each --data in the rows, > 0, as 0.7,0.3 (any sum): each set goes through epochs of its own. Empty: several "
+        "sets are one, in which an epoch shows every image once.",
+        state=False,  # part of the identity's data
+    )
+    eval_data: str = _field("", "data", "The same, with classes, for evaluation; empty: the first --data.", state=False)
     train_split: str = _field("train", "data", "Split whose images are trained on.")
     eval_split: str = _field("validation", "data", "Split measured every --eval_every steps.", state=False)
     final_split: str = _field("test", "data", "Split measured once, at the end, for result.json.", state=False)
@@ -91,6 +100,27 @@ class Config:
         "",
         "data",
         "Folder or gs:// prefix for TensorBoard's files. Empty: AIP_TENSORBOARD_LOG_DIR, if set, else one in the workdir.",
+        state=False,
+    )
+    store: str = _field(
+        "auto",
+        "data",
+        "Where decoded images are: on the device; in the host's memory; on the host's disk, encoded, decoded in the order of the "
+        "steps. auto: the first with room. The result is the same.",
+        state=False,
+        choices=STORES,
+    )
+    cache_dir: str = _field(
+        "",
+        "data",
+        "Folder on this machine's disk for copies of shards from a bucket, with --store=disk, shared by all runs; "
+        "empty: $FUNMATCH_CACHE, else ~/.cache/funmatch.",
+        state=False,
+    )
+    cache_gb: float = _field(
+        0.0,
+        "data",
+        "Gibibytes that those copies may take in all, >= 0; 0: what the disk has, but for one.",
         state=False,
     )
     # Teacher.
@@ -332,6 +362,9 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        given: Any = self.data
+        if isinstance(given, str):  # one set, as a caller may say it
+            object.__setattr__(self, "data", (given,) if given else ())
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             for item in value if isinstance(value, tuple) else (value,):
@@ -351,6 +384,7 @@ class Config:
         self._need("max_bad_fraction", 0 <= self.max_bad_fraction < 1, "it must be at least 0 and below 1")
         self._need("label_smoothing", 0 <= self.label_smoothing < 1, "it must be at least 0 and below 1")
         for name in (
+            "cache_gb",
             "weight_decay",
             "clip_norm",
             "steps",
@@ -365,6 +399,14 @@ class Config:
             "lease_seconds",
         ):
             self._need(name, getattr(self, name) >= 0, "it must not be negative")
+        if self.data_weights and len(self.data_weights) != len(self.data):
+            raise ConfigError(
+                f"--data_weights has {len(self.data_weights)} numbers for {len(self.data)} sets of --data: give one for each"
+            )
+        self._need("data_weights", all(weight > 0 for weight in self.data_weights), "each must be above 0")
+        self._need(
+            "data", len(set(self.data)) == len(self.data), "a set is given twice; --data_weights says how much of each"
+        )
         self._need("warmup_steps", self.warmup_steps >= -1, "it must be -1 (automatic) or more")
         self._need("seed", 0 <= self.seed < 2**31, "it must be from 0 to 2147483647")
         if self.export_from == "best" and self.keep_best == "none":
@@ -408,6 +450,11 @@ class Config:
     def like_example(self, point: str) -> bool:
         """Whether `--compat` asks for this point (one of `COMPAT`) of the Keras example."""
         return point in self.compat or "keras_example" in self.compat
+
+    @property
+    def held_out(self) -> str:
+        """The data set that evaluation uses and whose classes the models have."""
+        return self.eval_data or (self.data[0] if self.data else "")
 
     def require_complete(self) -> None:
         """Checks what a job needs and a partial configuration (a test, a plan) may lack.
@@ -501,7 +548,10 @@ def define_flags(values: flags.FlagValues, *, skip: tuple[str, ...] = (), **defa
         module = f"{field.metadata['group']}"
         kind: Any
         if isinstance(field.default, tuple):
-            kind = flags.DEFINE_multi_integer if field.name == "teacher_image_size" else flags.DEFINE_multi_string
+            kind = {
+                "teacher_image_size": flags.DEFINE_multi_integer,
+                "data_weights": flags.DEFINE_list,
+            }.get(field.name, flags.DEFINE_multi_string)
             kind(field.name, list(default), text, flag_values=values, module_name=module)
         elif choices:
             flags.DEFINE_enum(field.name, default, choices, text, flag_values=values, module_name=module)
@@ -531,4 +581,8 @@ def from_flags(values: flags.FlagValues, recipe: dict[str, Any] | None = None, *
         if field.name in values and field.name not in chosen:
             value = values[field.name].value
             chosen[field.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        chosen["data_weights"] = tuple(map(float, chosen.get("data_weights", ())))
+    except ValueError as error:
+        raise ConfigError(f"--data_weights={','.join(chosen['data_weights'])}: numbers such as 0.7,0.3") from error
     return Config(**chosen)

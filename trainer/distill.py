@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer import optim, views
+from trainer import feed, optim, views
 from trainer.config import Config
 from trainer.models.teachers import Teacher, ensemble, opinions
 
@@ -97,7 +97,7 @@ def agreement(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A split on the device.
+    """Tables of examples on the device: of a whole split, or of the rows that one replica needs in one step.
 
     Attributes:
         images: uint8 [examples, side, side, 3].
@@ -106,10 +106,10 @@ class Data:
         targets: for each teacher its constant logits float32 [examples, classes], where the views fix them; else none.
     """
 
-    images: tf.Variable
-    sizes: tf.Variable
-    labels: tf.Variable
-    targets: tuple[tf.Variable, ...] = ()
+    images: tf.Variable | tf.Tensor
+    sizes: tf.Variable | tf.Tensor
+    labels: tf.Variable | tf.Tensor
+    targets: tuple[tf.Variable | tf.Tensor, ...] = ()
 
 
 def example_losses(
@@ -117,23 +117,22 @@ def example_losses(
     student: keras.Model,
     teachers: tuple[Teacher, ...],
     data: Data,
-    ids: tf.Tensor,
+    chosen: tf.Tensor,
     rows: views.Rows,
     step: tf.Tensor,
 ) -> dict[str, tf.Tensor]:
     """Loss and what it tells, per example of one replica.
 
     Args:
-        data: the training split.
-        ids: int32 [batch], the examples of the global batch.
-        rows: which rows of it this replica computes.
+        data: holds the examples.
+        chosen: int32 [m], where in `data` the examples of `rows.numbers` are.
+        rows: which rows of the global batch this replica computes.
         step: updates made so far.
 
     Returns:
         loss, kl (T = 1, nats), agreement (of top-1) and asked (0 where what the student shall say is finite, else 1), each
         float32 [n]. Against labels, kl is the cross-entropy with them.
     """
-    chosen = tf.gather(ids, rows.numbers)
     images, sizes = tf.gather(data.images, chosen), tf.gather(data.sizes, chosen)
     teacher_sizes = () if data.targets else tuple(dict.fromkeys(t.size for t in teachers))
     made = views.training_views(config, images, sizes, rows, step, teacher_sizes)
@@ -163,45 +162,52 @@ def make_loop(
     student: keras.Model,
     teachers: tuple[Teacher, ...],
     optimizer: keras.optimizers.Optimizer,
-    data: Data,
+    data: Data | None,
     *,
     jit_compile: bool,
-) -> Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]:
+    local: tuple[int, ...] = (0,),
+) -> Callable[..., dict[str, tf.Tensor]]:
     """The compiled inner loop: several steps on the device without the host.
 
     Args:
         config: resolved.
         strategy: whose scope made student, teachers, optimizer and data.
-        data: the training split.
+        data: the training split, on the device; None if each loop is given the images that it needs.
         jit_compile: let XLA compile what a replica computes (TPUs always do).
+        local: numbers of the replicas that this process feeds, where it does.
 
     Returns:
-        A function of ids int32 [steps, batch] and the number of updates made before (int64 scalar) to the metrics: the mean
-        over these steps of each of `METRICS`, float32 scalars; not finite if any step was not. Beside them `bad_step`, int32: how
-        many updates were made before the first step that was not finite, or -1; and its `faults`, float32 [4]: what of `CAUSES`
-        was not.
+        A function of ids int32 [steps, batch], the number of updates made before (int64 scalar) and, without `data`, what
+        `trainer.feed` streams, to the metrics: the mean over these steps of each of `METRICS`, float32 scalars; not finite if
+        any step was not. Beside them `bad_step`, int32: how many updates were made before the first step that was not finite, or
+        -1; and its `faults`, float32 [4]: what of `CAUSES` was not.
     """
     replicas = strategy.num_replicas_in_sync
     variables = student.trainable_variables
     partner = views.partner(config)
 
-    def gradients(ids: tf.Tensor, step: tf.Tensor, replica: tf.Tensor) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
+    def gradients(
+        ids: tf.Tensor, step: tf.Tensor, replica: tf.Tensor, tables: tuple[tf.Tensor, ...]
+    ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
         rows = views.Rows.of(replica, replicas, config.batch_size, partner)
+        # The same gathering from the same kind of tables, of the split or of this step alone.
+        found = data or Data(tables[0], tables[1], tables[2], tables[3:])
+        chosen = tf.gather(ids, rows.numbers) if data else feed.places(rows, replicas)
         with tf.GradientTape() as tape:
-            values = example_losses(config, student, teachers, data, ids, rows, step)
+            values = example_losses(config, student, teachers, found, chosen, rows, step)
             # The global batch divides, so that a sum over replicas is the mean over the batch.
             loss = tf.reduce_sum(values["loss"]) / config.batch_size
-        found = tape.gradient(loss, [v.value for v in variables])
-        return found, {name: tf.reduce_sum(value) / config.batch_size for name, value in values.items()}
+        slopes = tape.gradient(loss, [v.value for v in variables])
+        return slopes, {name: tf.reduce_sum(value) / config.batch_size for name, value in values.items()}
 
-    def update(ids: tf.Tensor, step: tf.Tensor) -> dict[str, tf.Tensor]:
+    def update(ids: tf.Tensor, step: tf.Tensor, *tables: tf.Tensor) -> dict[str, tf.Tensor]:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        found, metrics = compute(ids, step, tf.cast(replica, tf.int32))
+        slopes, metrics = compute(ids, step, tf.cast(replica, tf.int32), tables)
         asked = metrics.pop("asked")
         lost = tf.logical_not(tf.math.is_finite(metrics["loss"]))
         # Weights are looked at before the update, which would spoil them too; and only where there is something to explain.
         spoilt = tf.cond(lost, lambda: tf.logical_not(_finite(student.trainable_variables)), lambda: tf.constant(False))
-        metrics["grad_norm"] = optim.apply(config, optimizer, found, variables) / replicas
+        metrics["grad_norm"] = optim.apply(config, optimizer, slopes, variables) / replicas
         steep = tf.logical_not(tf.math.is_finite(metrics["grad_norm"]))
         metrics["faults"] = tf.stack([tf.cast(bad, tf.float32) for bad in (asked > 0, spoilt, lost, steep)])
         return metrics
@@ -210,16 +216,30 @@ def make_loop(
     compute = tf.function(gradients, jit_compile=True) if jit_compile and replicas > 1 else gradients
     one_step = tf.function(update, jit_compile=True) if jit_compile and replicas == 1 else update
 
-    signature = [tf.TensorSpec([None, config.batch_size], tf.int32), tf.TensorSpec([], tf.int64)]
+    def of_step(streamed: feed.Streamed, i: tf.Tensor) -> list[tf.Tensor]:
+        """Step `i` of what each replica is given."""
+        distribute = strategy.experimental_distribute_values_from_function
+        return [
+            distribute(
+                lambda context, number=number: streamed[local.index(context.replica_id_in_sync_group)][number][i]
+            )
+            for number in range(len(streamed[0]))
+        ]
+
+    signature: list = [tf.TensorSpec([None, config.batch_size], tf.int32), tf.TensorSpec([], tf.int64)]
+    if data is None:
+        fixed = len(teachers) if views.mode(config).fixed else 0
+        signature.append(feed.signature(config, replicas, len(local), student.output_shape[-1], fixed))
 
     @tf.function(input_signature=signature)
-    def loop(ids: tf.Tensor, first: tf.Tensor) -> dict[str, tf.Tensor]:
+    def loop(ids: tf.Tensor, first: tf.Tensor, streamed: feed.Streamed = ()) -> dict[str, tf.Tensor]:
         steps = tf.shape(ids)[0]
         totals = {name: tf.constant(0.0) for name in METRICS}
         bad_step, faults = tf.constant(-1), tf.zeros(len(CAUSES))
         for i in tf.range(steps):
             step = tf.cast(first, tf.int32) + i
-            result = strategy.run(one_step, (ids[i], step))
+            tables = of_step(streamed, i) if streamed else []
+            result = strategy.run(one_step, (ids[i], step, *tables))
             result = {
                 name: strategy.reduce(tf.distribute.ReduceOp.SUM, value, axis=None) for name, value in result.items()
             }

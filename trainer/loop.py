@@ -18,15 +18,17 @@ import tensorflow as tf
 
 from trainer import agreement, distill, environment, files, optim, views
 from trainer.accelerator import Accelerator
+from trainer.cache import Cache, too_little
 from trainer.checkpoint import Background, Checkpoints
 from trainer.config import Config, fingerprint
 from trainer.errors import ConfigError, DataError, Diverged, Stopped
+from trainer.feed import Feed
 from trainer.journal import Journal, Screen
 from trainer.measure import Evaluator
 from trainer.models import students, teachers
 from trainer.records import Bad, Damage, Dataset, Split
 from trainer.signals import StopRequest
-from trainer.store import MemoryStore, Order, Store
+from trainer.store import DiskStore, MemoryStore, Order, SeveralStores, Store, choose, decoded_bytes, free_memory
 
 _OTHER = "a signal to another machine"
 _KEEP_SECONDS = 60.0  # between keepings of half-made fixed targets
@@ -40,6 +42,9 @@ class Job:
     Attributes:
         config: resolved; nothing in it is left to a default.
         identity: JSON value that decides which weights come out: configuration, data, teachers.
+        train: the training images, of all sets.
+        order: which of them make batch t.
+        feed: makes the inputs of the device's loops.
         targets: for each teacher its constant logits on the training split, where the views fix them; else none.
         left_out: bad records by split, which the run does without (--max_bad_fraction).
         step: updates made so far.
@@ -51,13 +56,15 @@ class Job:
     config: Config
     accelerator: Accelerator
     identity: dict[str, Any]
-    train: MemoryStore
+    train: Store
     stores: dict[str, Store]
+    order: Order
+    feed: Feed
     student: keras.Model
     teachers: tuple[teachers.Teacher, ...]
     targets: tuple[np.ndarray, ...]
     optimizer: keras.optimizers.Optimizer
-    run_steps: Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
+    run_steps: Callable[..., dict[str, tf.Tensor]]
     left_out: dict[str, list[Bad]] = dataclasses.field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
@@ -76,15 +83,29 @@ class Job:
             )
         return self.evaluators[split]
 
-    def advance(self, steps: int, order: Order) -> dict[str, float]:
+    def until_due(self, step: int) -> int:
+        """Steps from `step` to the next moment at which the host has something to do, at most a loop's; 0 at the end."""
+        config = self.config
+        intervals = (config.log_every, config.eval_every, config.checkpoint_every)
+        most = min(config.steps_per_loop, self.feed.most_steps or config.steps_per_loop)
+        return max(0, min(config.steps - step, most, *(every - step % every for every in intervals)))
+
+    def advance(self, steps: int, order: Order | None = None) -> dict[str, float]:
         """Makes `steps` updates on the device and returns the mean of each metric over them.
+
+        Args:
+            steps: in one loop of the device.
+            order: of the examples; by default the job's.
 
         Raises:
             Diverged: a loss or gradient was not finite.
+            DataError: an image cannot be read or decoded.
         """
-        first = self.step
-        ids = order.batches(first, steps)
-        told = self.run_steps(tf.constant(ids), tf.constant(first, tf.int64))
+        first, order = self.step, order or self.order
+        ids, streamed = self.feed.take(first, steps, order)
+        if then := self.until_due(first + steps):
+            self.feed.ahead(first + steps, then, order)  # on the host, while the device runs this loop
+        told = self.run_steps(ids, tf.constant(first, tf.int64), *([streamed] if streamed else []))
         metrics = {name: float(told[name]) for name in distill.METRICS}
         bad = int(told["bad_step"])
         if bad >= 0 or not all(math.isfinite(value) for value in metrics.values()):
@@ -137,32 +158,39 @@ class Job:
             variable.assign(array)
 
 
-def identify(config: Config) -> tuple[Config, Dataset, Dataset, dict[str, Any]]:
+def identify(config: Config) -> tuple[Config, tuple[Dataset, ...], Dataset, dict[str, Any]]:
     """What a run is, without building it: resolved configuration, data sets, identity. Reads small files and teachers' bytes.
+
+    Returns:
+        The configuration, the sets to train on, the set to evaluate on, and what decides which weights come out.
 
     Raises:
         DataError: a data set or split is missing or empty.
     """
-    data = Dataset.load(config.data)
-    held_out = Dataset.load(config.eval_data, "eval_data") if config.eval_data else data
-    split = data.split(config.train_split, "train_split")
+    sets = tuple(Dataset.load(folder) for folder in config.data)
+    held_out = Dataset.load(config.eval_data, "eval_data") if config.eval_data else sets[0]
+    splits = [dataset.split(config.train_split, "train_split") for dataset in sets]
     for flag in ("eval_split", "final_split"):
         held_out.split(getattr(config, flag), flag)
-    if held_out.classes != data.classes and data.classes:
-        raise DataError(
-            f"--eval_data={held_out.folder} has {len(held_out.classes)} classes and --data={data.folder} has "
-            f"{len(data.classes)}, or their names differ: both must name the same classes in the same order"
-        )
     if not held_out.classes:
         raise DataError(f"{held_out.folder} has no classes; evaluation needs labelled images: give --eval_data")
-    config = config.resolve(split.examples)
+    for dataset in sets:
+        if config.distance == "labels" and dataset.classes != held_out.classes:
+            raise DataError(
+                f"--distance=labels: {held_out.folder} has {len(held_out.classes)} classes and --data={dataset.folder} has "
+                f"{len(dataset.classes)}, or their names differ: both must name the same classes in the same order"
+            )
+    config = config.resolve(sum(split.examples for split in splits))
+    told = [f"{split.name}: {split.examples} examples, {split.crc32c}" for split in splits]
+    if config.data_weights:
+        told = [f"{one}, weight {weight:g}" for one, weight in zip(told, config.data_weights, strict=True)]
     identity = config.identity() | {
         "classes": len(held_out.classes),
-        "data": f"{split.name}: {split.examples} examples, {split.crc32c}",
+        "data": "; ".join(told),
         "teacher": [teachers.checksum(config, name) for name in config.teacher],
         "student_files": students.checksums(config.student, config.student_weights),
     }
-    return config, data, held_out, identity
+    return config, sets, held_out, identity
 
 
 def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
@@ -174,13 +202,14 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
     Raises:
         ConfigError, DataError: what cannot be run, as one line.
     """
-    config, data, held_out, identity = identify(config)
+    config, sets, held_out, identity = identify(config)
     if config.workdir:
         open_checkpoints(config, identity).require_ours()
     accelerator.check_batch(config.batch_size)
     config = dataclasses.replace(config, steps_per_loop=config.steps_per_loop or accelerator.steps_per_loop)
     for line in config.warnings() + accelerator.hints(config.precision):
         screen.say(f"warning: {line}")
+    kinds = plan(config, accelerator, sets, held_out, screen)
     strategy, classes = accelerator.strategy, len(held_out.classes)
     with strategy.scope():
         loaded = teachers.load(config, classes)
@@ -203,20 +232,37 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
 
     left_out: dict[str, list[Bad]] = {}
 
-    def decode(dataset: Dataset, name: str, flag: str, side: int) -> MemoryStore:
-        split = dataset.split(name, flag)
+    def held(dataset: Dataset, flag: str, kind: str) -> Store:
+        split = dataset.split(getattr(config, flag), flag)
         damage = Damage(dataset, split, config.max_bad_fraction)
-        held = MemoryStore(
-            dataset, split, side, lambda done, total: screen.progress(f"decode {name}", done, total), damage
-        )
+        told = f"decode {split.name}" if kind != "disk" else f"copy and check {split.name}, bytes"
+
+        def progress(done: int, total: int) -> None:
+            screen.progress(told, done, total)
+
+        made: Store
+        if kind == "disk":
+            made = DiskStore(dataset, split, config.store_size, open_cache(config), progress, damage=damage)
+        else:
+            made = MemoryStore(dataset, split, config.store_size, progress, damage)
         _say_damage(damage, split, screen)
         if damage.bad:
-            left_out[name] = damage.bad
-        return held
+            left_out[split.name if len(sets) == 1 else f"{dataset.folder}, {split.name}"] = damage.bad
+        return made
 
-    train = decode(data, config.train_split, "train_split", config.store_size)
-    if config.distance == "labels" and (train.labels < 0).any():
-        raise DataError(f"--distance=labels, but {config.train_split} of {config.data} has images without labels")
+    parts = [held(dataset, "train_split", kinds[0]) for dataset in sets]
+    for part, dataset in zip(parts, sets, strict=True):
+        if config.distance == "labels" and (part.labels < 0).any():
+            raise DataError(
+                f"--distance=labels, but {config.train_split} of {dataset.folder} has images without labels"
+            )
+        if part.classes != held_out.classes:
+            part.labels[:] = -1
+            if part.classes:
+                screen.say(
+                    f"the labels of {dataset.folder} are not used: its classes are not those of {held_out.folder}"
+                )
+    train = parts[0] if len(parts) == 1 else SeveralStores(parts)
     if config.distance in ("l2", "euclidean") and any(teacher.probabilities for teacher in loaded):
         raise ConfigError(
             f"--distance={config.distance} compares logits, and a teacher gives probabilities, which fix logits "
@@ -226,7 +272,7 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
     for flag in ("eval_split", "final_split"):
         name = getattr(config, flag)
         if name not in stores:
-            stores[name] = decode(held_out, name, flag, config.store_size)
+            stores[name] = held(held_out, flag, kinds[1])
     if config.keep_best == "student_top1" and (stores[config.eval_split].labels < 0).all():
         raise ConfigError(
             f"--keep_best=student_top1, but {config.eval_split} has no labels: choose agreement_top1 or kl"
@@ -244,11 +290,14 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         targets = fixed_targets(config, accelerator, asked, loaded, fingerprint(identity), screen)
     with strategy.scope():
         optimizer = optim.build(config, student.trainable_variables)
-    # Each of several machines has read the data itself; TensorFlow's broadcast between machines knows no uint8.
-    with strategy.scope() if accelerator.workers == 1 else contextlib.nullcontext():
-        images, sizes, labels = (tf.Variable(a, trainable=False) for a in (train.images, train.sizes, train.labels))
-        tables = tuple(tf.Variable(a, trainable=False) for a in targets)
-        resident = distill.Data(images, sizes, labels, tables)
+    resident = None
+    if kinds[0] == "device":
+        everything = train.images if isinstance(train, MemoryStore) else train.take(np.arange(len(train)))
+        # Each of several machines has read the data itself; TensorFlow's broadcast between machines knows no uint8.
+        with strategy.scope() if accelerator.workers == 1 else contextlib.nullcontext():
+            images, sizes, labels = (tf.Variable(a, trainable=False) for a in (everything, train.sizes, train.labels))
+            tables = tuple(tf.Variable(a, trainable=False) for a in targets)
+            resident = distill.Data(images, sizes, labels, tables)
     run_steps = distill.make_loop(
         config,
         strategy,
@@ -258,8 +307,27 @@ def build(config: Config, accelerator: Accelerator, screen: Screen) -> Job:
         resident,
         # Replicas that meet in a normalisation cannot do so inside a program that was compiled for one of them.
         jit_compile=jit_compile and not any(layer.synchronized for layer in students.batch_norms(student)),
+        local=accelerator.local_replicas(),
     )
-    return Job(config, accelerator, identity, train, stores, student, loaded, targets, optimizer, run_steps, left_out)
+    feed = Feed(
+        config, strategy.num_replicas_in_sync, accelerator.local_replicas(), None if resident else train, targets
+    )
+    order = Order(config.seed, [len(part) for part in parts], config.batch_size, config.data_weights)
+    return Job(
+        config,
+        accelerator,
+        identity,
+        train,
+        stores,
+        order,
+        feed,
+        student,
+        loaded,
+        targets,
+        optimizer,
+        run_steps,
+        left_out,
+    )
 
 
 def _say_damage(damage: Damage, split: Split, screen: Screen, most: int = 20) -> None:
@@ -286,6 +354,38 @@ def require_same_records(workdir: str, left_out: dict[str, list[Bad]]) -> None:
             f"other records are bad now than when this run began ({path} lists those): it would not go on as it began. "
             "Mend the data, or take another --workdir"
         )
+
+
+def plan(
+    config: Config, accelerator: Accelerator, sets: tuple[Dataset, ...], held_out: Dataset, screen: Screen
+) -> tuple[str, str]:
+    """Where the images of training and of evaluation will be kept (`store.choose`), said in a line.
+
+    Raises:
+        DataError: there is no room for them, neither in memory nor on the disk; the line has the sizes.
+    """
+    train = [(dataset, dataset.split(config.train_split, "train_split")) for dataset in sets]
+    names = dict.fromkeys((config.eval_split, config.final_split))
+    others = [(held_out, held_out.splits[name]) for name in names]
+    need, other = (sum(decoded_bytes(split, config.store_size) for _, split in group) for group in (train, others))
+    kinds = choose(config.store, accelerator.image_bytes, free_memory(), need, other)
+    on_disk = (train if kinds[0] == "disk" else []) + (others if kinds[1] == "disk" else [])
+    if on_disk:
+        cache = open_cache(config)
+        found = cache.need(on_disk)
+        if found.copies > found.room:
+            raise DataError(
+                f"the images take {(need + other) / 2**30:.2f} GiB decoded at {config.store_size} pixels, which is "
+                f"not in memory (--store={config.store}), and {too_little(found, cache.folder)}"
+            )
+    if kinds != ("device", "host"):
+        screen.say(f"{need / 2**30:.2f} GiB of training images at {config.store_size} pixels: store {kinds[0]}")
+    return kinds
+
+
+def open_cache(config: Config) -> Cache:
+    """The cache of copies of shards that the configuration names."""
+    return Cache(config.cache_dir or files.join(files.cache_folder(), "data"), int(config.cache_gb * 2**30))
 
 
 def fixed_targets(
@@ -354,7 +454,6 @@ def train(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) 
     """
     config = job.config
     resume(job, journal, checkpoints, screen)
-    order = Order(config.seed, len(job.train), config.batch_size)
     meter, hardware = _Meter(job), job.accelerator
     if not hardware.same_on_all(job.step):
         raise DataError(
@@ -370,8 +469,8 @@ def train(job: Job, journal: Journal, checkpoints: Checkpoints, screen: Screen) 
         stopping = hardware.any_worker(bool(stop.name))
         while job.step < config.steps and not stopping:
             saving.check()
-            steps = _until_due(config, job.step)
-            metrics = job.advance(steps, order)
+            steps = job.until_due(job.step)
+            metrics = job.advance(steps, job.order)
             job.pending.append((steps, metrics))
             note = meter.tick(steps, metrics)
             screen.progress("train", job.step, config.steps, note)
@@ -483,12 +582,6 @@ def evaluate(job: Job, split: str, kind: str, journal: Journal, screen: Screen) 
     told = ", ".join(f"{word} {100 * metrics[name]:.1f}%" for name, word in names.items() if name in metrics)
     screen.say(f"step {job.step}, {split} ({len(outcome.labels)} images): {told}")
     return outcome
-
-
-def _until_due(config: Config, step: int) -> int:
-    """Steps to the next moment at which the host has something to do, at most `steps_per_loop`."""
-    intervals = (config.log_every, config.eval_every, config.checkpoint_every)
-    return min(config.steps - step, config.steps_per_loop, *(every - step % every for every in intervals))
 
 
 def _mean(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:

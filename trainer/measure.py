@@ -13,7 +13,7 @@ import tensorflow as tf
 from trainer import distill, views
 from trainer.config import Config
 from trainer.models.teachers import Teacher, ensemble, opinions
-from trainer.store import Store
+from trainer.store import Store, ahead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +141,9 @@ class Evaluator:
         """Concatenates what `run` gives for images, original sizes and ids of each batch."""
         store, strategy = self._store, self._strategy
         batch = self._share * strategy.num_replicas_in_sync
-        parts = []
-        for start in range(0, len(store), batch):
-            # The last batch is filled up with its first image, so that every shape is the same; the filling is cut off.
+
+        def make(start: int) -> list:
+            # The last batch is filled up with the split's last image, so that every shape is the same; the filling is cut off.
             ids = np.minimum(np.arange(start, start + batch), len(store) - 1).astype(np.int32)
 
             def share(context: tf.distribute.ValueContext, source: np.ndarray) -> tf.Tensor:
@@ -151,9 +151,10 @@ class Evaluator:
                 return tf.constant(source[first : first + self._share])
 
             distribute = strategy.experimental_distribute_values_from_function
-            values = [
-                distribute(lambda c, s=source: share(c, s)) for source in (store.take(ids), store.sizes[ids], ids)
-            ]
+            return [distribute(lambda c, s=source: share(c, s)) for source in (store.take(ids), store.sizes[ids], ids)]
+
+        parts = []
+        for values in ahead(make, range(0, len(store), batch)):
             local = strategy.experimental_local_results(run(*values))
-            parts.append(np.concatenate([value.numpy() for value in local])[: len(store) - start])
-        return np.concatenate(parts)
+            parts.append(np.concatenate([value.numpy() for value in local]))
+        return np.concatenate(parts)[: len(store)]

@@ -152,8 +152,8 @@ def _table() -> dict[str, Recipe]:
             "BiT-M-R152x2 fine-tuned on ImageNet at 224 px",
             81.54,
             83.0,
-            "trained on train[:98%], selected on train[98%:]; 9,600 epochs reached 82.31; its images do not fit into memory as "
-            "funmatch keeps them today (704 GiB at 448 px)",
+            "trained on train[:98%], selected on train[98%:]; 9,600 epochs reached 82.31; decoded at 448 px its images take "
+            "704 GiB, so they stay on the disk (--store)",
         )
     )
     example = _EXAMPLE_COMMON | {

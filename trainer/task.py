@@ -141,7 +141,7 @@ def finish(
         "student": settings.student,
         "parameters": f"{job.student.count_params():,}",
         "teacher": ", ".join(settings.teacher) or "none, trained from labels",
-        "trained on": f"{settings.data}, {settings.train_split} ({len(job.train):,} images)",
+        "trained on": f"{', '.join(settings.data)}, {settings.train_split} ({len(job.train):,} images)",
         "measured on": f"{settings.final_split} ({len(store):,} images)",
         **{name: f"{value:.4f}" for name, value in measured.items()},
         "steps": job.step,
@@ -186,7 +186,6 @@ def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list
 
     from trainer import report, views
     from trainer.models.teachers import ensemble, opinions
-    from trainer.store import Order
 
     settings, names = job.config, job.stores[job.config.final_split].classes
 
@@ -198,7 +197,7 @@ def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list
         return np.clip((np.asarray(view) + 1.0) * 127.5 + 0.5, 0, 255).astype(np.uint8)
 
     step = job.step - 1
-    ids = Order(settings.seed, len(job.train), settings.batch_size).batches(step, 1)[0]
+    ids = job.order.batches(step, 1)[0]
     count = min(count, settings.batch_size)
     whole = views.Rows.of(0, 1, settings.batch_size, views.partner(settings))
     # The first rows alone, each beside its partner: the layout of "reverse", whatever the partner is.
@@ -265,12 +264,10 @@ def _rehearse(job: Job, screen: Screen) -> None:
     import time
 
     from trainer import check
-    from trainer.store import Order
 
     settings = job.config
-    order = Order(settings.seed, len(job.train), settings.batch_size)
     began = time.monotonic()
-    metrics = job.advance(1, order)
+    metrics = job.advance(1)
     compiled = time.monotonic() - began
     screen.say(
         f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4f}, {compiled:.1f} s with compilation"
@@ -280,7 +277,7 @@ def _rehearse(job: Job, screen: Screen) -> None:
         screen.say("check passed: accelerator, data, teacher, workdir and the first batch are fine")
         return
     began = time.monotonic()
-    job.advance(2, order)
+    job.advance(2)
     rate = 2 * settings.batch_size / (time.monotonic() - began)
     images = settings.steps * settings.batch_size
     state = sum(array.nbytes for array in job.state().values())

@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant(
         "each example once",
         "measure.py",
-        "[: len(store) - start]",
+        "[: len(store)]",
         "",
         "test_evaluate.py::test_every_example_once_whatever_the_batch",
     ),

@@ -117,7 +117,9 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
         if value_range not in ("auto", "-1,1"):
             raise ConfigError(f"--teacher_range={value_range}: {name} takes -1,1, as every BiT npz does")
         if (known := weights.PUBLISHED.get(rest)) and known.classes != classes:
-            raise DataError(f"--teacher={name} knows {known.classes:,} classes; --data={config.data} has {classes:,}")
+            raise DataError(
+                f"--teacher={name} knows {known.classes:,} classes; --data={config.held_out} has {classes:,}"
+            )
         size = size or weights.source(rest, "teacher").size or config.image_size
         model = weights.load(rest, "teacher", size, config.root_pool)
     elif kind == "app" and "@" in rest:
@@ -135,7 +137,7 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
     value_range = "-1,1" if value_range == "auto" else value_range
     if model.output_shape[-1] != classes:
         raise DataError(
-            f"--teacher={name} knows {model.output_shape[-1]} classes; --data={config.data} has {classes}: "
+            f"--teacher={name} knows {model.output_shape[-1]} classes; --data={config.held_out} has {classes}: "
             "the head of the teacher must be the data set's"
         )
     height, width = model.input_shape[1:3]
