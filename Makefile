@@ -12,6 +12,7 @@ AUDIT_FLAGS ?=
 # Files of tests go to as many processes as there are processors, at most four: each has a TensorFlow of its own.
 PARALLEL ?= -n logical --maxprocesses=4 --dist=loadfile
 BUILD_FLAGS ?=
+SOAK ?= 200
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -21,7 +22,7 @@ LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --gen
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv smoke test test-slow test-docker mutations miniature lint lint-deploy lock image sbom audit clean
+.PHONY: help venv smoke test test-slow test-docker mutations soak miniature lint lint-deploy lock image sbom audit clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +42,10 @@ test-docker: venv  ## Build the image and test it. Starts an engine of its own (
 	$(PY) -m pytest -m docker $(PYTEST_FLAGS)
 
 mutations: venv  ## Break each guard in turn, in a copy, and see its test fail. One: MUTANT="clip".
-	$(PY) tests/mutations.py $(MUTANT)
+	$(PY) tests/mutations.py $(if $(MUTANT),"$(MUTANT)")
+
+soak: venv  ## Kill SOAK=200 jobs at random moments and compare to the bit; a quarter of an hour on two cores.
+	$(PY) tests/soak.py $(SOAK)
 
 miniature: venv  ## The paper's claims on drawn flowers, an hour and more. Ten minutes: MINIATURE_FLAGS=--quick.
 	$(PY) benchmarks/paper_in_miniature.py $(MINIATURE_FLAGS)

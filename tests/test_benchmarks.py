@@ -94,3 +94,16 @@ def test_the_benchmark_runs(
     text = (tmp_path / "table.md").read_text()
     assert all(f"| {name} |" in text for name in ("mix", "fix/ic_ens", "mix, Muon", "mix, weak teacher"))
     assert "<svg" in (tmp_path / "picture.svg").read_text()
+
+
+def test_saving_holds_the_loop_no_longer_than_the_copy(tmp_path: pathlib.Path) -> None:
+    """Of a state of 60 MB. What the thread does (hash, checksum, write, flush) is most of a save."""
+    spec = importlib.util.spec_from_file_location("checkpoint_stall", ROOT / "benchmarks" / "checkpoint_stall.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.measure(60, 3, str(tmp_path))
+    assert found["state_mb"] > 55
+    assert found["in_the_background_s"] < 0.6 * found["in_the_loop_s"]
+    assert found["in_the_background_s"] < found["until_committed_s"]

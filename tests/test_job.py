@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -17,35 +18,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import CLASSES, IMAGE, ROOT, SIDE, funmatch, here
+from matrix import final_state, result, rows
 from PIL import Image
 
+from trainer import files, loop, task
 from trainer import journal as journal_module
-from trainer import loop, task
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import Background, Checkpoints
 from trainer.config import Config
 from trainer.errors import DataError, Diverged, Stopped
 from trainer.journal import Screen
-
-TIMES = ("images_per_second", "wall_seconds")
-
-
-def rows(workdir: str) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-
-def result(workdir: str) -> dict:
-    found = json.loads(pathlib.Path(workdir, "result.json").read_text())
-    return {k: v for k, v in found.items() if k not in TIMES}
-
-
-def final_state(workdir: str) -> dict[str, str]:
-    """A digest of every array of the newest checkpoint."""
-    folder = pathlib.Path(workdir, "checkpoints")
-    commit = json.loads(max(folder.glob("checkpoint-*.json")).read_text())
-    with np.load(folder / commit["state"], allow_pickle=False) as archive:
-        return {name: hashlib.sha256(archive[name].tobytes()).hexdigest() for name in archive.files}
 
 
 def same(one: str, other: str) -> None:
@@ -197,15 +178,9 @@ def killed(flags: list[str], workdir: str, where: str, count: int, number: str, 
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, timeout=240, check=False).returncode
 
 
-KILLS = [  # (function, which call, before or after it)
-    ("loop:Job.advance", 0, True),
+KILLS = [  # (function, which call, before or after it); test_kills.py has many more, in forked processes
     ("loop:Job.advance", 3, True),
-    ("files:write", 3, False),  # before the first checkpoint's commit
-    ("files:write", 4, True),
-    ("files:remove", 0, True),  # in the sweep: a commit is gone, its state is not
-    ("loop:evaluate", 1, True),
     ("export:write", 0, True),
-    ("report:render", 0, True),
 ]
 
 
@@ -311,6 +286,100 @@ def test_what_is_not_finite_stops_before_a_commit(built: loop.Job, what: str) ->
     assert restored is not None
     assert restored.step == 4
     assert all(np.isfinite(a).all() for a in restored.arrays.values())
+
+
+def test_rows_are_durable_before_the_state_and_the_state_before_its_commit(
+    built: loop.Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy of the state is taken at once; what the job does afterwards does not reach it."""
+    journal, checkpoints = loop.open_run(built)
+    journal.add("train", 3, {"loss": 1.0})
+    written, gate, real = [], threading.Event(), files.write
+
+    def write(path: str, content: bytes, what: str) -> None:
+        assert gate.wait(30)
+        written.append(pathlib.Path(path).name.partition("-")[0])
+        real(path, content, what)
+
+    monkeypatch.setattr(files, "write", write)
+    before = built.state()
+    with Background() as saving:
+        loop.save(built, journal, checkpoints, saving)
+        assert not written, "the caller was held"
+        journal.add("train", 4, {"loss": 2.0})
+        for variable in built.student.trainable_variables:
+            variable.assign_add(tf.ones_like(variable))
+        built.pending.append((1, {"loss": 9.0}))
+        gate.set()
+    assert written == ["metrics.jsonl", "state", "checkpoint"]
+    restored = checkpoints.restore()
+    assert restored is not None
+    assert all(restored.arrays[name].tobytes() == array.tobytes() for name, array in before.items())
+    assert restored.extra["pending"] == []
+    assert [row["step"] for row in rows(built.config.workdir)] == [3]
+
+
+def test_a_save_that_fails_ends_the_job_and_the_last_checkpoint_is_whole(
+    built: loop.Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, checkpoints = loop.open_run(built)
+    real = files.write
+
+    def write(path: str, content: bytes, what: str) -> None:
+        if "state-0000000008" in path:
+            raise DataError("cannot write a checkpoint: No space left on device")
+        real(path, content, what)
+
+    monkeypatch.setattr(files, "write", write)
+    with pytest.raises(DataError, match="No space left"):
+        loop.train(built, journal, checkpoints, Screen())
+    restored = checkpoints.restore()
+    assert restored is not None
+    assert restored.step == 4
+
+
+def test_tensorboard_is_a_convenience(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file where a folder should be")
+    journal = journal_module.Journal(str(tmp_path))
+    for step in (1, 2):
+        journal.add("train", step, {"loss": 1.0})
+        journal.flush()
+    assert [w.partition(":")[0] for w in journal.warnings] == [f"nothing more goes to {tmp_path}/tensorboard"]
+    assert [row["step"] for row in rows(str(tmp_path))] == [1, 2]
+
+
+def test_the_best_evaluation_is_kept_and_exported(
+    built: loop.Job, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations after 2, 4, ... 12 steps say what the list says; the first of the best is the best."""
+    said = {"student_top1": iter([0.1, 0.6, 0.6, 0.5, float("nan"), 0.2]), "kl": iter([3.0, 1.0, 1.0, 2.0, 5.0, 1.5])}
+    for by in said:
+        settings = make_config(keep_best=by, export_from="best", eval_every=2, checkpoint_every=12, keep_checkpoints=1)
+        built.config = dataclasses.replace(settings, workdir=f"{settings.workdir}-{by}").resolve(40)
+        journal, checkpoints = loop.open_run(built)
+        kept = {}
+
+        class Said:
+            def metrics(self, by: str = by) -> dict[str, float]:
+                kept[built.step] = built.state()  # noqa: B023
+                return {by: next(said[by])}
+
+        monkeypatch.setattr(loop, "evaluate", lambda *_: Said())
+        built.step, built.best = 0, {}
+        built.optimizer.iterations.assign(0)
+        loop.train(built, journal, checkpoints, Screen())
+        assert built.best["step"] == 4
+        steps = sorted(int(p.stem[-10:]) for p in pathlib.Path(built.config.workdir, "checkpoints").glob("c*.json"))
+        assert steps == [4, 12]
+        loop.take_best(built, checkpoints)
+        assert all(built.state()[name].tobytes() == array.tobytes() for name, array in kept[4].items())
+        # The same command again: what is the best is known from the newest checkpoint.
+        built.best = {}
+        loop.resume(built, journal, checkpoints, Screen())
+        assert (built.step, built.best["step"]) == (12, 4)
+    built.best = {}
+    with pytest.raises(DataError, match="the run was made without that flag"):
+        loop.take_best(built, checkpoints)
 
 
 def test_a_checkpoint_of_another_model_is_refused(built: loop.Job) -> None:

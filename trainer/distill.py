@@ -213,8 +213,9 @@ def make_loop(
         return metrics
 
     # Several replicas cannot meet inside one compiled program here, so only what each does alone is compiled.
-    compute = tf.function(gradients, jit_compile=True) if jit_compile and replicas > 1 else gradients
-    one_step = tf.function(update, jit_compile=True) if jit_compile and replicas == 1 else update
+    compute = _compiled(gradients) if jit_compile and replicas > 1 else gradients
+    # AutoGraph would rewrite Keras and everything else that a step calls, which takes longer than tracing it.
+    one_step = _compiled(update) if jit_compile and replicas == 1 else tf.autograph.experimental.do_not_convert(update)
 
     def of_step(streamed: feed.Streamed, i: tf.Tensor) -> list[tf.Tensor]:
         """Step `i` of what each replica is given."""
@@ -250,6 +251,10 @@ def make_loop(
         return means | {"bad_step": bad_step, "faults": faults}
 
     return loop
+
+
+def _compiled(function: Callable) -> Callable:
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
 def _finite(variables: list[Any]) -> tf.Tensor:

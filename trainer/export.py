@@ -37,7 +37,7 @@ class Servable(tf.Module):
         self._config, self._store = config, config.store_size
         self._top = min(TOP, len(classes))
 
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")], autograph=False)
     def serve_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         """The signature `serving_default`."""
 
@@ -51,7 +51,7 @@ class Servable(tf.Module):
         )
         return self._classify(*tf.map_fn(one, image_bytes, fn_output_signature=spec))
 
-    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, "images")])
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, "images")], autograph=False)
     def serve_images(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
         """The signature `images`."""
         original = tf.cast(tf.shape(images)[1:3], tf.float32)

@@ -127,7 +127,7 @@ class Evaluator:
         return self._distributed(forward)
 
     def _distributed(self, forward: Callable) -> Callable:
-        compiled = tf.function(forward, jit_compile=self._jit)
+        compiled = tf.function(forward, jit_compile=self._jit, autograph=False)
         strategy = self._strategy
 
         def run(*values: tf.distribute.DistributedValues) -> Any:
@@ -135,7 +135,7 @@ class Evaluator:
             elsewhere = len(strategy.experimental_local_results(made)) < strategy.num_replicas_in_sync
             return strategy.gather(made, axis=0) if elsewhere else made  # rows of other machines come here
 
-        return tf.function(run)
+        return tf.function(run, autograph=False)
 
     def _over_all(self, run: Callable) -> np.ndarray:
         """Concatenates what `run` gives for images, original sizes and ids of each batch."""

@@ -137,7 +137,7 @@ def squash(images: tf.Tensor, side: int | tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)
 
 
-@tf.function(input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int32)])
+@tf.function(input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int32)], autograph=False)
 def _square(encoded: tf.Tensor, side: tf.Tensor) -> tf.Tensor:
     return squash(records.decode(encoded), side)
 

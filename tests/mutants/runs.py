@@ -67,7 +67,7 @@ MUTANTS = [
     Mutant(
         "stop on what is not finite",
         "loop.py",
-        "if not all(math.isfinite(value) for value in metrics.values()):",
+        "if bad >= 0 or not all(math.isfinite(value) for value in metrics.values()):",
         "if False:",
         "test_job.py::test_what_is_not_finite_stops_before_a_commit",
     ),
@@ -81,8 +81,8 @@ MUTANTS = [
     Mutant(
         "metrics under way are saved",
         "loop.py",
-        '"pending": job.pending}',
-        '"pending": []}',
+        '"pending": list(job.pending),',
+        '"pending": [],',
         "test_job.py::test_sigterm_saves_says_so_and_exits_75",
     ),
     Mutant(

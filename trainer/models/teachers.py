@@ -167,7 +167,7 @@ def _look_like_probabilities(model: keras.Model | SavedClassifier, size: int, va
     noise = np.random.Generator(np.random.Philox(0)).uniform(low, high, (4, size, size, 3)).astype(np.float32)
     # In a replica: a SavedModel loaded under a strategy can be called nowhere else.
     strategy = tf.distribute.get_strategy()
-    run = tf.function(lambda images: strategy.run(lambda part: model(part, training=False), (images,)))
+    run = tf.function(lambda images: strategy.run(lambda part: model(part, training=False), (images,)), autograph=False)
     outputs = strategy.experimental_local_results(run(tf.constant(noise)))[0].numpy().astype(np.float32)
     return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1.0, atol=1e-3))
 

@@ -1,0 +1,177 @@
+"""Processes that have TensorFlow already: a server that imports it once and forks a child for each piece of work.
+
+Starting TensorFlow takes seconds, and a matrix of killed jobs starts hundreds. The server runs no operation of TensorFlow, so
+it has none of its threads, and a child is as good as a process that a shell started: it has a process id of its own, dies of real
+signals and is waited for. As a script this file is the server; `Zygote` is the tests' side.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass
+class Child:
+    """A piece of work in a process of its own."""
+
+    pid: int
+    status: concurrent.futures.Future[int]
+
+    def send(self, number: int) -> None:
+        """A signal, if it still runs."""
+        if not self.status.done():
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 120.0) -> int:
+        """Its exit code, or minus the signal that ended it; a child that takes too long is killed, which is an error."""
+        try:
+            return self.status.result(timeout)
+        except concurrent.futures.TimeoutError:
+            self.send(signal.SIGKILL)
+            raise
+
+
+class Zygote:
+    """The server, seen from outside; used with `with`."""
+
+    def __init__(self, *preload: str, root: pathlib.Path = ROOT) -> None:
+        """
+        Args:
+            preload: modules that the server imports.
+            root: project whose `tests` and root are on the server's path.
+        """
+        command = [sys.executable, str(root / "tests" / "zygote.py"), *preload]
+        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        self._server = subprocess.Popen(
+            command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+        )
+        self._started: dict[int, concurrent.futures.Future[int]] = {}
+        self._ended: dict[int, concurrent.futures.Future[int]] = {}
+        self._guard, self._number = threading.Lock(), 0
+        self.threads = json.loads(self._read())["threads"]
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+
+    def start(self, module: str, function: str, told: pathlib.Path | str, **arguments: Any) -> Child:
+        """Runs `module.function(**arguments)`, which returns an exit code, in a child; what it prints goes to the file `told`."""
+        with self._guard:
+            self._number += 1
+            number, pid, status = self._number, concurrent.futures.Future(), concurrent.futures.Future()
+            self._started[number], self._ended[number] = pid, status
+            request = {"number": number, "call": [module, function, arguments], "told": str(told)}
+            assert self._server.stdin is not None
+            self._server.stdin.write(json.dumps(request) + "\n")
+            self._server.stdin.flush()
+        return Child(pid.result(60), status)
+
+    def _read(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline()
+
+    def _listen(self) -> None:
+        while line := self._read():
+            said = json.loads(line)
+            where = self._started if "pid" in said else self._ended
+            where.pop(said["number"]).set_result(said.get("pid", said.get("status")))
+
+    def __enter__(self) -> Zygote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()  # the server ends with its input
+        self._server.wait(60)
+        self._reader.join()
+
+
+def main() -> int:
+    """The server: a line of JSON in for each child, one out when it starts and one when it has ended."""
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what anything prints is no answer
+    os.set_inheritable(answers, False)
+
+    def answer(**what: Any) -> None:
+        os.write(answers, (json.dumps(what) + "\n").encode())
+
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(woken, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wake)
+    children: dict[int, int] = {}
+    answer(threads=len(os.listdir("/proc/self/task")))
+    pending = b""
+    while True:
+        ready, _, _ = select.select([0, woken], [], [])
+        if woken in ready:
+            os.read(woken, 4096)
+            while children:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    break
+                answer(number=children.pop(pid), status=os.waitstatus_to_exitcode(status))
+        if 0 not in ready:
+            continue
+        got = os.read(0, 65536)
+        if not got:
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+            return 0
+        *lines, pending = (pending + got).split(b"\n")
+        for line in lines:
+            request = json.loads(line)
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for handle in (woken, wake, answers):
+                    os.close(handle)
+                return child(request)
+            children[pid] = request["number"]
+            answer(number=request["number"], pid=pid)
+
+
+def child(request: dict[str, Any]) -> int:
+    """The work, in the forked process; returns its exit code."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    told = os.open(request["told"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for here, there in ((nothing, 0), (told, 1), (told, 2)):
+        os.dup2(here, there)
+    module, function, arguments = request["call"]
+    return getattr(importlib.import_module(module), function)(**arguments)
+
+
+def side_by_side(work: list[Callable[[], Any]], workers: int = os.cpu_count() or 1) -> list[Any]:
+    """Results of functions that mostly wait for children, as many at a time as there are cores."""
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return [future.result() for future in [pool.submit(one) for one in work]]
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Waits until `what` is true."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [os.getcwd(), str(pathlib.Path(__file__).resolve().parent)]
+    sys.exit(main())
