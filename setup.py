@@ -32,7 +32,7 @@ EXTRAS = {
     # tensorflow-metadata 1.21 needs protobuf 6.31 without saying so; TensorFlow 2.19 needs 5.
     # It reads oxford_flowers102 with scipy and does not require it.
     "datasets": ["tensorflow-datasets>=4.9.9", "tensorflow-metadata<1.18", "scipy"],
-    "kaggle": ["kaggle>=1.6"],
+    "kaggle": ["kaggle>=2.2,<3"],
     "report": ["jinja2>=3.1", "matplotlib>=3.8"],
     # Compiles for a TPU without one, with private interfaces of these very builds. Not together
     # with `tpu`, which needs another libtpu.

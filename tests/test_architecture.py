@@ -26,7 +26,7 @@ ORDER = [
     ["models.bit"],
     ["models.cheap"],
     ["models.loading", "models.saved_models"],
-    ["models.weights"],
+    ["models.from_kaggle", "models.weights"],
     ["models.conversion"],
     ["models.students"],
     ["models.teachers"],

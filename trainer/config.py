@@ -128,7 +128,8 @@ class Config:
         (),
         "teacher",
         "keras:PATH; saved_model:PATH; app:NAME@WEIGHTS.h5 (keras.applications); bit:ARCH@FILE.npz or bit:NAME, a published BiT "
-        "such as R152x2_T_flowers128; random:NAME (untrained, for timing). Repeat for several. Paths may be gs:// or https://.",
+        "such as R152x2_T_flowers128; kaggle:OWNER/DATASET[/VERSION][:FILE] or kaggle:OWNER/MODEL/FRAMEWORK/VARIATION; random:NAME "
+        "(untrained, for timing). Repeat for several. Paths may be gs:// or https://.",
         state=False,
     )
     teacher_image_size: tuple[int, ...] = _field(

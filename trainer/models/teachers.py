@@ -14,13 +14,13 @@ import tensorflow as tf
 
 from trainer.config import Config
 from trainer.errors import ConfigError, DataError
-from trainer.models import bit, conversion, loading, saved_models, students, weights
+from trainer.models import bit, conversion, from_kaggle, loading, saved_models, students, weights
 from trainer.models.saved_models import SavedClassifier
 from trainer.views import to_range
 
 _UNKNOWN = (
-    "--teacher={}: it must be keras:PATH, saved_model:PATH, app:NAME@WEIGHTS.h5, bit:ARCH@FILE.npz, bit:NAME (published) or "
-    "random:NAME"
+    "--teacher={}: it must be keras:PATH, saved_model:PATH, app:NAME@WEIGHTS.h5, bit:ARCH@FILE.npz, bit:NAME (published), "
+    "kaggle:OWNER/DATASET or random:NAME"
 )
 
 
@@ -81,7 +81,7 @@ def checksum(config: Config, name: str) -> str:
         ConfigError: unknown kind.
         DataError: the file is not there.
     """
-    kind, _, rest = name.partition(":")
+    kind, rest = _resolve(name)
     if kind == "random" and rest:
         return f"{name}, seed {config.seed}"
     if kind == "keras" and rest:
@@ -97,8 +97,14 @@ def checksum(config: Config, name: str) -> str:
     raise ConfigError(_UNKNOWN.format(name))
 
 
-def _load(config: Config, name: str, size: int, value_range: str, classes: int) -> Teacher:
+def _resolve(name: str) -> tuple[str, str]:
+    """Kind and place of a teacher, on this machine if it comes from Kaggle."""
     kind, _, rest = name.partition(":")
+    return from_kaggle.fetch(rest, "teacher") if kind == "kaggle" and rest else (kind, rest)
+
+
+def _load(config: Config, name: str, size: int, value_range: str, classes: int) -> Teacher:
+    kind, rest = _resolve(name)
     softmax = native = False
     notes: list[str] = []
     model: keras.Model | SavedClassifier

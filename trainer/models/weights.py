@@ -66,7 +66,7 @@ PUBLISHED = _published()
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What the text after `bit:` means: an architecture, a file, and the size it was made for (0: unknown)."""
+    """What the text after `bit:` means: an architecture ("": see the shapes), a file, and the size it was made for (0: unknown)."""
 
     arch: str
     path: str
@@ -74,7 +74,7 @@ class Source:
 
 
 def source(text: str, flag: str) -> Source:
-    """Reads "R152x2_T_flowers128" (a published name) or "R152x2@PATH".
+    """Reads "R152x2_T_flowers128" (a published name), "R152x2@PATH", or "@PATH" for the architecture that the shapes tell.
 
     Raises:
         ConfigError: neither; the nearest name is given.
@@ -89,6 +89,8 @@ def source(text: str, flag: str) -> Source:
         raise ConfigError(
             f"--{flag}=bit:{text}: {hint}It must be bit:ARCH@FILE.npz or one of {', '.join(sorted(PUBLISHED))}"
         )
+    if not arch and path:
+        return Source("", path, 0)
     if arch not in bit.ARCHS or not path:
         near = difflib.get_close_matches(arch, bit.ARCHS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -270,6 +272,9 @@ def load(text: str, role: str, size: int | None, root_pool: str) -> keras.Model:
     if "head/kernel" not in arrays:
         raise DataError(f"--{role}=bit:{text} has no head: it gives no classes; fine-tune it first")
     classes = arrays["head/kernel"].shape[-1]
-    model = bit.bit(chosen.arch, classes, size, root_pool=root_pool)
+    arch = chosen.arch or architecture({name: array.shape for name, array in arrays.items()})
+    if arch is None:
+        raise DataError(f"--{role}=bit:{text}: its shapes are of no BiT that we know; say which: bit:ARCH@FILE.npz")
+    model = bit.bit(arch, classes, size, root_pool=root_pool)
     fill(model, arrays, f"--{role}=bit:{text}")
     return model
