@@ -89,6 +89,7 @@ def test_the_benchmark_runs(
     monkeypatch.setattr(miniature, "MODES", [way for way in miniature.MODES if way.name in ("fix/ic_ens", "mix")])
     monkeypatch.setattr(miniature, "LABELS", miniature.LABELS[:1])
     monkeypatch.setattr(miniature, "CROPS", 2)
+    monkeypatch.setattr(miniature, "RUNS_A_PROCESS", 100)  # a fresh process would not know of these settings
     monkeypatch.setattr(sys, "argv", ["paper_in_miniature", f"--out={tmp_path}", "--quick"])
     miniature.main()
     text = (tmp_path / "table.md").read_text()
