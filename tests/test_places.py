@@ -153,10 +153,17 @@ def test_a_damaged_upload_is_caught(gcs_here: fake_gcs.Server, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("gcs_here")
-def test_a_server_that_lies_about_the_checksum_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    place, shard, _ = place_and_file(1000)
-    monkeypatch.setattr(fake_gcs.Object, "crc32c", property(lambda self: "AAAAAA=="))  # noqa: ARG005
-    with pytest.raises(DataError, match=r"CRC32C|crc32c|damaged"):
+@pytest.mark.parametrize("size", [1000, 20 << 20])
+def test_a_server_that_has_other_bytes_is_noticed(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Though it took what it was sent without a word."""
+    place, shard, _ = place_and_file(size)
+    describe = fake_gcs.Server._resource
+
+    def other(self: fake_gcs.Server, bucket: str, name: str) -> dict[str, Any]:
+        return describe(self, bucket, name) | {"crc32c": "AAAAAA=="}
+
+    monkeypatch.setattr(fake_gcs.Server, "_resource", other)
+    with pytest.raises(DataError, match="damaged"):
         place.send(shard.file, shard.bytes, shard.crc32c)
 
 
