@@ -36,7 +36,7 @@ ORDER = [
     ["checkpoint", "measure"],
     ["loop"],
     ["check", "export", "report"],
-    ["task"],
+    ["task", "evaluate", "appraise"],
     ["teacher"],
     ["smoke"],
 ]
@@ -98,6 +98,8 @@ def test_light_modules_import_no_tensorflow() -> None:
     light = [
         "task",
         "teacher",
+        "evaluate",
+        "appraise",
         "prepare",
         "smoke",
         "recipes",

@@ -20,6 +20,8 @@ VERBS = {
     "prepare": "turn images into TFRecords",
     "teacher": "train a teacher with labels",
     "task": "distil: the main job",
+    "evaluate": "accuracy of any model on a split",
+    "appraise": "what a teacher costs, and its cheap forms",
     "recipes": "list published settings",
     "smoke": "the whole job on drawn pictures, on a CPU, in minutes",
 }

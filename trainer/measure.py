@@ -55,6 +55,16 @@ def top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     return float((np.isfinite(logits).all(axis=1) & (rank <= k)).mean())
 
 
+def per_class(logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """For each class with examples: `top1` (0..1, ties against the label) and `images`, their number."""
+    found = {}
+    for number, name in enumerate(names):
+        own = labels == number
+        if own.any():
+            found[name] = {"top1": top_k(logits[own], labels[own], 1), "images": int(own.sum())}
+    return found
+
+
 class Evaluator:
     """Runs models over one split. A frozen teacher sees the same views each time, so its logits are computed once."""
 

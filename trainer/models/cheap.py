@@ -301,7 +301,9 @@ def cost(model: Any, size: int) -> Cost:
     """Counts a model's numbers, and the multiply-adds of a pass of one image of `size` x `size` pixels in its graph."""
     spec = tf.TensorSpec([1, size, size, 3], tf.float32)
     graph = tf.function(lambda images: model(images, training=False)).get_concrete_function(spec).graph
-    variables = model.variables
+    # A program gives its variables in several orders.
+    every = model.variables if isinstance(model, keras.Model) else [v for group in model.variables for v in group]
+    variables = list({id(v): v for v in every}.values())
     total = sum(int(np.prod(v.shape)) for v in variables)
     size_of = sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables)
     try:

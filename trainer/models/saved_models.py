@@ -116,6 +116,53 @@ class SavedClassifier:
         return sum(int(np.prod(v.shape)) for v in self._call.variables)
 
 
+class SavedServable:
+    """A loaded SavedModel as a function of encoded images: it does its own decoding and preprocessing.
+
+    Attributes:
+        classes: that it knows.
+    """
+
+    def __init__(self, path: str, role: str) -> None:
+        """
+        Args, Raises: as `SavedClassifier`.
+        """
+        where = f"--{role}=saved_model:{path}"
+        name, self._input, self._output = _servable(_inspect(path, where))
+        try:
+            self._loaded = tf.saved_model.load(path)
+        except (OSError, ValueError, tf.errors.OpError) as error:
+            raise DataError(f"{where} does not load: {files.reason(error)}") from error
+        self._call = self._loaded.signatures[name]
+        _refuse(self._call.graph.as_graph_def(), where, savers=False)
+        self.classes = self._call.structured_outputs[self._output].shape[-1]
+
+    def __call__(self, encoded: list[bytes]) -> np.ndarray:
+        """Files' bytes [n] -> float32 [n, classes]: logits, or probabilities if it gives nothing else."""
+        return self._call(**{self._input: tf.constant(encoded)})[self._output].numpy().astype(np.float32)
+
+
+def is_servable(path: str, role: str) -> bool:
+    """Whether a SavedModel has a signature that takes encoded images, as our exported students have."""
+    return bool(_servable(_inspect(path, f"--{role}=saved_model:{path}"))[0])
+
+
+def _servable(parsed: Any) -> tuple[str, str, str]:
+    """Names of a signature from strings to classes, of its input and of its output; empty where there is none."""
+    for meta in parsed.meta_graphs:
+        for name, signature in sorted(meta.signature_def.items(), key=lambda item: item[0] != "serving_default"):
+            ins = list(signature.inputs.items())
+            outs = [
+                k
+                for k, v in signature.outputs.items()
+                if len(v.tensor_shape.dim) == 2 and v.dtype == tf.float32.as_datatype_enum
+            ]
+            wanted = [k for k in ("logits", "probabilities") if k in outs] or outs
+            if len(ins) == 1 and ins[0][1].dtype == tf.string.as_datatype_enum and wanted:
+                return name, ins[0][0], wanted[0]
+    return "", "", ""
+
+
 def _images(function: Any) -> tuple[str, tf.TensorSpec] | None:
     """Name and specification of a signature's one input, if it takes images and returns classes."""
     inputs = function.structured_input_signature[1]
