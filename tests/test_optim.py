@@ -26,6 +26,14 @@ def test_schedule() -> None:
     assert float(optim.WarmupCosine(0.01, 0, 10)(0)) == pytest.approx(0.01)
 
 
+def test_schedule_of_steps_is_big_transfers() -> None:
+    """Its get_lr: after 100 of 500 updates a tenth for each of 200, 300 and 400 that has been passed."""
+    config = Config(learning_rate=0.003, schedule="step", warmup_steps=100, boundaries=(200, 300, 400), steps=500)
+    found = {t: float(optim.schedule(config)(t)) for t in (0, 50, 100, 200, 201, 300, 301, 400, 401, 499)}
+    expected = [0.0, 0.0015, 3e-3, 3e-3, 3e-4, 3e-4, 3e-5, 3e-5, 3e-6, 3e-6]
+    assert np.allclose(list(found.values()), expected, rtol=1e-5, atol=1e-12)
+
+
 def test_schedule_is_the_keras_examples_too() -> None:
     """Its WarmUpCosine with the notebook's numbers, past its end as well."""
     config = Config(learning_rate=0.01, warmup_steps=1500, schedule_steps=1940, steps=2100)
@@ -50,6 +58,18 @@ def by_formula(config: Config, start: list[np.ndarray], gradients: list[list[np.
     return p
 
 
+def by_momentum(config: Config, start: list[np.ndarray], gradients: list, kernels: list[bool]) -> list:
+    """v = 0.9 v - lr(t) g; p += v; p -= sched(t) * wd * p on kernels, first."""
+    p, v = [w.astype(np.float64) for w in start], [np.zeros(w.shape) for w in start]
+    for t, g in enumerate(gradients):
+        rate = min(1.0, t / config.warmup_steps) * 0.1 ** sum(t > b for b in config.boundaries)
+        for i, x in enumerate(g):
+            p[i] = p[i] - rate * (config.weight_decay * p[i] if kernels[i] else 0)
+            v[i] = 0.9 * v[i] - rate * config.learning_rate * x
+            p[i] = p[i] + v[i]
+    return p
+
+
 def by_example(config: Config, start: list[np.ndarray], gradients: list[list[np.ndarray]], _: list[bool]) -> list:
     """tfa.optimizers.AdamW(clipnorm): every variable by its own norm; p -= wd * p at any rate; then Adam."""
     p = [w.astype(np.float64) for w in start]
@@ -68,6 +88,10 @@ MATRICES = {0, 2}  # for Muon: not the depthwise kernel, nor the last one, which
 UPDATES = {
     "adamw": (CONFIG, by_formula),
     "muon": (dataclasses.replace(CONFIG, optimizer="muon"), by_formula),
+    "sgdm": (
+        dataclasses.replace(CONFIG, optimizer="sgdm", schedule="step", boundaries=(60, 120, 180), clip_norm=0.0),
+        by_momentum,
+    ),
     "keras_example": (dataclasses.replace(CONFIG, compat=("clip", "decay")), by_example),
 }
 

@@ -17,7 +17,7 @@ from trainer.accelerator import Accelerator
 from trainer.config import Config
 from trainer.errors import ConfigError, DataError
 from trainer.journal import Screen
-from trainer.models import bit, students, teachers
+from trainer.models import bit, loading, students, teachers
 from trainer.store import Order
 
 
@@ -298,3 +298,14 @@ def test_several_teachers_have_their_own_size_and_range(tmp_path: pathlib.Path) 
     assert np.allclose(loaded[0].model.layers[-1](x[:, :16, :16]), three, atol=1e-4)
     # Weight standardisation is folded in models inside of models too.
     assert not any(isinstance(layer, bit.StdConv2D) for t in loaded for layer in bit.leaves(t.model))
+
+
+def test_arrays_that_keras_passes_over_are_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For some files of old versions it warns, and leaves the weights as they were drawn."""
+    source = keras.saving.load_model(normalized(tmp_path / "a.keras"))
+    source.save_weights(tmp_path / "w.weights.h5")
+    target = keras.models.clone_model(source)
+    assert loading.load_weights(target, f"{tmp_path}/w.weights.h5", "x") == ""
+    drawn = keras.models.clone_model(source)
+    monkeypatch.setattr(keras.Model, "load_weights", lambda *_: None)
+    assert "nothing for 3 of 12 arrays" in loading.load_weights(drawn, f"{tmp_path}/w.weights.h5", "x")

@@ -329,7 +329,7 @@ def test_compat_crop_is_the_examples(size: int) -> None:
 
 def test_compat_crops_reach_every_corner_equally() -> None:
     draws = views.uniform(0, tf.constant(0), tf.range(30_000), 2)
-    box = views.example_box(draws, 128).numpy()
+    box = views.squashed_box(draws, 128, 160).numpy()
     top = np.round(box[:, 0] * 160).astype(int)
     assert np.allclose(box[:, 0] * 160, top, atol=1e-4)
     assert stats.chisquare(np.bincount(top, minlength=33)).pvalue > 1e-3

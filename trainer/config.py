@@ -24,7 +24,8 @@ DISTANCES = ("kl", "hard", "l2", "euclidean", "labels")
 VIEWS = ("fix/rs", "fix/cc", "fix/ic_ens", "ind/rc", "ind/ic", "same/rc", "same/ic", "mix")
 MIXUPS = ("batch", "example")
 ENSEMBLES = ("mean_logits", "mean_probabilities", "sum_losses")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "sgdm")
+SCHEDULES = ("cosine", "step")
 COMPAT = ("keras_example", "crop", "central", "mixup", "t2", "distance", "clip", "decay")
 STORES = ("auto", "device", "host", "disk")
 ROOT_POOLS = ("zero", "inf")
@@ -224,6 +225,15 @@ class Config:
         "With --views=mix, a coefficient uniform in [0, 1]: batch: one a step (big_vision); example: one for each image.",
         choices=MIXUPS,
     )
+    mixup_alpha: float = _field(
+        1.0, "method", "Mixup's coefficient is Beta(alpha, alpha), in (0, 1]; 1: uniform (paper). BiT-HyperRule: 0.1."
+    )
+    resize_size: int = _field(
+        0,
+        "method",
+        "Crop as BiT-HyperRule does: the whole image squashed to this side, then a random crop of --image_size; evaluation sees "
+        "the squashed image whole. 0: as --views says.",
+    )
     min_crop_area: float = _field(
         0.05, "method", "Least area of an inception crop as a share of the image, in (0, 1] (big_vision: 0.05)."
     )
@@ -250,8 +260,18 @@ class Config:
     optimizer: str = _field(
         "adamw",
         "method",
-        "adamw (paper), or muon: orthogonalised momentum for convolutions, AdamW for the rest.",
+        "adamw (paper); muon: orthogonalised momentum for convolutions, AdamW for the rest; sgdm: SGD with momentum 0.9 "
+        "(BiT-HyperRule).",
         choices=OPTIMIZERS,
+    )
+    schedule: str = _field(
+        "cosine",
+        "method",
+        "Of the learning rate after the warm-up: cosine to 0 (paper), or step: a tenth after each of --boundaries (BiT-HyperRule).",
+        choices=SCHEDULES,
+    )
+    boundaries: tuple[int, ...] = _field(
+        (), "method", "With --schedule=step, numbers of updates, ascending. Repeatable."
     )
     learning_rate: float = _field(1e-3, "method", "Peak learning rate, > 0.")
     weight_decay: float = _field(
@@ -292,7 +312,7 @@ class Config:
     store_size: int = _field(
         0,
         "running",
-        "Side in pixels of the squares that images are kept as before cropping; 0: twice --image_size.",
+        "Side in pixels of the squares that images are kept as before cropping; 0: --resize_size, or twice --image_size.",
     )
     steps_per_loop: int = _field(
         0,
@@ -381,6 +401,21 @@ class Config:
         for name in ("min_crop_area", "central_fraction"):
             self._need(name, 0 < getattr(self, name) <= 1, "it must be above 0 and at most 1")
         self._need("min_teacher_agreement", 0 <= self.min_teacher_agreement <= 1, "it must be from 0 to 1")
+        self._need("mixup_alpha", 0 < self.mixup_alpha <= 1, "it must be above 0 and at most 1")
+        self._need(
+            "resize_size",
+            self.resize_size == 0 or self.resize_size >= self.image_size,
+            "it must be 0 or at least --image_size",
+        )
+        self._need(
+            "boundaries",
+            list(self.boundaries) == sorted({b for b in self.boundaries if b > 0}),
+            "they must be above 0 and ascend",
+        )
+        if (self.schedule == "step") != bool(self.boundaries):
+            raise ConfigError(
+                f"--schedule={self.schedule} with --boundaries={self.boundaries}: step needs them, cosine has none"
+            )
         self._need("max_warmup", 0 <= self.max_warmup <= 1, "it must be from 0 to 1")
         self._need("max_bad_fraction", 0 <= self.max_bad_fraction < 1, "it must be at least 0 and below 1")
         self._need("label_smoothing", 0 <= self.label_smoothing < 1, "it must be at least 0 and below 1")
@@ -489,7 +524,7 @@ class Config:
             epochs=0.0,
             warmup_steps=warmup,
             schedule_steps=self.schedule_steps or steps,
-            store_size=self.store_size or 2 * self.image_size,
+            store_size=self.store_size or self.resize_size or 2 * self.image_size,
             log_every=self.log_every or max(1, steps // 100),
             eval_every=self.eval_every or max(1, steps // 10),
             checkpoint_every=self.checkpoint_every or max(1, steps // 10),
@@ -551,6 +586,7 @@ def define_flags(values: flags.FlagValues, *, skip: tuple[str, ...] = (), **defa
         if isinstance(field.default, tuple):
             kind = {
                 "teacher_image_size": flags.DEFINE_multi_integer,
+                "boundaries": flags.DEFINE_multi_integer,
                 "data_weights": flags.DEFINE_list,
             }.get(field.name, flags.DEFINE_multi_string)
             kind(field.name, list(default), text, flag_values=values, module_name=module)

@@ -16,6 +16,7 @@ from keras import ops
 from trainer.config import Config
 
 ADAM_EPSILON = 1e-8  # optax's
+MOMENTUM = 0.9  # BiT-HyperRule's; the rate is inside of what is accumulated, as in Keras and big_transfer's bit_tf2
 EXAMPLE_EPSILON = 1e-7  # Keras's default, and so the Keras example's
 
 
@@ -38,8 +39,32 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         return {"peak": self.peak, "warmup": self.warmup, "total": self.total}
 
 
-def schedule(config: Config) -> WarmupCosine:
+@keras.saving.register_keras_serializable(package="funmatch")
+class WarmupSteps(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear from 0 at step 0 to `peak` at step `warmup`, then a tenth as much after each of `boundaries` (BiT-HyperRule).
+
+    As in google-research/big_transfer, the update after exactly as many as a boundary says is still made with the larger rate.
+    """
+
+    def __init__(self, peak: float, warmup: int, boundaries: tuple[int, ...]) -> None:
+        self.peak, self.warmup, self.boundaries = peak, warmup, tuple(boundaries)
+
+    def __call__(self, step: Any) -> tf.Tensor:
+        """Learning rate of the update after `step` updates, float32 scalar."""
+        t = tf.cast(step, tf.float32)
+        rise = tf.minimum(1.0, t / max(1, self.warmup)) if self.warmup else 1.0
+        passed = tf.reduce_sum(tf.cast(t > tf.constant(self.boundaries, tf.float32), tf.float32))
+        return self.peak * rise * tf.pow(0.1, passed)
+
+    def get_config(self) -> dict[str, Any]:
+        """What the constructor takes."""
+        return {"peak": self.peak, "warmup": self.warmup, "boundaries": self.boundaries}
+
+
+def schedule(config: Config) -> WarmupCosine | WarmupSteps:
     """The learning rate of a resolved configuration."""
+    if config.schedule == "step":
+        return WarmupSteps(config.learning_rate, config.warmup_steps, config.boundaries)
     return WarmupCosine(config.learning_rate, config.warmup_steps, config.schedule_steps or config.steps)
 
 
@@ -117,6 +142,8 @@ def build(config: Config, variables: list[Any]) -> keras.optimizers.Optimizer:
             adam_weight_decay=decay,
             epsilon=ADAM_EPSILON,
         )
+    elif config.optimizer == "sgdm":
+        optimizer = keras.optimizers.SGD(learning_rate=rate, momentum=MOMENTUM, weight_decay=decay or None)
     else:
         optimizer = keras.optimizers.AdamW(learning_rate=rate, weight_decay=decay, epsilon=ADAM_EPSILON)
     if bare := [v for v in variables if not is_kernel(v)]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import pathlib
 import sys
 from typing import Any
@@ -204,6 +205,39 @@ def _table() -> dict[str, Recipe]:
 
 
 RECIPES = _table()
+
+
+def bit_hyperrule(examples: int, height: int, width: int) -> dict[str, Any]:
+    """The flags of BiT-HyperRule (Kolesnikov et al. 2020, section 3.3): how to fine-tune a BiT on a data set of this size.
+
+    Args:
+        examples: of the training split.
+        height, width: of its images, in pixels; of images of many sizes, the median.
+    """
+    resize, crop = (160, 128) if height * width < 96 * 96 else (512, 480)
+    warmup, *boundaries, steps = next(
+        supports
+        for limit, supports in (
+            (20_000, (100, 200, 300, 400, 500)),
+            (500_000, (500, 3_000, 6_000, 9_000, 10_000)),
+            (math.inf, (500, 6_000, 12_000, 18_000, 20_000)),
+        )
+        if examples < limit
+    )
+    mixup: dict[str, Any] = {"views": "same/ic"} if examples < 20_000 else {"views": "mix", "mixup_alpha": 0.1}
+    return mixup | {
+        "resize_size": resize,
+        "image_size": crop,
+        "optimizer": "sgdm",
+        "learning_rate": 0.003,
+        "weight_decay": 0.0,
+        "clip_norm": 0.0,
+        "schedule": "step",
+        "warmup_steps": warmup,
+        "boundaries": tuple(boundaries),
+        "steps": steps,
+        "batch_size": 512,
+    }
 
 
 def find(name: str) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """Train a teacher with labels and save it as a `.keras` file: the same loop, checkpoints and resume as the main job.
 
-python -m trainer.teacher --data=DATA --train_split=pretrain --model=bit-small --epochs=20 --out=teacher.keras
+    python -m trainer.teacher --data=DATA --hyperrule --model=bit:BiT-M-R101x3 --out=teacher.keras
+    python -m trainer.teacher --data=DATA --train_split=pretrain --model=bit-small --epochs=20 --out=teacher.keras
+
+--hyperrule takes resolution, mixup, schedule and optimizer from the size of the data set (BiT-HyperRule); a flag beside it
+overrides its part.
 """
 
 from __future__ import annotations
@@ -36,7 +40,16 @@ def define_flags(values: flags.FlagValues) -> None:
     """The main job's flags without those about teachers, and this verb's own."""
     config.define_flags(values, skip=_HIDDEN, views="same/ic")
     own: dict[str, Any] = {"flag_values": values, "module_name": "teacher"}
-    flags.DEFINE_string("model", "bit-r50x1", "What to train: a name as for --student of trainer.task.", **own)
+    flags.DEFINE_string(
+        "model",
+        "bit-r50x1",
+        "What to train: a name as for --student of trainer.task, or bit:ARCH@FILE.npz or a published bit:NAME, "
+        "whose classifier is made new unless it has the data's classes.",
+        **own,
+    )
+    flags.DEFINE_boolean(
+        "hyperrule", False, "Fine-tune by BiT-HyperRule: settings from the size of the data set.", **own
+    )
     flags.DEFINE_string("out", "", "The .keras file to write, on a disk or gs://.", **own)
     flags.DEFINE_string("workdir", "", "Where the run keeps its results; empty: --out without .keras.", **own)
 
@@ -50,11 +63,12 @@ def _main(values: Any) -> None:
     if not values.out.endswith(".keras"):
         raise ConfigError(f"--out={values.out}: it must name a file that ends in .keras")
     workdir = values.workdir or values.out.removesuffix(".keras")
-    chosen = config.from_flags(values, student=values.model, distance="labels", workdir=workdir)
     from trainer import files, task
     from trainer.journal import Screen
 
     screen = Screen()
+    rule = _hyperrule(values, screen) if values.hyperrule else {}
+    chosen = config.from_flags(values, rule, distance="labels", workdir=workdir, **_model(values))
     if not task.run(chosen, screen):
         return  # --check or --dry_run
     if not environment.is_chief():
@@ -62,6 +76,40 @@ def _main(values: Any) -> None:
     model = files.join(workdir, "export", "model.keras")
     files.write(values.out, files.read(model, "the trained teacher"), "the teacher")
     screen.say(f"teacher {values.out}")
+
+
+def _model(values: Any) -> dict[str, str]:
+    """The fields that say what is trained."""
+    kind, _, rest = values.model.partition(":")
+    if kind != "bit":
+        return {"student": values.model}
+    from trainer.models import weights
+
+    if values.student_weights:
+        raise ConfigError(
+            f"--model={values.model} has weights, and --student_weights={values.student_weights} too: drop one"
+        )
+    return {"student": f"bit-{weights.source(rest, 'model').arch.lower()}", "student_weights": values.model}
+
+
+def _hyperrule(values: Any, screen: Any) -> dict[str, Any]:
+    """The rule's flags for the data set, told."""
+    from trainer import recipes
+    from trainer.records import Dataset
+
+    if not values.data:
+        raise ConfigError("--data is missing: the folder or gs:// prefix that `python -m trainer.prepare` wrote")
+    dataset = Dataset.load(values.data[0])
+    examples = sum(Dataset.load(one).split(values.train_split, "train_split").examples for one in values.data)
+    height, width = (dataset.image_size[f"median_{side}"] for side in ("height", "width"))
+    rule = recipes.bit_hyperrule(examples, height, width)
+    if values["image_size"].present:  # the crop's share of the squashed image stays
+        rule["resize_size"] = round(values.image_size * rule["resize_size"] / rule["image_size"])
+    screen.say(
+        f"BiT-HyperRule for {examples:,} images of {height} x {width} pixels: "
+        + " ".join(f"--{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in rule.items())
+    )
+    return rule
 
 
 if __name__ == "__main__":

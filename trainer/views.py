@@ -23,6 +23,7 @@ _DRAWS = _ATTEMPTS * 2 + 3  # of one crop and its flip
 # Where a row's random numbers are: the student's crop, the teacher's own crop, the row's mixup coefficient, and the crops
 # whose mean is a fixed target. A row number that no batch has holds what belongs to the step.
 _OWN_CROP, _TEACHER_CROP, _OWN_SHARE, _FIXED_CROP = 0, _DRAWS, 2 * _DRAWS, 2 * _DRAWS + 1
+_BETA = _FIXED_CROP + _DRAWS  # mixup coefficients that are not uniform
 _STEP_ROW = 2**31 - 1
 
 
@@ -91,6 +92,21 @@ def uniform(seed: int, step: tf.Tensor | int, rows: tf.Tensor, draws: int, first
     return tf.cast(tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.int32), tf.float32) * 2.0**-24
 
 
+def beta(draws: tf.Tensor, alpha: float) -> tf.Tensor:
+    """Beta(alpha, alpha) numbers, float32 [n, 1], by the method of Johnk (1964), in logarithms.
+
+    Args:
+        draws: float32 [n, 2 * attempts] uniform in [0, 1). An attempt fails in 1.4 % of all cases for alpha 0.1, in half of
+            them for 1; if all fail, the last one counts.
+        alpha: in (0, 1].
+    """
+    attempts = draws.shape[1] // 2
+    x, y = (tf.math.log(tf.maximum(part, 2.0**-25)) / alpha for part in (draws[:, :attempts], draws[:, attempts:]))
+    taken = tf.cast(tf.math.reduce_logsumexp(tf.stack([x, y]), axis=0) <= 0, tf.int32)
+    which = tf.where(tf.reduce_any(taken > 0, axis=1), tf.argmax(taken, axis=1, output_type=tf.int32), attempts - 1)
+    return tf.gather(tf.sigmoid(x - y), which[:, None], batch_dims=1)
+
+
 def inception_box(draws: tf.Tensor, sizes: tf.Tensor, min_area: float = 0.05) -> tf.Tensor:
     """A random crop, distributed as tf.image.sample_distorted_bounding_box with the whole image as its one box.
 
@@ -149,14 +165,14 @@ def mild_box(draws: tf.Tensor, sizes: tf.Tensor, fraction: float) -> tf.Tensor:
     return tf.concat([draws * (1.0 - extent), extent], axis=1)
 
 
-def example_box(draws: tf.Tensor, size: int) -> tf.Tensor:
-    """The Keras example's crop: the image squashed to 160 x 160, then 128 x 128 of it at a whole number of pixels.
+def squashed_box(draws: tf.Tensor, size: int, zoomed: int) -> tf.Tensor:
+    """The crop of the Keras example and of BiT-HyperRule: of the image squashed to a square, at a whole number of pixels.
 
     Args:
         draws: float32 [n, 2] uniform in [0, 1), for top and left.
-        size: side of the view in pixels; the squashed image's is 160 / 128 times that.
+        size: side of the view in pixels.
+        zoomed: side of the squashed image, at least that.
     """
-    zoomed = round(EXAMPLE_ZOOM * size)
     corner = tf.floor(draws * (zoomed - size + 1)) / zoomed
     return tf.concat([corner, tf.fill(tf.shape(corner), size / zoomed)], axis=1)
 
@@ -323,14 +339,18 @@ def training_views(
         else:
             draws = uniform(config.seed, step, rows.numbers, _DRAWS, first)
             box, flip = _box(config, chosen.student, draws, sizes), draws[:, -1] < 0.5
-        cropped_first = not config.like_example("crop")
+        cropped_first = not _zoomed(config)
         return {
             size: mixed(render(images, box, flip, size, area=flip is None, inside=cropped_first)) for size in wanted
         }
 
     n = tf.shape(rows.split(rows.numbers)[0])[0]
     share = tf.ones([n, 1])
-    if chosen.mixup and config.mixup == "example":
+    if chosen.mixup and config.mixup_alpha < 1:
+        own_rows = rows.split(rows.numbers)[0] if config.mixup == "example" else tf.constant([_STEP_ROW])
+        share = beta(uniform(config.seed, step, own_rows, 2 * _ATTEMPTS, _BETA), config.mixup_alpha)
+        share = tf.tile(share, [n // tf.shape(share)[0], 1])
+    elif chosen.mixup and config.mixup == "example":
         share = uniform(config.seed, step, rows.split(rows.numbers)[0], 1, _OWN_SHARE)
     elif chosen.mixup:
         share = tf.tile(uniform(config.seed, step, tf.constant([_STEP_ROW]), 1), [n, 1])
@@ -347,11 +367,16 @@ def training_views(
     return Views(made[config.image_size], {size: others[size] for size in teacher_sizes}, share)
 
 
+def _zoomed(config: Config) -> int:
+    """Side in pixels of the squashed image that crops are taken of; 0: they are taken of the image itself."""
+    return config.resize_size or (round(EXAMPLE_ZOOM * config.image_size) if config.like_example("crop") else 0)
+
+
 def _box(config: Config, kind: str, draws: tf.Tensor, sizes: tf.Tensor) -> tf.Tensor:
     """The box of a random crop from its draws [n, _DRAWS]."""
     place = draws[:, 2 * _ATTEMPTS : 2 * _ATTEMPTS + 2]
-    if config.like_example("crop"):
-        return example_box(place, config.image_size)
+    if zoomed := _zoomed(config):
+        return squashed_box(place, config.image_size, zoomed)
     if kind == "mild":
         return mild_box(place, sizes, config.central_fraction)
     return inception_box(draws[:, : _DRAWS - 1], sizes, config.min_crop_area)
@@ -377,7 +402,7 @@ def fixed_view(
         return evaluation_view(config, images, sizes, size)
     draws = uniform(config.seed, crop, ids, _DRAWS, _FIXED_CROP)
     box = _box(config, "inception", draws, sizes)
-    return render(images, box, draws[:, -1] < 0.5, size, inside=not config.like_example("crop"))
+    return render(images, box, draws[:, -1] < 0.5, size, inside=not _zoomed(config))
 
 
 def evaluation_view(config: Config, images: tf.Tensor, sizes: tf.Tensor, size: int) -> tf.Tensor:
@@ -386,4 +411,6 @@ def evaluation_view(config: Config, images: tf.Tensor, sizes: tf.Tensor, size: i
         edge, extent = (1.0 - EXAMPLE_CENTRE) / 2.0, EXAMPLE_CENTRE
         box = tf.tile(tf.constant([[edge, edge, extent, extent]]), [tf.shape(images)[0], 1])
         return render(images, box, None, size)
+    if config.resize_size:
+        return render(images, whole_box(sizes), None, size, area=True)
     return render(images, central_box(sizes, config.central_fraction), None, size, area=True)
