@@ -11,13 +11,6 @@ MUTANTS = [
         "test_gcs.py::test_a_folder_that_cannot_be_looked_at_is_not_empty",
     ),
     Mutant(
-        "a failed upload is not begun again unseen",
-        "files.py",
-        "ctypes.pythonapi.Py_IncRef(ctypes.py_object(inner))",
-        "pass",
-        "test_gcs.py::test_a_failed_upload_is_not_begun_again_unseen",
-    ),
-    Mutant(
         "refusals that may pass",
         "files.py",
         'for pause in (0.5, 1.5) if path.startswith("gs://") else ():',
