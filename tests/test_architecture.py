@@ -36,7 +36,8 @@ ORDER = [
     ["checkpoint", "measure"],
     ["loop"],
     ["check", "export", "report"],
-    ["task", "evaluate", "appraise"],
+    ["task", "evaluate"],
+    ["appraise"],
     ["teacher"],
     ["smoke"],
 ]
