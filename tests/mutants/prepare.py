@@ -73,4 +73,25 @@ MUTANTS = [
         "if False:",
         "test_sources.py::test_bad_pictures_are_counted_or_left_out",
     ),
+    Mutant(
+        "pictures under way",
+        "prepare.py",
+        "part.loads(start, stop), _AHEAD)",
+        "part.loads(start, stop), 1 << 30)",
+        "test_sources.py::test_pictures_under_way_are_few",
+    ),
+    Mutant(
+        "small classes in every split",
+        "sources.py",
+        'offset = int.from_bytes(drawn, "big") / 2.0**64',
+        "offset = 0.0 * len(drawn)",
+        "test_sources.py::test_small_classes_round_each_its_own_way",
+    ),
+    Mutant(
+        "proof that a picture can be decoded",
+        "pictures.py",
+        "_prove(encoded, kind, height, width)\n                return",
+        "pass\n                return",
+        "test_sources.py::test_no_cut_or_spoilt_jpeg_passes_that_training_cannot_decode",
+    ),
 ]
