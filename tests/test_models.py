@@ -24,6 +24,7 @@ from trainer.models import bit, loading, students, teachers
         ("R50x1", 1000, 25_549_352),
         ("R101x3", 102, 382_416_678),
         ("R152x2", 102, 232_656_102),
+        ("R152x2", 1000, 236_335_208),
     ],
 )
 def test_parameter_counts_are_the_published(arch: str, classes: int, count: int) -> None:
@@ -101,6 +102,20 @@ def test_bit_is_the_described_network(root_pool: str, size: int) -> None:
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+def test_epsilons_are_the_published_where_they_decide() -> None:
+    """Variances as small as the epsilons: 1e-10 for kernels, 1e-5 for groups."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(0, 1e-5, (3, 3, 4, 6)).astype(np.float32)
+    assert np.allclose(np.asarray(bit.standardize(kernel)), np_standardize(kernel), rtol=1e-3, atol=1e-4)
+    model = bit.bit("tiny", 3, 32)
+    x = rng.normal(0, 3e-3, (2, 4, 4, 256)).astype(np.float32)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.GroupNormalization):
+            part = x[..., : layer.gamma.shape[-1]]
+            expected = np_norm_relu(part, *layer.get_weights(), 8)
+            assert np.allclose(np.maximum(np.asarray(layer(part)), 0), expected, atol=1e-3), layer.name
 
 
 def test_root_pool_matters_and_typos_are_refused() -> None:

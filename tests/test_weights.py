@@ -12,6 +12,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 
+import fake_gcs
 import keras
 import numpy as np
 import pytest
@@ -307,6 +308,20 @@ def test_files_over_https_are_fetched_once_and_whole(tmp_path: pathlib.Path, ser
     assert state["gets"] == 2
     with pytest.raises(DataError, match="File not found"):
         loading.local(f"{address}/none.npz", "teacher")
+
+
+def test_weights_in_a_bucket(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, gcs_here: fake_gcs.Server
+) -> None:
+    """By TensorFlow's own client; weights are fetched once."""
+    np.savez(tmp_path / "w.npz", **native_layout(shaken()))
+    monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
+    view = np.random.default_rng(0).uniform(-1, 1, (3, IMAGE, IMAGE, 3)).astype(np.float32)
+    gcs_here.put("bucket", "t/w.npz", (tmp_path / "w.npz").read_bytes())
+    for teacher in ("bit:tiny@gs://bucket/t/w.npz", "bit:@gs://bucket/t/w.npz"):
+        (loaded,) = teachers.load(Config(teacher=(teacher,), image_size=IMAGE), CLASSES)
+        assert np.allclose(loaded.logits(view), np.asarray(shaken()(view)), atol=1e-4)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_an_open_line_is_refused() -> None:
