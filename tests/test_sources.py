@@ -145,6 +145,14 @@ def test_shares_hold_for_every_class_and_equal_pictures_stay_together() -> None:
     assert other.keys() == dealt.keys()
 
 
+def test_equal_pictures_are_never_parted() -> None:
+    """Also where the cut falls among them."""
+    digests = [bytes([number % 7]) * 8 for number in range(7 * 31)]
+    dealt = sources.by_share(len(digests), {"train": 0.5, "test": 0.5}, 0, [0] * len(digests), digests)
+    assert not {digests[n] for n in dealt["train"]} & {digests[n] for n in dealt["test"]}
+    assert all(dealt.values())
+
+
 def test_small_classes_round_each_its_own_way() -> None:
     """Of 100 classes of 4, a tenth of the pictures goes to each small split, not none of any class."""
     rng = np.random.default_rng(0)
