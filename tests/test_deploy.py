@@ -572,7 +572,7 @@ def test_the_flags_that_the_checker_knows_are_the_trainers() -> None:
     assert known.keys() == set(values)
     kinds = {"int": int, "float": float, "bool": bool}
     for name, flag in known.items():
-        kind = values[name].flag_type().replace("multi int", "tuple").replace("multi string", "tuple")
+        kind = re.sub("multi int|multi string|comma separated list of strings", "tuple", values[name].flag_type())
         assert flag.kind is kinds.get(kind, tuple if kind == "tuple" else str), name
         assert not isinstance(values[name], flags.EnumFlag) or list(flag.choices) == values[name].parser.enum_values
 
