@@ -22,7 +22,7 @@ LOCK := CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/bin/pip-compile --quiet --gen
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv smoke test test-slow test-docker mutations soak miniature lint lint-deploy lock image sbom audit clean
+.PHONY: help venv smoke test test-slow test-kills test-docker mutations soak miniature lint lint-deploy lock image sbom audit clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,12 +31,15 @@ smoke: venv  ## Run the whole job on built-in data on the CPU. More flags: SMOKE
 	$(PY) -m trainer.smoke $(SMOKE_FLAGS)
 
 test: venv  ## Run the tests that take seconds each.
-	$(PY) -m pytest -m "not slow and not docker" $(PARALLEL) $(PYTEST_FLAGS)
+	$(PY) -m pytest -m "not slow and not kills and not docker" $(PARALLEL) $(PYTEST_FLAGS)
 
 # pytest exits with 5 when it finds no test. That is right while no test is marked slow, and a mistake afterwards.
 test-slow: venv  ## Run the tests that take minutes.
 	@$(PY) -m pytest -m "slow and not docker" $(PARALLEL) $(PYTEST_FLAGS) \
 		|| { code=$$?; [ $$code -eq 5 ] && ! grep -rqs --include='*.py' 'mark\.slow' tests || exit $$code; }
+
+test-kills: venv  ## Stop jobs at chosen moments, or take their disk away, and compare to the bit.
+	$(PY) -m pytest -m kills $(PYTEST_FLAGS)
 
 test-docker: venv  ## Build the image and test it. Starts an engine of its own (root, Debian) when none runs.
 	$(PY) -m pytest -m docker $(PYTEST_FLAGS)

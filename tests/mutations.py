@@ -46,7 +46,7 @@ def lives(mutant: Mutant, folder: pathlib.Path) -> str:
         "no:cacheprovider",
         f"tests/{mutant.tests}",
         "-m",
-        "not slow",
+        "not slow and not kills",
     ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     # 1 is a failed test. Anything else (no test found, a mutant that is no Python) shows nothing.

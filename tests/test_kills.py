@@ -195,7 +195,7 @@ def test_every_step_of_writing_is_a_point(run: Run) -> None:
     assert len(ALL) >= 65
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ALL)
 def test_the_same_command_again_ends_equal_to_the_bit(name: str, outcomes: dict[str, str]) -> None:
@@ -242,7 +242,7 @@ def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path | None]:
         subprocess.run(["umount", "-l", place], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 def test_a_full_disk_is_one_line_and_nothing_is_lost(run: Run, small_disk: pathlib.Path | None) -> None:
     """Where no file system can be mounted, the kernel's bound of a file's size stands in for a full one."""
     workdir = small_disk / "run" if small_disk else run.folder / "full"
@@ -259,7 +259,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(run: Run, small_disk: pathl
     assert matrix.differences(run.whole, workdir) == []
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 def test_a_workdir_that_may_not_be_written_is_one_line(run: Run) -> None:
     """As an ordinary user: root may write anywhere."""
     workdir = run.folder / "closed"
@@ -270,7 +270,7 @@ def test_a_workdir_that_may_not_be_written_is_one_line(run: Run) -> None:
     assert list(workdir.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 def test_permission_lost_on_the_way_is_one_line_and_nothing_is_lost(run: Run) -> None:
     workdir = run.folder / "lost"
     closed = {str(workdir): 0o555, str(workdir / "checkpoints"): 0o555}
@@ -285,7 +285,7 @@ def test_permission_lost_on_the_way_is_one_line_and_nothing_is_lost(run: Run) ->
     assert matrix.differences(run.whole, workdir) == []
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 @pytest.mark.parametrize("seconds", [-86400.0, 86400.0])
 def test_a_clock_that_jumps_changes_nothing(run: Run, seconds: float) -> None:
     name = f"clock{seconds:.0f}"
@@ -304,7 +304,7 @@ def test_nothing_is_reckoned_by_the_wall_clock() -> None:
         assert told or ("time.time()" not in text and "datetime.now(" not in text), path
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 def test_a_teacher_that_changed_is_one_line_and_nothing_is_lost(run: Run) -> None:
     teacher, kept = run.folder / "teacher.keras", (run.folder / "teacher.keras").read_bytes()
     other = run.folder / "other.keras"
@@ -324,7 +324,7 @@ def test_a_teacher_that_changed_is_one_line_and_nothing_is_lost(run: Run) -> Non
     assert teacher.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 def test_a_second_job_on_the_workdir_is_refused(run: Run) -> None:
     """The first one waits after its second step until the second job was refused; then it is killed, and a third takes over."""
     reached, workdir = run.folder / "reached", run.folder / "two"
@@ -342,7 +342,7 @@ def test_a_second_job_on_the_workdir_is_refused(run: Run) -> None:
     assert matrix.differences(run.whole, workdir) == []
 
 
-@pytest.mark.slow
+@pytest.mark.kills
 def test_two_fresh_runs_are_equal_to_the_bit(run: Run) -> None:
     assert ended(run, "fresh")[0] == 0
     assert matrix.differences(run.whole, run.folder / "fresh") == []
