@@ -62,8 +62,7 @@ def test_of_many_at_once_one_gets_it(tmp_path: pathlib.Path) -> None:
 
 def test_a_lock_dies_with_its_process(tmp_path: pathlib.Path) -> None:
     code = f"""
-import sys, time, types
-sys.modules["tensorflow"] = types.ModuleType("tensorflow")  # not needed for this, and slow
+import time
 from trainer import lock
 with lock.hold({str(tmp_path)!r}, print):
     print("held", flush=True)

@@ -135,7 +135,7 @@ def test_a_student_starts_from_weights(tmp_path: pathlib.Path, classes: int) -> 
             assert all((a == b).all() for a, b in zip(old.get_weights(), new.get_weights(), strict=True))
     if classes != CLASSES:
         assert not student.get_layer("head").get_weights()[0].any()
-    for name, start in (("bit-r50x1", f"bit:tiny@{tmp_path}/w.npz"), ("bit-tiny", "keras:x.keras")):
+    for name, start in (("bit-r50x1", f"bit:tiny@{tmp_path}/w.npz"), ("bit-tiny", "saved_model:x")):
         with pytest.raises(ConfigError, match="--student_weights"):
             students.build(name, CLASSES, IMAGE, start=start)
 
@@ -353,6 +353,6 @@ def test_a_job_with_a_bit_teacher_and_a_started_student(data: str, tmp_path: pat
         assert "another configuration" in told.stderr
         path.write_bytes(before)
     assert here(*flags).returncode == 0
-    told = here(*[f for f in flags if "student_weights" not in f], "--student_weights=keras:x.keras")
+    told = here(*[f for f in flags if "student_weights" not in f], "--student_weights=saved_model:x")
     assert told.returncode == 2
-    assert "--student_weights=keras:x.keras does not start --student=bit-tiny" in told.stderr
+    assert "--student_weights=saved_model:x does not start --student=bit-tiny" in told.stderr
