@@ -216,6 +216,10 @@ def exists(path: str) -> bool:
         raise DataError(f"cannot look at {path}: {reason(error, path)}") from error
 
 
+# Seconds after which "not found" of a list can only be the end of the client's tries; asking once more would double them.
+_PATIENCE = 30.0
+
+
 def names(folder: str) -> list[str]:
     """Names directly in `folder`, sorted, without trailing slashes; empty if there is no such folder.
 
@@ -231,6 +235,7 @@ def names(folder: str) -> list[str]:
 
 
 def _list(folder: str) -> set[str]:
+    began = time.monotonic()
     try:
         return {name.rstrip("/") for name in tf.io.gfile.listdir(folder)}
     except tf.errors.NotFoundError:
@@ -238,6 +243,8 @@ def _list(folder: str) -> set[str]:
             raise
         # listdir says "not found" of a folder that it was not let to look at, or that did not answer: a run would take its
         # checkpoints for gone, and begin anew. glob says what went wrong. It lists what lies deeper too, hence only now.
+        if time.monotonic() > began + _PATIENCE:
+            raise tf.errors.UnavailableError(None, None, "no answer to a list") from None
         start = folder.rstrip("/") + "/"
         return {path.removeprefix(start).split("/")[0] for path in tf.io.gfile.glob(start + "*")}
 
