@@ -47,10 +47,10 @@ test-docker: venv  ## Build the image and test it. Starts an engine of its own (
 mutations: venv  ## Break each guard in turn, in a copy, and see its test fail. One: MUTANT="clip".
 	$(PY) tests/mutations.py $(if $(MUTANT),"$(MUTANT)")
 
-soak: venv  ## Kill SOAK=200 jobs at random moments and compare to the bit; a quarter of an hour on two cores.
+soak: venv  ## Kill SOAK=200 jobs at random moments and compare to the bit.
 	$(PY) tests/soak.py $(SOAK)
 
-miniature: venv  ## The paper's claims on drawn flowers, an hour and more. Ten minutes: MINIATURE_FLAGS=--quick.
+miniature: venv  ## The paper's claims on drawn flowers, an hour and more. Shorter: MINIATURE_FLAGS=--quick.
 	$(PY) benchmarks/paper_in_miniature.py $(MINIATURE_FLAGS)
 
 lint: lint-deploy  ## Check style, formatting and types, scripts, workflows and the cloud's build.

@@ -1,7 +1,7 @@
 """The paper's claims on drawn flowers, on a CPU: does function matching win, do fixed teachers overfit, does patience pay?
 
     python benchmarks/paper_in_miniature.py            # an hour and more on two cores; into build/miniature
-    python benchmarks/paper_in_miniature.py --quick    # about ten minutes: one seed, two budgets; into build/miniature-quick
+    python benchmarks/paper_in_miniature.py --quick    # one seed, two budgets; into build/miniature-quick
 
 Every student is the same network on the same few pictures. What differs is one thing at a time: which views teacher and
 student get (the paper's eight modes), labels instead of a teacher, the teacher, the optimizer, the number of steps. The learning
@@ -291,7 +291,7 @@ def main() -> None:
     """Runs what is missing and writes table.md and picture.svg."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, help="folder for everything that it makes")
-    parser.add_argument("--quick", action="store_true", help="one seed and two budgets, about ten minutes")
+    parser.add_argument("--quick", action="store_true", help="one seed and two budgets")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL
     out = arguments.out or pathlib.Path("build") / ("miniature-quick" if arguments.quick else "miniature")
