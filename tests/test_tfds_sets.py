@@ -22,6 +22,10 @@ from trainer.records import Dataset, EncodedSplit
 # TFDS's own name of the class decides the name of the set: local_flowers.
 COUNTS = {"train": 25, "validation": 6, "test": 11}
 
+# mock_data puts a file system of its own in place while it opens a set, for the whole process: of two threads that do so at
+# once, the last one out leaves it there.
+IN_ONE_THREAD = ("--workers=1",)
+
 
 def image(split: str, number: int) -> bytes:
     rng = np.random.default_rng([len(split), number])
@@ -244,7 +248,7 @@ def test_mock_data(tmp_path: pathlib.Path) -> None:
     for path in folder.glob("*.tfrecord*"):
         path.unlink()
     with tfds.testing.mock_data(num_examples=7, data_dir=str(tmp_path / "tfds")):
-        made = run(tmp_path, "oxford_flowers102", str(tmp_path / "tfds"))
+        made = run(tmp_path, "oxford_flowers102", str(tmp_path / "tfds"), *IN_ONE_THREAD)
     assert {split: part.examples for split, part in made.splits.items()} == {"train": 7, "validation": 3, "test": 5}
     assert made.classes[0] == "pink primrose"
     assert "15 images in 3 splits" in prepare.verify(str(tmp_path / "out"), lambda *_: None)
@@ -255,7 +259,7 @@ def test_files_that_are_cut_off_are_noticed(tmp_path: pathlib.Path) -> None:
     for path in folder.glob("*.tfrecord*"):
         path.unlink()
     with tfds.testing.mock_data(num_examples=4, data_dir=str(tmp_path / "tfds")):
-        line = refused(tmp_path, "oxford_flowers102", str(tmp_path / "tfds"))
+        line = refused(tmp_path, "oxford_flowers102", str(tmp_path / "tfds"), *IN_ONE_THREAD)
     assert re.search(r"gave 4 pictures of oxford_flowers102/[\d.]+ (train\[0:7\]|test\[0:5\])", line)
 
 
