@@ -37,7 +37,7 @@ EXTRAS = {
     # Compiles for a TPU without one, with private interfaces of these very builds. Not together
     # with `tpu`, which needs another libtpu.
     "preflight": ["jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.52"],
-    "dev": ["hypothesis", "mypy", "pip-tools", "pytest>=8", "pytest-timeout", "ruff", "scipy"],
+    "dev": ["cryptography>=42", "hypothesis", "mypy", "pip-tools", "pytest>=8", "pytest-timeout", "ruff", "scipy"],
 }
 
 setup(
