@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, IMAGE, opinionated, strategy
+from conftest import CLASSES, IMAGE, here, opinionated, strategy
 
 from trainer import export, loop
 from trainer.accelerator import Accelerator
@@ -277,8 +277,31 @@ def test_applications_that_do_not_fit(tmp_path: pathlib.Path) -> None:
         as_teacher("MobileNetV3Smal", path)
     with pytest.raises(DataError, match="no such file"):
         as_teacher("MobileNetV3Small", tmp_path / "none.h5")
-    with pytest.raises(ConfigError, match="takes pixels"):
-        as_teacher("MobileNetV3Small", path, teacher_range=("0,1",))
+
+
+def test_an_application_takes_pixels_and_nothing_else(data: str, tmp_path: pathlib.Path) -> None:
+    """Its preprocessing is inside: another range would be passed over, and what the user meant is not known."""
+    path = tmp_path / "w.weights.h5"
+    keras.applications.MobileNetV3Small(weights=None, classes=CLASSES, input_shape=(32, 32, 3)).save_weights(path)
+    for told in ("auto", "0,255"):
+        assert as_teacher("MobileNetV3Small", path, teacher_range=(told,)).value_range == "0,255"
+    for told in ("-1,1", "0,1"):
+        done = here(
+            "task",
+            f"--data={data}",
+            f"--teacher=app:MobileNetV3Small@{path}",
+            f"--teacher_range={told}",
+            "--student=bit-tiny",
+            "--image_size=32",
+            "--steps=1",
+            "--dry_run",
+            f"--workdir={tmp_path}/run",
+        )
+        assert done.returncode == 2
+        said = done.stderr.strip().splitlines()[-1]
+        assert f"--teacher_range={told}: app:MobileNetV3Small@{path} takes pixels from 0 to 255" in said
+        assert said.endswith("give 0,255 or auto")
+        assert "Traceback" not in done.stderr
 
 
 def test_several_teachers_have_their_own_size_and_range(tmp_path: pathlib.Path) -> None:

@@ -142,7 +142,7 @@ class Config:
         ("auto",),
         "teacher",
         "Value range that each teacher takes: -1,1 or 0,1 or 0,255. auto: what a probe batch shows of a SavedModel that is a BiT, "
-        "else -1,1.",
+        "0,255 for app: (it takes no other), else -1,1.",
         choices=(*RANGES, "auto"),
     )
     teacher_outputs: str = _field(

@@ -81,6 +81,13 @@ MUTANTS = [
         "test_models.py::test_code_inside_a_file_does_not_run",
     ),
     Mutant(
+        "an application takes pixels",
+        "models/teachers.py",
+        'if value_range not in ("auto", "0,255"):',
+        'if value_range == "0,1":',
+        "test_students.py::test_an_application_takes_pixels_and_nothing_else",
+    ),
+    Mutant(
         "probabilities to logits",
         "models/teachers.py",
         "if self.probabilities:",

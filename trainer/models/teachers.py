@@ -129,9 +129,10 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
         size = size or weights.source(rest, "teacher").size or config.image_size
         model = weights.load(rest, "teacher", size, config.root_pool)
     elif kind == "app" and "@" in rest:
-        if value_range == "0,1":
+        if value_range not in ("auto", "0,255"):
             raise ConfigError(
-                f"--teacher_range={value_range}: {name} takes pixels and turns them into its own range; leave it out"
+                f"--teacher_range={value_range}: {name} takes pixels from 0 to 255 and turns them into its network's range "
+                "itself; give 0,255 or auto"
             )
         value_range, size = "0,255", size or config.image_size
         application, _, path = rest.partition("@")
