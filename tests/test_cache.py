@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import io
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from unittest import mock
 
@@ -144,6 +146,38 @@ def test_a_shard_that_is_another_file_is_not_kept(make: Make, remote: list[str],
     assert remote == ["0-of-1"] * 2
 
 
+@pytest.mark.parametrize("open_store", [MemoryStore, DiskStore])
+def test_a_shard_that_is_another_file_is_refused_where_it_lies(
+    make: Make, tmp_path: pathlib.Path, open_store: type
+) -> None:
+    """On this disk there is no copy, so nobody but the index compares it with what was prepared."""
+    made, split = make(3, 1)
+    path = pathlib.Path(made.folder, "0-of-1")
+    one = [payload for _, payload in records.payloads(path.read_bytes(), "s")]
+    path.write_bytes(b"".join(records.frame(bytes(p)) for p in [*one[1:], one[0]]))
+    assert path.stat().st_size == split.shards[0].bytes
+    cached = (Cache(str(tmp_path / "cache")),) if open_store is DiskStore else ()
+    with pytest.raises(DataError, match=r"0-of-1 does not have the CRC32C that dataset\.json says"):
+        open_store(made, split, 8, *cached, quiet)
+
+
+def test_a_damaged_shard_is_not_copied_even_if_bad_records_are_borne(
+    make: Make, remote: list[str], tmp_path: pathlib.Path
+) -> None:
+    """Its copy would pass for the whole one with a run that bears none."""
+    made, split = make(10, 1)
+    path = pathlib.Path(made.folder, "0-of-1")
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1
+    path.write_bytes(bytes(content))
+    damage = records.Damage(made, split, 0.5)
+    with pytest.raises(DataError, match="no copy is made of a damaged shard"):
+        DiskStore(made, split, 8, Cache(str(tmp_path / "cache")), quiet, damage=damage)
+    assert len(damage.bad) == 1
+    assert not copies(tmp_path / "cache")
+    assert remote == ["0-of-1"]
+
+
 def test_a_record_that_changes_under_the_run_is_named(make: Make, tmp_path: pathlib.Path) -> None:
     made, split = make(3, 1)
     held = DiskStore(made, split, 8, Cache(str(tmp_path / "cache")), quiet)
@@ -253,6 +287,37 @@ def test_two_processes_copy_once_and_do_not_take_from_each_other(make: Make, tmp
         for process in both:
             process.kill()
             process.wait()
+
+
+def test_a_shard_that_two_runs_want_at_once_is_read_once(
+    make: Make, remote: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one has found no copy, waits while the first makes it, and then takes that."""
+    made, split = make(5, 1)
+    both, real, load = threading.Event(), files.read, cache._load
+    looked: list[str] = []
+
+    def slow(path: str, what: str) -> bytes:
+        if "/bucket" in path:
+            assert both.wait(30)
+        return real(path, what)
+
+    def seen(path: str, split: Split) -> np.ndarray | None:
+        found = load(path, split)
+        looked.append(path)
+        if len(looked) == 2:
+            both.set()
+        return found
+
+    monkeypatch.setattr(files, "read", slow)
+    monkeypatch.setattr(cache, "_load", seen)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        stores = [
+            pool.submit(DiskStore, made, split, 8, Cache(str(tmp_path / "cache")), lambda *_: None) for _ in range(2)
+        ]
+        one, other = (store.result(60).take(np.arange(5)) for store in stores)
+    assert (one == other).all()
+    assert remote == ["0-of-1"]
 
 
 @pytest.mark.usefixtures("remote")

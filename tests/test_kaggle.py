@@ -105,9 +105,10 @@ def test_a_teacher_is_fetched_once_and_found_again_offline(
     assert teachers.checksum(config, config.teacher[0]) == first
     kept = tmp_path / "cache" / "kaggle" / NAME.replace("/", "--")
     assert sorted(p.name for p in pathlib.Path(f"{kept}--newest").iterdir()) == ["complete.json", "content", "lock"]
-    printed = "".join(capfd.readouterr())
-    assert KEY not in printed
-    assert BASIC not in printed
+    printed = capfd.readouterr()
+    assert not printed.out, "the client printed to the job's standard output"
+    assert KEY not in printed.err
+    assert BASIC not in printed.err
 
 
 def test_savedmodels_and_keras_files_are_found(server: Server, tmp_path: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ MUTANTS = [
         _TEST + "a_key_that_others_can_read_is_refused",
     ),
     Mutant(
-        "a client that prints its headers",
+        "a client that prints to standard output",
         _FILE,
         "with contextlib.redirect_stdout(io.StringIO()):",
         "with contextlib.nullcontext():",
