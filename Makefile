@@ -9,6 +9,7 @@ SMOKE_FLAGS ?=
 MINIATURE_FLAGS ?=
 PYTEST_FLAGS ?=
 AUDIT_FLAGS ?=
+MUTATION_FLAGS ?=
 # Files of tests go to as many processes as there are processors, at most four: each has a TensorFlow of its own.
 PARALLEL ?= -n logical --maxprocesses=4 --dist=loadfile
 BUILD_FLAGS ?=
@@ -45,7 +46,7 @@ test-docker: venv  ## Build the image and test it. Starts an engine of its own (
 	$(PY) -m pytest -m docker $(PYTEST_FLAGS)
 
 mutations: venv  ## Break each guard in turn, in a copy, and see its test fail. One: MUTANT="clip".
-	$(PY) tests/mutations.py $(if $(MUTANT),"$(MUTANT)")
+	$(PY) tests/mutations.py $(MUTATION_FLAGS) $(if $(MUTANT),"$(MUTANT)")
 
 soak: venv  ## Kill SOAK=200 jobs at random moments and compare to the bit.
 	$(PY) tests/soak.py $(SOAK)

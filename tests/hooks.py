@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import importlib
 import json
 import os
@@ -56,10 +57,15 @@ def act(then: dict[str, Any]) -> None:
     """What a hook does when its moment has come.
 
     Args:
-        then: some of: `signal` (a name; `times`: that often), `touch` (a file to make), `fill` (a file to grow until the disk is
-            full), `clock` (seconds that the wall clock jumps by), `largest_file` (bytes that the kernel lets a file of this process
-            have from now on), `sleep` (seconds), `chmod` (modes by path).
+        then: some of: `once` (a pattern of paths: first wait until there is one), `signal` (a name; `times`: that often), `touch`
+            (a file to make), `fill` (a file to grow until the disk is full), `clock` (seconds that the wall clock jumps by),
+            `largest_file` (bytes that the kernel lets a file of this process have from now on), `sleep` (seconds), `chmod`
+            (modes by path).
     """
+    deadline = time.monotonic() + 60
+    while "once" in then and not glob.glob(then["once"]):
+        assert time.monotonic() < deadline, f"no {then['once']} came"
+        time.sleep(0.01)
     if "signal" in then:
         shoot(then["signal"], then.get("times", 1))
     if "touch" in then:

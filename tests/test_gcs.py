@@ -149,15 +149,19 @@ def test_a_stall_that_lasts(gcs_here: fake_gcs.Server, kind: str) -> None:
 @pytest.mark.parametrize("failure", ["403", "503", "reset"])
 def test_a_folder_that_cannot_be_looked_at_is_not_empty(gcs_here: fake_gcs.Server, failure: str) -> None:
     """TensorFlow's listdir says "not found" of it: a run would take its checkpoints for gone, and begin anew."""
-    filled(gcs_here, "list")
+    # A name of its own: TensorFlow remembers for some seconds that a folder is one, and then says what was wrong.
+    gcs_here.reset("bucket")
+    folder = f"seldom-{failure}"
+    for name in ("x", "y"):
+        gcs_here.put("bucket", f"{folder}/{name}", b"")
     gcs_here.fail(failure, "list", times=None)
     with pytest.raises(tf.errors.NotFoundError):
-        tf.io.gfile.listdir("gs://bucket/d")
-    with pytest.raises(DataError, match="cannot list gs://bucket/d"):
-        files.names("gs://bucket/d")
+        tf.io.gfile.listdir(f"gs://bucket/{folder}")
+    with pytest.raises(DataError, match=f"cannot list gs://bucket/{folder}"):
+        files.names(f"gs://bucket/{folder}")
     gcs_here.heal()
-    gcs_here.put("bucket", "d/deep/er/z", b"")
-    assert files.names("gs://bucket/d") == ["deep", "x", "y"]
+    gcs_here.put("bucket", f"{folder}/deep/er/z", b"")
+    assert files.names(f"gs://bucket/{folder}") == ["deep", "x", "y"]
     assert files.names("gs://bucket/nothing") == []
 
 

@@ -228,7 +228,12 @@ def newest(workdir: pathlib.Path) -> int:
 
 
 def after(count: int, **then: Any) -> dict[str, Any]:
+    """A hook after a step. `once=saved(workdir)`: the save of step 4, which goes on beside the steps, is to be whole by then."""
     return {"hook": "call", "where": "trainer.loop:Job.advance", "count": count, "then": then}
+
+
+def saved(workdir: pathlib.Path) -> str:
+    return str(workdir / "checkpoints" / "checkpoint-*.json")
 
 
 @pytest.fixture
@@ -247,7 +252,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(run: Run, small_disk: pathl
     """Where no file system can be mounted, the kernel's bound of a file's size stands in for a full one."""
     workdir = small_disk / "run" if small_disk else run.folder / "full"
     then: dict[str, Any] = {"fill": str(small_disk / "filling")} if small_disk else {"largest_file": 100}
-    code, told = ended(run, "full", after(5, **then), workdir=str(workdir))
+    code, told = ended(run, "full", after(5, once=saved(workdir), **then), workdir=str(workdir))
     assert code == 3, told
     assert ("No space left on device" if small_disk else "File too large") in mistake(told)
     assert newest(workdir) == 4
@@ -274,7 +279,7 @@ def test_a_workdir_that_may_not_be_written_is_one_line(run: Run) -> None:
 def test_permission_lost_on_the_way_is_one_line_and_nothing_is_lost(run: Run) -> None:
     workdir = run.folder / "lost"
     closed = {str(workdir): 0o555, str(workdir / "checkpoints"): 0o555}
-    code, told = ended(run, "lost", {"hook": "powerless"}, after(5, chmod=closed))
+    code, told = ended(run, "lost", {"hook": "powerless"}, after(5, once=saved(workdir), chmod=closed))
     assert code == 3, told
     assert "Permission denied" in mistake(told)
     assert newest(workdir) == 4
@@ -310,14 +315,16 @@ def test_a_teacher_that_changed_is_one_line_and_nothing_is_lost(run: Run) -> Non
     other = run.folder / "other.keras"
     other.write_bytes(kept)
     flags = [f"--teacher=keras:{other}" if flag.startswith("--teacher=") else flag for flag in run.flags]
-    code, told = ended(run, "teacher", step(5), flags=flags)
+    killed = after(5, once=saved(run.folder / "teacher"), signal="SIGKILL")
+    code, told = ended(run, "teacher", killed, flags=flags)
     assert code == KILLED, told
     other.write_bytes((run.folder / "student.keras").read_bytes())
-    before = sorted((run.folder / "teacher").rglob("*"))
+    before = set((run.folder / "teacher").rglob("*"))
     code, told = ended(run, "teacher", flags=flags)
     assert code == 3, told
     assert "belongs to another run (teacher: [" in mistake(told)
-    assert sorted((run.folder / "teacher").rglob("*")) == before
+    # The killed job left its lock, which is the refused one's by then and goes with it.
+    assert before - set((run.folder / "teacher").rglob("*")) == {run.folder / "teacher/.lock"}
     other.write_bytes(kept)
     assert ended(run, "teacher", flags=flags)[0] == 0
     assert matrix.differences(run.whole, run.folder / "teacher") == []

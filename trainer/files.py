@@ -186,7 +186,8 @@ def require_writable(folder: str, what: str) -> None:
             raise DataError("what was written is not what is read back")
         attempt(lambda: tf.io.gfile.remove(probe), probe)
     except (tf.errors.OpError, DataError) as error:
-        why = str(error) if isinstance(error, DataError) else reason(error, folder)
+        cause = error.__cause__ if isinstance(error, DataError) else error  # what `write` met, without the probe's name
+        why = reason(cause, folder) if cause else str(error)
         raise DataError(f"{what} {folder} is not writable: {why}; choose another or change its permissions") from error
 
 
