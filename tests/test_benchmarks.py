@@ -97,6 +97,62 @@ def test_the_benchmark_runs(
     assert "<svg" in (tmp_path / "picture.svg").read_text()
 
 
+@pytest.fixture
+def data_path(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location("data_path", ROOT / "benchmarks" / "data_path.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_part_of_the_data_path_is_measured(
+    data_path: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sets of a hundredth of the size; every part gives what its table needs, and the sets are what they are said to be."""
+    allowed: list[list[int]] = []
+    monkeypatch.setattr(data_path.os, "sched_setaffinity", lambda _, cores: allowed.append(cores))
+    monkeypatch.setattr(data_path, "SHARD", 50)
+    monkeypatch.setattr(data_path, "LARGE_SHARD", 20)
+    rows = {
+        "by_cores": [data_path.by_cores(str(tmp_path / "a"), 1, 32, 128)],
+        "by_kind": data_path.by_kind(str(tmp_path / "b"), 32, 128),
+        "by_size": data_path.by_size(str(tmp_path / "c"), [100, 200], 80),
+        "by_place": data_path.by_place(6400),
+        "by_order": [data_path.by_order(5000)],
+        "by_reading": data_path.by_reading(str(tmp_path / "d"), 5, [0, 1]),
+    }
+    assert [len(cores) for cores in allowed] == [1]
+    assert [row["store"] for row in rows["by_kind"]] == ["device", "host", "disk"]
+    assert [(row["records"], row["shards"]) for row in rows["by_size"]] == [(100, 2), (200, 4)]
+    assert [row["batch"] for row in rows["by_place"]] == [0, 24, 49, 74, 99, 100, 99_000]
+    assert [row["epoch"] for row in rows["by_place"]] == [0, 0, 0, 0, 0, 1, 990]
+    assert rows["by_reading"][1]["shards read from"] == 5
+    assert rows["by_reading"][1]["GB read"] == pytest.approx(64 * 131.5e-6, rel=0.05)
+    text = data_path.markdown({"command": "c", "machine": "m", "rows": rows})
+    assert text.count("| --- |") >= len(rows) == len(data_path.TITLES)
+    assert all(row[name] > 0 for row in rows["by_size"] for name in row)
+
+
+def test_a_part_that_fails_is_told_and_leaves_nothing(data_path: types.ModuleType, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(SystemExit, match=r"by_order\(-1,\) failed"):
+        data_path.apart("by_order", str(tmp_path), -1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_data_paths_tables_are_of_its_results(data_path: types.ModuleType) -> None:
+    """The committed ones, and those in the documentation."""
+    folder = ROOT / "benchmarks" / "data_path"
+    text = (folder / "table.md").read_text()
+    result = json.loads((folder / "results.json").read_text())
+    assert text == data_path.markdown(result)
+    told = (ROOT / "docs" / "data.md").read_text()
+    for part, rows in result["rows"].items():
+        assert data_path.table(rows) in told, part
+
+
 def test_saving_holds_the_loop_no_longer_than_the_copy(tmp_path: pathlib.Path) -> None:
     """Of a state of 60 MB. What the thread does (hash, checksum, write, flush) is most of a save."""
     spec = importlib.util.spec_from_file_location("checkpoint_stall", ROOT / "benchmarks" / "checkpoint_stall.py")
