@@ -48,7 +48,8 @@ setup(
     long_description_content_type="text/markdown",
     author="The funmatch authors",
     license="Apache-2.0",
-    packages=["trainer", "trainer.models"],
+    packages=["trainer", "trainer.models", "trainer.page"],
+    package_data={"trainer.page": ["page.html"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "absl-py>=2.1",

@@ -14,6 +14,8 @@ import pytest
 
 from trainer import report
 from trainer.errors import ConfigError
+from trainer.page import charts
+from trainer.page import words as page_words
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -436,11 +438,11 @@ def test_import_is_cheap():
     [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (3599.6, "1 h 00 min"), (None, "–")],  # noqa: RUF001
 )
 def test_durations(seconds, words):
-    assert report._duration(seconds) == words
+    assert page_words.duration(seconds) == words
 
 
 def test_running_mean_keeps_a_line_and_its_ends():
     values = np.arange(200.0)
-    np.testing.assert_allclose(report._running_mean(values)[:190], values[:190])
-    np.testing.assert_allclose(report._running_mean(np.ones(7)), 1)
-    assert report._running_mean(np.array([5.0])).tolist() == [5.0]
+    np.testing.assert_allclose(charts._running_mean(values)[:190], values[:190])
+    np.testing.assert_allclose(charts._running_mean(np.ones(7)), 1)
+    assert charts._running_mean(np.array([5.0])).tolist() == [5.0]
