@@ -10,6 +10,7 @@ import os
 import pathlib
 import random
 import socket
+import time
 import types
 import zipfile
 from collections.abc import Iterator
@@ -330,7 +331,9 @@ def test_a_line_that_says_nothing(server: Server, tmp_path: pathlib.Path, monkey
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{listener.getsockname()[1]}")
     monkeypatch.setenv("https_proxy", os.environ["HTTPS_PROXY"])
     del server, tmp_path
+    began = time.monotonic()
     assert "nothing has come" in failure()
+    assert time.monotonic() - began < 10
     listener.close()
 
 

@@ -51,7 +51,7 @@ MUTANTS = [
         "a line that says nothing",
         _FILE,
         "if still >= _STALL_SECONDS:",
-        "if still >= 50:",
+        "if still >= 12:",
         _TEST + "a_line_that_says_nothing",
     ),
     Mutant(
