@@ -42,6 +42,7 @@ PHASES = {
 # Where SIGKILL goes in what follows training.
 ENDINGS = {
     "after the final evaluation": ("trainer.measure:Evaluator.run", 2, True),
+    "while the SavedModel is copied": ("os:replace", 12, False),  # probe, configuration, 9 of 3 saves, fingerprint.pb
     "after the SavedModel": ("tensorflow:saved_model.save", 0, True),
     "in the SavedModel": ("tensorflow:saved_model.save", 0, False),
     "after the Keras model": ("trainer.export:save_keras", 0, True),

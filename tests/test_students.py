@@ -197,6 +197,26 @@ def test_a_student_starts_from_a_file_of_its_network(tmp_path: pathlib.Path, kin
     assert students.checksums(name, start)[1] != students.checksums(name, start)[0]
 
 
+def test_a_students_file_is_known_by_its_content_and_not_by_its_place(
+    tmp_path: pathlib.Path, make_config: Callable[..., Config]
+) -> None:
+    """So a run goes on when the file has moved, into a bucket for example, and not when it is another one."""
+
+    def identity(name: str, seed: int = 0) -> dict[str, object]:
+        model = keras.Sequential([keras.Input((IMAGE, IMAGE, 3)), keras.layers.Flatten(), keras.layers.Dense(CLASSES)])
+        rng = np.random.default_rng(seed)
+        model.set_weights([rng.normal(0, 1, w.shape).astype(np.float32) for w in model.get_weights()])
+        model.save(tmp_path / "made.keras")
+        (tmp_path / name).write_bytes((tmp_path / "made.keras").read_bytes())
+        return loop.identify(make_config(student=f"keras:{tmp_path / name}"))[3]
+
+    one = identity("one.keras")
+    (tmp_path / "two.keras").write_bytes((tmp_path / "one.keras").read_bytes())
+    assert loop.identify(make_config(student=f"keras:{tmp_path / 'two.keras'}"))[3] == one
+    assert identity("three.keras", 1) != one
+    assert loop.identify(make_config(student="bit-tiny"))[3] != one
+
+
 def test_a_named_student_starts_from_weights_of_other_classes(tmp_path: pathlib.Path) -> None:
     source = students.build("mobilenetv3-small", 11, 32, seed=3)
     source.save_weights(tmp_path / "s.weights.h5")

@@ -114,14 +114,23 @@ def write(
     copy = single_device_copy(model)
     servable = Servable(copy, classes, config)
     signatures = {"serving_default": servable.serve_bytes, "images": servable.serve_images}
-    try:
-        tf.saved_model.save(servable, files.join(folder, "saved_model"), signatures=signatures)
-    except (tf.errors.OpError, OSError) as error:
-        raise DataError(f"cannot write the exported model {folder}: {files.reason(error)}") from error
+    with tempfile.TemporaryDirectory() as local:
+        # TensorFlow writes under other names and renames, and what it had begun when it was killed would lie there for ever.
+        try:
+            tf.saved_model.save(servable, local, signatures=signatures)
+        except (tf.errors.OpError, OSError) as error:
+            raise DataError(f"cannot write the exported model in {local}: {files.reason(error)}") from error
+        files.copy_tree(local, files.join(folder, "saved_model"), "the exported model", "saved_model.pb")
     save_keras(copy, files.join(folder, "model.keras"))
     names = json.dumps(list(classes), ensure_ascii=False, indent=1) + "\n"
     files.write(files.join(folder, "classes.json"), names.encode(), "the class names")
     files.write(files.join(folder, "MODEL_CARD.md"), _card(card, config).encode(), "the model card")
+
+
+def clean(folder: str) -> None:
+    """Deletes what a crash while `write` wrote to a disk left behind; only for the folder's one writer."""
+    for part in ("", "saved_model", "saved_model/variables"):
+        files.remove_temporary(files.join(folder, part))
 
 
 def save_keras(model: keras.Model, path: str) -> None:

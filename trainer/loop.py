@@ -185,6 +185,8 @@ def identify(config: Config) -> tuple[Config, tuple[Dataset, ...], Dataset, dict
     if config.data_weights:
         told = [f"{one}, weight {weight:g}" for one, weight in zip(told, config.data_weights, strict=True)]
     identity = config.identity() | {
+        # A file is known by its checksum, wherever it lies.
+        "student": "keras" if config.student.startswith("keras:") else config.student,
         "classes": len(held_out.classes),
         "data": "; ".join(told),
         "teacher": [teachers.checksum(config, name) for name in config.teacher],

@@ -171,7 +171,7 @@ def finish(
     )
     files.write(files.join(settings.workdir, "report.html"), page.encode(), "the report")
     journal.flush()
-    files.remove_temporary(folder)
+    export.clean(folder)
     before_commit()
     _write_json(files.join(settings.workdir, "result.json"), result)
     screen.say(f"finished: {_summary(result)}")

@@ -59,4 +59,25 @@ MUTANTS = [
         "> 1 << 62:",
         "test_hostile_models.py::test_an_npz_larger_than_any_bit",
     ),
+    Mutant(
+        "a student's file wherever it lies",
+        "loop.py",
+        '"student": "keras" if config.student.startswith("keras:") else config.student,',
+        "",
+        "test_students.py::test_a_students_file_is_known_by_its_content_and_not_by_its_place",
+    ),
+    Mutant(
+        "what a crash left of an export",
+        "export.py",
+        'for part in ("", "saved_model", "saved_model/variables"):',
+        'for part in ("",):',
+        "test_export.py::test_what_a_crash_left_on_a_disk_goes",
+    ),
+    Mutant(
+        "a bucket gets whole objects of a SavedModel",
+        "export.py",
+        "tf.saved_model.save(servable, local, signatures=signatures)",
+        'tf.saved_model.save(servable, files.join(folder, "saved_model"), signatures=signatures)',
+        "test_export.py::test_a_bucket_gets_whole_objects_and_refusals_that_pass_are_not_felt",
+    ),
 ]
