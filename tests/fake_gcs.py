@@ -29,6 +29,7 @@ import ipaddress
 import json
 import os
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -113,6 +114,23 @@ class Fault:
 
 
 @dataclasses.dataclass
+class Kill:
+    """A client that is to die: see `Server.kill_after`."""
+
+    pid: int
+    left: int
+    kind: str
+    match: str
+
+    def due(self, request: Request) -> bool:
+        """Whether it dies after this change; counts it."""
+        if self.kind in ("", request.kind) and self.match in request.object:
+            self.left -= 1
+            return self.left == 0
+        return False
+
+
+@dataclasses.dataclass
 class Request:
     """A line of the log."""
 
@@ -176,7 +194,7 @@ class Server:
         self.stall_seconds = 60.0
         self.token = ""  # if set, requests over TLS must carry it as their bearer token
         self.killed: list[int] = []
-        self._kill: tuple[int, int] | None = None
+        self._kill: Kill | None = None
         self._generation = int(time.time() * 1e6)
         self._numbers = 0
         self._closing = threading.Event()
@@ -259,10 +277,28 @@ class Server:
             gone, self.faults = self.faults, []
         return gone
 
-    def kill_after(self, count: int, pid: int) -> None:
-        """Sends SIGKILL to `pid` once `count` more changes were made, before the client hears of the last one."""
+    def kill_after(self, count: int, pid: int, kind: str = "", match: str = "") -> None:
+        """Sends SIGKILL to `pid` once `count` more changes were made, before the client hears of the last one.
+
+        Args:
+            count: from 1.
+            pid: of the client.
+            kind: only changes of this one count; empty: all.
+            match: only changes of objects with this in their name count.
+        """
+        assert kind in ("", *MUTATING), kind
         with self.lock:
-            self._kill = (self.mutations + count, pid)
+            self._kill = Kill(pid, count, kind, match)
+
+    def sprinkle(self, seed: int, share: float, failures: tuple[str, ...], requests: int = 3000) -> None:
+        """Adds a fault to single requests by their number, drawn anew for each seed, and none to two of three neighbours.
+
+        So every request that is given a few tries gets through, and what is repeated goes wrong now and then too.
+        """
+        drawn, number = random.Random(seed), 0
+        while number < requests:
+            number += 3 + int(drawn.expovariate(share / (1 - 3 * share)))
+            self.fail(drawn.choice(failures), number=number)
 
     def put(self, bucket: str, name: str, data: bytes) -> None:
         with self.lock:
@@ -271,6 +307,11 @@ class Server:
     def get(self, bucket: str, name: str) -> bytes:
         with self.lock:
             return self.buckets[bucket][name].data
+
+    def take(self, bucket: str, name: str) -> bytes:
+        """The content of an object, which is gone then."""
+        with self.lock:
+            return self.buckets[bucket].pop(name).data
 
     def names(self, bucket: str, prefix: str = "") -> list[str]:
         with self.lock:
@@ -332,8 +373,8 @@ class Server:
                 return refused(refusal.status, str(refusal))
             if request.kind in MUTATING and answer.status < 400:
                 self.mutations += 1
-                if self._kill and self.mutations == self._kill[0]:
-                    pid = self._kill[1]
+                if self._kill and self._kill.due(request):
+                    pid = self._kill.pid
                     self._kill = None
                     os.kill(pid, signal.SIGKILL)
                     self.killed.append(pid)
@@ -429,7 +470,7 @@ class Server:
         content_type = headers.get("X-Upload-Content-Type") or headers.get("Content-Type") or ""
         if request.kind == "start":
             resource = json.loads(body) if body else {}
-            name = name or resource["name"]
+            name = request.object = name or resource["name"]
             check(conditions, self.buckets[bucket].get(name))
             key = f"upload-{request.number}"
             self.uploads[key] = Upload(bucket, name, conditions, resource, content_type)
@@ -438,7 +479,7 @@ class Server:
             return Answer(200, b"", {"Location": where, "X-GUploader-UploadID": key})
         if query.get("uploadType") == "multipart":
             resource, content_type, body = multipart(headers.get("Content-Type") or "", body)
-            name = name or resource["name"]
+            name = request.object = name or resource["name"]
         return Answer.of(self._finish(bucket, name, conditions, resource, content_type, body))
 
     def _continue(self, query: dict[str, str], headers: Any, body: bytes) -> Answer:

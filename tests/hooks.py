@@ -26,6 +26,11 @@ def job(argv: list[str], hooks: list[dict[str, Any]]) -> int:
     return cli.main(argv)
 
 
+def environment(**values: str) -> None:
+    """Sets variables of this process; TensorFlow's and Google's clients of gs:// look at them when they first ask for something."""
+    os.environ.update(values)
+
+
 def shoot(number: str, times: int = 1) -> None:
     """Sends this process a real signal. Of SIGKILL nothing returns; a handler of Python's runs before the next line does."""
     for _ in range(times):

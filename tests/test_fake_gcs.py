@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import http.client
 import io
+import itertools
 import json
 import os
 import signal
@@ -384,6 +385,31 @@ def test_kill_after_the_nth_change(gcs: fake_gcs.Server) -> None:
         assert gcs.mutations == changes
         assert gcs.log[-1].status == 0, "the client was told of its last change"
         assert gcs.killed == [process.pid]
+
+
+def test_kill_after_a_change_of_a_kind(gcs: fake_gcs.Server) -> None:
+    with gcs.lock:
+        process = subprocess.Popen([sys.executable, "-c", CHANGES, str(gcs.port)])
+        gcs.kill_after(1, process.pid, "upload", "3")
+    assert process.wait(60) == -signal.SIGKILL
+    assert gcs.names("bucket") == ["0", "1", "2", "3"]
+    with gcs.lock:
+        process = subprocess.Popen([sys.executable, "-c", CHANGES, str(gcs.port)])
+        gcs.kill_after(1, process.pid, "delete")
+    assert process.wait(60) == 0
+
+
+def test_sprinkled_faults_leave_two_of_three_neighbours_alone(gcs: fake_gcs.Server) -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        gcs.heal()
+        gcs.sprinkle(seed, 0.2, ("503", "reset"))
+        drawn.append([(fault.number, fault.failure) for fault in gcs.faults])
+    assert drawn[0] == drawn[1] != drawn[2]
+    numbers = [number for number, _ in drawn[0] if number]
+    assert min(b - a for a, b in itertools.pairwise(numbers)) == 3
+    assert 500 < len(numbers) < 700
+    assert {failure for _, failure in drawn[0]} == {"503", "reset"}
 
 
 def test_a_token_may_be_required(gcs: fake_gcs.Server, raw: Raw) -> None:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -49,14 +49,16 @@ class Child:
 class Zygote:
     """The server, seen from outside; used with `with`."""
 
-    def __init__(self, *preload: str, root: pathlib.Path = ROOT) -> None:
+    def __init__(self, *preload: str, root: pathlib.Path = ROOT, unset: Iterable[str] = ()) -> None:
         """
         Args:
             preload: modules that the server imports.
             root: project whose `tests` and root are on the server's path.
+            unset: variables of this process that the server does not get.
         """
         command = [sys.executable, str(root / "tests" / "zygote.py"), *preload]
-        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        inherited = {name: value for name, value in os.environ.items() if name not in set(unset)}
+        environment = inherited | {"TF_CPP_MIN_LOG_LEVEL": "3", "OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "agg"}
         self._server = subprocess.Popen(
             command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
         )
