@@ -17,6 +17,7 @@ from trainer.config import Config
 from trainer.errors import DataError
 from trainer.journal import Screen
 from trainer.models import bit, teachers
+from trainer.models.saved_models import SavedServable
 from trainer.store import Order
 
 
@@ -136,8 +137,9 @@ def test_programs_that_touch_files_or_processes_are_refused_before_they_run(tmp_
     assert not (tmp_path / "written").exists()
 
 
-def test_a_saver_by_name_alone_is_no_way_around(tmp_path: pathlib.Path) -> None:
-    """A function that calls itself a saver and is called by the signature."""
+@pytest.mark.parametrize("takes", ["pixels", "files"])
+def test_a_saver_by_name_alone_is_no_way_around(tmp_path: pathlib.Path, takes: str) -> None:
+    """A function that calls itself a saver and is called by the signature; `files` is what `funmatch evaluate` loads."""
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
     def inner_traced_save_function(text: tf.Tensor) -> tf.Tensor:
@@ -146,14 +148,22 @@ def test_a_saver_by_name_alone_is_no_way_around(tmp_path: pathlib.Path) -> None:
 
     class Sly(tf.Module):
         @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)])
-        def classify(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
+        def pixels(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
             return {"logits": tf.reduce_mean(pictures, axis=(1, 2)) @ inner_traced_save_function("x")}
 
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+        def files(self, encoded: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"logits": tf.ones([tf.size(encoded), 3]) @ inner_traced_save_function("x")}
+
     made = Sly()
-    tf.saved_model.save(made, str(tmp_path / "saved"), signatures={"serving_default": made.classify})
+    tf.saved_model.save(made, str(tmp_path / "saved"), signatures={"serving_default": getattr(made, takes)})
     (tmp_path / "written").unlink(missing_ok=True)
+    attempt = {
+        "pixels": lambda: load(f"saved_model:{tmp_path}/saved"),
+        "files": lambda: SavedServable(str(tmp_path / "saved"), "model"),
+    }
     with pytest.raises(DataError, match=r"WriteFile.*refused"):
-        load(f"saved_model:{tmp_path}/saved")
+        attempt[takes]()
     assert not (tmp_path / "written").exists()
 
 

@@ -64,8 +64,8 @@ MUTANTS = [
     Mutant(
         "a coefficient for each example",
         "views.py",
-        'config.mixup == "example"',
-        "False",
+        'elif chosen.mixup and config.mixup == "example":',
+        "elif False:",
         "test_views.py::test_mixup_by_example_has_a_coefficient_for_each",
     ),
     Mutant(
@@ -78,7 +78,7 @@ MUTANTS = [
     Mutant(
         "the example resizes, then crops",
         "views.py",
-        'cropped_first = not config.like_example("crop")',
+        "cropped_first = not _zoomed(config)",
         "cropped_first = True",
         "test_views.py::test_compat_crop_is_the_examples",
     ),
@@ -87,7 +87,7 @@ MUTANTS = [
         "distill.py",
         'if config.like_example("distance"):',
         "if False:",
-        "test_distill.py::test_loss_is_the_mean_over_the_global_batch",
+        "test_distill.py::test_loss_is_the_mean_over_the_global_batch[compat distance]",
     ),
     Mutant(
         "fixed targets are the example's own",

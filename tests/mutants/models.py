@@ -20,9 +20,16 @@ MUTANTS = [
     Mutant(
         "SavedModels whose function only calls itself a saver",
         "models/saved_models.py",
-        "_refuse(self._call.graph.as_graph_def(), where, savers=False)",
-        "pass",
-        "test_saved_models.py::test_a_saver_by_name_alone_is_no_way_around",
+        "_refuse(self._call.graph.as_graph_def(), where, savers=False)\n        self._output",
+        "self._output",
+        "test_saved_models.py::test_a_saver_by_name_alone_is_no_way_around[pixels]",
+    ),
+    Mutant(
+        "servables whose function only calls itself a saver",
+        "models/saved_models.py",
+        "_refuse(self._call.graph.as_graph_def(), where, savers=False)\n        self.classes",
+        "self.classes",
+        "test_saved_models.py::test_a_saver_by_name_alone_is_no_way_around[files]",
     ),
     Mutant(
         "a pinned digest",

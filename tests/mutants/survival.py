@@ -155,7 +155,7 @@ MUTANTS = [
         "distill.py",
         "tf.logical_and(bad_step < 0, ",
         "tf.logical_and(bad_step < 99, ",
-        "test_numbers.py::test_stopped_before_a_commit_and_named[loss]",
+        "test_numbers.py::test_stopped_before_a_commit_and_named[gradient]",
     ),
     Mutant(
         "the teacher as the cause",
