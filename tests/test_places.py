@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import fake_gcs
 import numpy as np
 import pytest
-from conftest import here, silent
+from conftest import ROOT, here, silent
 
 from trainer import places, prepare, records
 from trainer.errors import DataError
@@ -107,6 +111,43 @@ def test_what_fails_once_is_tried_again(gcs_here: fake_gcs.Server, local: dict[s
     assert not garden(OUT).startswith("exit")
     assert [fault.consumed for fault in faults] == [1] * 5
     assert there(gcs_here) == local
+
+
+GARDEN = """
+import sys
+from trainer import cli, prepare
+prepare._SHARD_BYTES = 5000
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_killed_on_the_way_the_same_command_goes_on_and_leaves_nothing(
+    gcs_here: fake_gcs.Server, local: dict[str, bytes], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a real SIGKILL after some uploads. What it had on this disk is removed too, and what a living process has is not."""
+    flags = ["--classes=3", "--size=24", "--train=30", "--validation=0", "--test=12", "--pretrain=0"]
+    argv = ["prepare", "--dataset=synthetic", f"--out={OUT}", *flags]
+    environment = os.environ | gcs_here.env | {"TMPDIR": str(tmp_path)}
+    with gcs_here.lock:  # it cannot get ahead of us
+        process = subprocess.Popen(
+            [sys.executable, "-c", GARDEN, *argv], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+        )
+        gcs_here.kill_after(9, process.pid)
+    assert process.wait(120) == -signal.SIGKILL
+    assert "dataset.json" not in there(gcs_here)
+    assert len(there(gcs_here)) > 3
+    (left,) = tmp_path.glob("funmatch-shards-*")
+    monkeypatch.setattr(places.tempfile, "tempdir", str(tmp_path))
+    other = places.Bucket("gs://bucket/other")
+    os.utime(left, (0, 0))
+    os.utime(other.local, (0, 0))
+    fresh = tmp_path / "funmatch-shards-justmade"
+    fresh.mkdir()
+    assert not garden(OUT).startswith("exit")
+    assert there(gcs_here) == local
+    assert set(tmp_path.iterdir()) == {pathlib.Path(other.local), fresh}
+    other.close()
+    assert set(tmp_path.iterdir()) == {fresh}
 
 
 def place_and_file(size: int) -> tuple[places.Bucket, records.Shard, bytes]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import os
 import posixpath
 import shutil
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,8 @@ from trainer.errors import DataError
 
 _CHUNK = 8 << 20  # of an upload: what is sent again when a connection breaks, and held in memory by each thread
 _PATIENCE = 600.0  # seconds that one request is retried
+_SHARDS = "funmatch-shards-"  # begins the names of folders of shards on their way to a bucket
+_FRESH = 60.0  # seconds
 
 
 def open_place(folder: str) -> Place:
@@ -52,9 +56,22 @@ class Place:
     def __init__(self, folder: str) -> None:
         self.folder = self.local = folder
         files.require_writable(folder, "--out")
+        self._lock = _hold(folder)
+        if self._lock is None:
+            raise DataError(
+                f"--out={folder} is being written by another process: let it finish, or choose another --out"
+            )
+        if self._lock >= 0:
+            for inside in (folder, files.join(folder, ".making")):
+                files.remove_temporary(inside)  # of processes that were killed
+            with contextlib.suppress(OSError):
+                os.rmdir(files.join(folder, ".making"))  # if it is empty
 
     def close(self) -> None:
-        """Removes what was only for the way."""
+        """Lets another process write here."""
+        if self._lock is not None and self._lock >= 0:
+            os.close(self._lock)
+            self._lock = None
 
     def holds(self, name: str, size: int, crc32c: int) -> bool:
         """Whether the file `name` is there with this length and CRC32C."""
@@ -99,9 +116,12 @@ class Place:
         """Deletes a file; one that is gone already is fine."""
         files.remove(files.join(self.folder, name))
 
-    def remove_folder(self, name: str) -> None:
-        """Deletes a folder with small files."""
-        shutil.rmtree(files.join(self.folder, name), ignore_errors=True)
+    def remove_folder(self, name: str, last: str = "") -> None:
+        """Deletes a folder with small files; the one named `last` goes last."""
+        folder = files.join(self.folder, name)
+        for found in sorted(files.names(folder), key=lambda found: found == last):
+            files.remove(files.join(folder, found))
+        shutil.rmtree(folder, ignore_errors=True)
 
     def changed(self, shards: dict[str, tuple[int, int]]) -> list[str]:
         """Of these names with lengths and CRC32Cs, those that are not there so (any more)."""
@@ -121,6 +141,7 @@ class Bucket(Place):
     def __init__(self, folder: str, flag: str = "--out", *, reading: bool = False) -> None:
         bucket, _, prefix = folder.removeprefix("gs://").rstrip("/").partition("/")
         self.folder, self.local = folder.rstrip("/"), ""
+        self._lock = None
         self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
         self._threads = threading.local()
         self._credentials: Any = None
@@ -140,12 +161,15 @@ class Bucket(Place):
             probe = self._blob(f".write-probe-{os.urandom(4).hex()}")
             probe.upload_from_string(b"", if_generation_match=0, retry=_retry())
             probe.delete(retry=_retry())
-        self.local = tempfile.mkdtemp(prefix="funmatch-shards-")
+        _sweep_temporary()
+        self.local = tempfile.mkdtemp(prefix=_SHARDS)
+        self._lock = _hold(self.local)
 
     def close(self) -> None:
         """Removes the shards that were on their way."""
         if self.local:
             shutil.rmtree(self.local, ignore_errors=True)
+        super().close()
 
     def names(self) -> dict[str, str]:
         """The objects that were there when the place was opened, and a mark that changes when one does."""
@@ -198,9 +222,9 @@ class Bucket(Place):
             self._blob(name).delete(retry=_retry())
         self._seen.pop(name, None)
 
-    def remove_folder(self, name: str) -> None:
-        """Deletes all objects under a prefix."""
-        for found in self._list(f"{name}/"):
+    def remove_folder(self, name: str, last: str = "") -> None:
+        """Deletes all objects under a prefix; the one named `last` goes last."""
+        for found in sorted(self._list(f"{name}/"), key=lambda found: found == f"{name}/{last}"):
             self.remove(found)
 
     def changed(self, shards: dict[str, tuple[int, int]]) -> list[str]:
@@ -295,6 +319,36 @@ class Bucket(Place):
             OSError,
         ) as error:
             raise DataError(f"cannot {verb} {where}: {files.reason(error)}; the same command goes on") from error
+
+
+def _hold(folder: str) -> int | None:
+    """Locks a local folder until the handle that it returns is closed, or the process ends, however it does.
+
+    None: another process holds it. -1: the file system has no locks.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:
+        os.close(handle)
+        return -1
+    return handle
+
+
+def _sweep_temporary() -> None:
+    """Removes folders of shards on their way whose processes were killed."""
+    for name in os.listdir(tempfile.gettempdir()):
+        path = os.path.join(tempfile.gettempdir(), name)
+        with contextlib.suppress(OSError):
+            # One that was made a moment ago is perhaps not locked yet.
+            if not name.startswith(_SHARDS) or os.stat(path).st_mtime > time.time() - _FRESH:
+                continue
+            if (handle := _hold(path)) is not None and handle >= 0:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(handle)
 
 
 class _Taken(DataError):

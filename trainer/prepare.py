@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import os
+import posixpath
 import sys
 import threading
 import time
@@ -47,6 +48,8 @@ _SHARD_BYTES = 128 << 20
 _SAMPLE = 64  # first pictures of a split, whose mean length decides how many shards there are
 _AHEAD = 32  # pictures that a shard's writer has under way; what bounds memory
 _MAKING = ".making"  # folder in which the work is noted until dataset.json is there
+_SHARDS = f"{_MAKING}/shards.json"  # names of all shards that work at this place ever made, or was about to make
+_COMPLETE = f"{_MAKING}/complete"  # the SHA-256 of the plan and dataset.json, noted just before the latter is written
 
 Progress = Callable[[str, int, int], None]
 
@@ -317,19 +320,26 @@ def write(
         DataError: `out` is taken or cannot be written, or pictures cannot be used and `skip_bad` is false.
     """
     from trainer import places
-    from trainer.records import INDEX
+    from trainer.records import INDEX, Dataset
 
     place = places.open_place(out)
     try:
         old = place.read(INDEX)
         if old is not None and not overwrite:
+            if place.read(_COMPLETE) == _complete(plan, old):
+                # This very command was killed when all was done but for the clearing up.
+                _clear(place, old, _noted_shards(place))
+                return Dataset.load(out, "out")
             raise DataError(f"--out={out} holds a data set already: give another folder, or --overwrite")
         source = make_source()
         try:
+            earlier = _noted_shards(place) | _shard_files(old)
             _claim(place, plan, overwrite)
+            if earlier:
+                _note_shards(place, earlier)  # else nobody would know of them after a kill
             # From here on there is no data set at `out` until the new one is complete.
             place.remove(INDEX)
-            return _Writer(place, source, progress, workers or os.cpu_count() or 1, skip_bad, say).run(old)
+            return _Writer(place, source, plan, progress, workers or os.cpu_count() or 1, skip_bad, say).run(earlier)
         finally:
             source.close()
     finally:
@@ -338,16 +348,46 @@ def write(
 
 def _claim(place: Place, plan: dict[str, Any], overwrite: bool) -> None:
     """Notes whose work lies at the place from now on, so that two data sets do not mix."""
-    name, content = f"{_MAKING}/plan.json", json.dumps(plan, sort_keys=True).encode()
-    if place.write(name, content, new=True) or place.read(name) == content:
+    name, content = f"{_MAKING}/plan.json", _noted_plan(plan)
+    if place.write(name, content, new=True) or (there := place.read(name)) == content:
+        return
+    if there is not None and content.startswith(there):
+        place.write(name, content)  # its writer was killed before it was all there, and so before anything else
         return
     if not overwrite:
         raise DataError(
             f"at --out={place.folder} another data set was begun and not finished, or is being made now: "
-            f"{(place.read(name) or b'').decode(errors='replace')}. Give its flags to go on, another folder, or --overwrite"
+            f"{(there or b'').decode(errors='replace')}. Give its flags to go on, another folder, or --overwrite"
         )
     place.remove_folder(_MAKING)
     place.write(name, content)
+
+
+def _noted_plan(plan: dict[str, Any]) -> bytes:
+    return json.dumps(plan, sort_keys=True).encode()
+
+
+def _complete(plan: dict[str, Any], index: bytes) -> bytes:
+    return hashlib.sha256(_noted_plan(plan) + index).hexdigest().encode()
+
+
+def _clear(place: Place, index: bytes, earlier: set[str]) -> None:
+    """Removes shards of before that the data set with this index does not name, and the notes."""
+    for name in earlier - _shard_files(index):
+        place.remove(name)
+    place.remove_folder(_MAKING, last=posixpath.basename(_COMPLETE))
+
+
+def _noted_shards(place: Place) -> set[str]:
+    """Names of shards that unfinished work here made, or was about to make."""
+    try:
+        return set(map(str, json.loads(place.read(_SHARDS) or b"[]")))
+    except (ValueError, TypeError):
+        return set()
+
+
+def _note_shards(place: Place, names: set[str]) -> None:
+    place.write(_SHARDS, json.dumps(sorted(names)).encode())
 
 
 class _Writer:
@@ -357,18 +397,19 @@ class _Writer:
         self,
         place: Place,
         source: Source,
+        plan: dict[str, Any],
         progress: Progress,
         workers: int,
         skip_bad: bool,
         say: Callable[[str], None],
     ) -> None:
-        self._place, self._source, self._progress = place, source, progress
+        self._place, self._source, self._plan, self._progress = place, source, plan, progress
         self._workers, self._skip, self._say = workers, skip_bad, say
         self._total = sum(part.count for part in source.parts)
         self._done, self._lock, self._stop = 0, threading.Lock(), threading.Event()
 
-    def run(self, old: bytes | None) -> Dataset:
-        """Makes everything; `old` is the index of the data set that was there."""
+    def run(self, earlier: set[str]) -> Dataset:
+        """Makes everything; `earlier` names the shards of what was there before, finished or not."""
         if empty := [part.name for part in self._source.parts if not part.count]:
             raise DataError(f"split {empty[0]!r} would be empty: {self._source.name} has no pictures for it")
         with concurrent.futures.ThreadPoolExecutor(self._workers) as self._pool:
@@ -377,6 +418,8 @@ class _Writer:
                 for part, count in ((part, self._shards(part)) for part in self._source.parts)
                 for number in range(count)
             ]
+            earlier = earlier | {_shard_name(part, number, count) for part, number, count in shards}
+            _note_shards(self._place, earlier)
             writers = max(self._place.writers, self._workers)
             with concurrent.futures.ThreadPoolExecutor(min(writers, len(shards))) as makers:
                 jobs = [makers.submit(self._shard, *shard) for shard in shards]
@@ -395,7 +438,7 @@ class _Writer:
         for (part, _, _), job in zip(shards, jobs, strict=True):
             made.setdefault(part.name, []).append(job.result())
         self._judge([one for ones in made.values() for one in ones])
-        return self._finish(made, old)
+        return self._finish(made, earlier)
 
     def _shards(self, part: Part) -> int:
         """Shards of about 128 MiB, as the first pictures' lengths foretell."""
@@ -416,7 +459,7 @@ class _Writer:
         from trainer.records import write_shard
 
         start, stop = part.count * number // shards, part.count * (number + 1) // shards
-        file = f"{part.name}-{number:05d}-of-{shards:05d}.tfrecord"
+        file = _shard_name(part, number, shards)
         key = hashlib.sha256(f"{file} {start} {stop}\n{part.key(start, stop)}".encode()).hexdigest()
         note = f"{_MAKING}/{file}.json"
         content = self._place.read(note)
@@ -478,7 +521,7 @@ class _Writer:
                 f"{turned:,} pictures have an EXIF rotation, which is not applied (docs/data.md); --exif=upright does"
             )
 
-    def _finish(self, made: dict[str, list[_Made]], old: bytes | None) -> Dataset:
+    def _finish(self, made: dict[str, list[_Made]], earlier: set[str]) -> Dataset:
         """Writes dataset.json, if every shard is still what was made, and clears up."""
         from trainer.records import INDEX, Dataset, Shard, Split
 
@@ -513,10 +556,10 @@ class _Writer:
             },
             self._source.facts | {name: count for name, count in facts.items() if count},
         )
-        self._place.write(INDEX, dataset.index())
-        self._place.remove_folder(_MAKING)
-        for name in _shard_files(old) - {one.file for one in every}:
-            self._place.remove(name)
+        index = dataset.index()
+        self._place.write(_COMPLETE, _complete(self._plan, index))
+        self._place.write(INDEX, index)
+        _clear(self._place, index, earlier)
         return dataset
 
 
@@ -539,6 +582,10 @@ def _median_low(counts: dict[int, int]) -> int:
         if seen > middle:
             return value
     raise ValueError("no values")
+
+
+def _shard_name(part: Part, number: int, shards: int) -> str:
+    return f"{part.name}-{number:05d}-of-{shards:05d}.tfrecord"
 
 
 def _shard_files(index: bytes | None) -> set[str]:
