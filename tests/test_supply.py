@@ -122,3 +122,16 @@ def test_without_pip_audit_the_audit_says_so() -> None:
     assert done.returncode == 3
     assert done.stdout.startswith("audit: NOT DONE")
     assert subprocess.run([*command, "--or-say-so"], capture_output=True, check=False).returncode == 0
+
+
+def test_every_file_of_the_package_reaches_an_image() -> None:
+    """What the build may see, and what setup.py installs, are lists: a new folder must be in both."""
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    setup = (ROOT / "setup.py").read_text()
+    for path in (ROOT / "trainer").rglob("*"):
+        if path.is_dir() or "__pycache__" in path.parts:
+            continue
+        name = path.relative_to(ROOT)
+        assert any(name.match(one) and len(name.parts) == len(pathlib.PurePath(one).parts) for one in allowed), name
+        assert f'"{".".join(name.parts[:-1])}"' in setup, name
+        assert path.suffix == ".py" or f'"{path.name}"' in setup, name
