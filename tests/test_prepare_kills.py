@@ -64,7 +64,7 @@ class Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("prepare")
     put(folder / "in", *[f"{split}/{name}/1.jpg" for split in SPLITS for name in "ab"])
-    with Zygote("hooks", "trainer.prepare", "trainer.places", "trainer.sources", "trainer.journal") as zygote:
+    with Zygote("hooks", "trainer.prepare", "trainer.places", "trainer.sources", root=ROOT) as zygote:
         made = Run(zygote, folder / "in", folder, {}, [])
         assert made.prepare(folder / "whole", record=str(folder / "changes")) == 0
         made.whole = tree(folder / "whole")
