@@ -20,6 +20,7 @@ import tempfile
 import time
 from typing import Any
 
+import fake_gcs
 import mutants
 from mutants import Mutant
 from zygote import Zygote, side_by_side
@@ -114,6 +115,9 @@ def main() -> int:
     asked = parser.parse_args()
     shard, shards = (int(part) for part in asked.shard.split("/"))
     wanted = [m for m in MUTANTS if asked.text in m.what][shard - 1 :: shards]
+    os.environ.update(
+        fake_gcs.KNOBS
+    )  # read once by TensorFlow's gs:// client, which the server imports before any conftest
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name, Zygote(*PRELOAD) as zygote:
         pristine = pathlib.Path(name) / "pristine"

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -289,3 +290,96 @@ def test_faults_that_pass_do_not_change_a_bit(world: World) -> None:
     # Nothing of a job renames in a bucket, so there is no rewrite.
     assert {kind for kind, _ in met} >= {"stat", "list", "read", "start", "chunk", "status", "upload", "delete"}
     assert {fault for _, fault in met} == set(PASSING)
+
+
+# What goes wrong for good: the requests (kind, part of the object's name, how many pass before), the failure, and what the one line
+# must say of it.
+LASTING = {
+    "403 to the second state": (
+        [("start", "run/checkpoints/state-", 1)],
+        "403",
+        r"cannot write a checkpoint gs://bucket/run/checkpoints/state-0000000008.*HTTP 403.*roles/storage\.objectAdmin",
+    ),
+    "403 to the second commit": (
+        [("start", "run/checkpoints/checkpoint-", 1)],
+        "403",
+        r"cannot write a checkpoint's commit gs://bucket/run/checkpoints/checkpoint-0000000008\.json.*HTTP 403",
+    ),
+    "503 to the second state's pieces": (
+        [("chunk", "run/checkpoints/state-", 1), ("status", "run/checkpoints/state-", 0)],
+        "503",
+        r"cannot write a checkpoint gs://bucket/run/checkpoints/state-0000000008.*HTTP 503.*does not answer",
+    ),
+    "resets of the second metrics": (
+        [("start", "run/metrics.jsonl", 1)],
+        "reset",
+        r"cannot write the metrics gs://bucket/run/metrics\.jsonl.*does not answer",
+    ),
+    "silence to the second state": (
+        [("start", "run/checkpoints/state-", 1)],
+        "stall",
+        r"cannot write a checkpoint gs://bucket/run/checkpoints/state-0000000008.*does not answer",
+    ),
+    "403 to the export": (
+        [("start", "run/export/", 0)],
+        "403",
+        r"cannot write the exported model gs://bucket/run/export/saved_model/.*HTTP 403",
+    ),
+    "403 to all changes": (
+        [(kind, "", 0) for kind in ("start", "chunk", "upload", "delete")],
+        "403",
+        r"cannot write .*gs://bucket/run/.*HTTP 403",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
+    """With the client's settings that users get: what is wrong with each that was asked for; empty: nothing."""
+    asked = {item.callspec.params["fault"] for item in request.session.items if "lasted" in item.fixturenames}  # type: ignore[attr-defined]
+    names = [name for name in LASTING if name in asked]
+
+    def one(number: int, name: str, zygote: Zygote) -> str:
+        requests, failure, line = LASTING[name]
+        with bucket(world, f"lasting-{number}") as here:
+            here.server.stall_seconds = 300
+            reached, told = here.folder / "reached", here.told
+            from_the_middle = name.endswith(" all changes")
+            hooks = [after(5, touch=str(reached), sleep=5.0)] if from_the_middle else []
+            job = here.begin(*hooks, zygote=zygote)
+            if from_the_middle:
+                wait_for(lambda: reached.exists() and committed(here.server) == [4], 120)
+            faults = [here.server.fail(failure, kind, match=match, after=n, times=None) for kind, match, n in requests]
+            wait_for(lambda: any(fault.consumed for fault in faults), 120)
+            began = time.monotonic()
+            code = job.wait()
+            seconds = time.monotonic() - began
+            print(f"{name}: ended after {seconds:.1f} s")
+            if code != 3:
+                return f"ended with {code}: {told.read_text()[-1500:]}"
+            if not re.search(line, mistake(told.read_text())):
+                return f"said {mistake(told.read_text())}"
+            if seconds > 60:
+                return f"ended after {seconds:.0f} s"
+            here.server.heal()
+            last = max(committed(here.server))
+            before = len(told.read_text())
+            job = here.begin(zygote=zygote, lease=LEASE)
+            if code := job.wait():
+                return f"the same command again ended with {code}: {told.read_text()[before:]}"
+            again = told.read_text()[before:]
+            if f"resumed at step {last} of 12" not in again or "passed over" in again:
+                return f"did not go on from step {last}: {again}"
+            return ", ".join(here.differences())
+
+    with Zygote(*PRELOAD, unset=fake_gcs.KNOBS) as zygote:
+        wrong = side_by_side([lambda n=n, name=name: one(n, name, zygote) for n, name in enumerate(names)], workers=4)  # type: ignore[misc]
+    return dict(zip(names, wrong, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", LASTING)
+def test_a_fault_that_lasts_is_one_line_and_nothing_is_lost(fault: str, lasted: dict[str, str]) -> None:
+    """It ends within a minute after the fault began to be felt; when it is over, the same command goes on."""
+    assert not lasted[fault]

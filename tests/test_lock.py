@@ -194,6 +194,32 @@ def test_a_bucket_that_does_not_answer_is_waited_for_and_not_for_ever() -> None:
     owner.release()
 
 
+def test_who_ends_for_a_silent_bucket_does_not_wait_for_it_again() -> None:
+    """Each request may take half a minute. Once the bucket answers again, it is given back as ever."""
+
+    class Slow(Memory):
+        deletes = 0
+
+        def delete(self, generation: int) -> None:
+            self.deletes += 1
+            super().delete(generation)
+
+    register = Slow()
+    owner = lease(register).acquire(said.append)
+    register.down = True
+    time.sleep(0.3)
+    owner.release()
+    assert register.deletes == 0
+    register = Slow()
+    owner = lease(register).acquire(said.append)
+    register.down = True
+    time.sleep(0.2)
+    register.down = False
+    time.sleep(0.3)
+    owner.release()
+    assert (register.deletes, register.generation) == (1, 0)
+
+
 def test_an_answer_that_got_lost_is_no_conflict() -> None:
     register = Memory()
     register.lose_answers = 1

@@ -87,7 +87,7 @@ class Journal:
             work()
         except tf.errors.OpError as error:
             self._broken = True
-            self.warnings.append(f"nothing more goes to {self._boards}: {files.reason(error)}")
+            self.warnings.append(f"nothing more goes to {self._boards}: {files.reason(error, self._boards)}")
 
 
 class Screen:

@@ -186,7 +186,7 @@ class Lease:
         self._card = _card()
         self._generation, self._renewed, self._turn = 0, 0.0, 0
         self._lost: DataError | None = None
-        self._trouble = ""
+        self._trouble = ""  # why the last renewal failed, if it did
         self._guard, self._end = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -232,6 +232,8 @@ class Lease:
     def release(self) -> None:
         """See `Held`."""
         self._end.set()
+        if self._trouble:
+            return  # who is ending because of a silent bucket does not wait for it once more: the lease runs out
         self._thread.join()
         if self._lost is None:
             with contextlib.suppress(Conflict, Unavailable):
@@ -247,6 +249,7 @@ class Lease:
     def _try(self) -> None:
         try:
             self._write(self._generation)
+            self._trouble = ""
         except Conflict:
             self._lost = DataError(
                 f"{self._path} was taken over by another job while this one did not answer: nothing more is written"

@@ -80,4 +80,25 @@ MUTANTS = [
         'tf.saved_model.save(servable, files.join(folder, "saved_model"), signatures=signatures)',
         "test_export.py::test_a_bucket_gets_whole_objects_and_refusals_that_pass_are_not_felt",
     ),
+    Mutant(
+        "a failed upload is not begun again unseen",
+        "files.py",
+        "ctypes.pythonapi.Py_IncRef(ctypes.py_object(inner))",
+        "pass",
+        "test_gcs.py::test_a_failed_upload_is_not_begun_again_unseen",
+    ),
+    Mutant(
+        "no more waiting for a silent bucket at the end",
+        "lock.py",
+        "        if self._trouble:\n            return",
+        "        if False:\n            return",
+        "test_lock.py::test_who_ends_for_a_silent_bucket_does_not_wait_for_it_again",
+    ),
+    Mutant(
+        "trouble that is over",
+        "lock.py",
+        '            self._trouble = ""\n        except Conflict:',
+        "        except Conflict:",
+        "test_lock.py::test_who_ends_for_a_silent_bucket_does_not_wait_for_it_again",
+    ),
 ]
