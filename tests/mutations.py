@@ -68,7 +68,8 @@ def tests(folder: str, chosen: list[str]) -> int:
     os.chdir(folder)
     # Not ROOT's: neither its modules nor the place it would be found at.
     sys.path[:] = [folder, f"{folder}/tests", *(p for p in sys.path if p not in (str(ROOT), str(ROOT / "tests")))]
-    for name in [name for name in sys.modules if name.split(".")[0] in ("trainer", "conftest", "mutants")]:
+    ours = {"trainer", *(path.stem for path in (ROOT / "tests").iterdir())}
+    for name in [name for name in sys.modules if name.split(".")[0] in ours - {"mutations"}]:
         del sys.modules[name]
     os.environ["PYTHONPATH"] = folder  # for the processes that tests start
     import pytest
