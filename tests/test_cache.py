@@ -341,3 +341,29 @@ def test_need_is_known_before_anything_is_copied(make: Make, remote: list[str], 
     assert (need.copies, need.room) == (sum(shard.bytes for shard in split.shards), 1000)
     assert Cache(str(tmp_path / "cache")).need([(made, split)]).room > 1 << 20
     assert not remote
+
+
+@pytest.mark.usefixtures("remote")
+def test_bad_records_of_a_whole_shard_are_left_out_and_a_damaged_shard_stops(
+    make: Make, tmp_path: pathlib.Path
+) -> None:
+    """A shard that dataset.json knows may hold bad pictures. One that it does not know is another file."""
+    made, _ = make(6, 1)
+    with mock.patch.object(files, "is_remote", return_value=False):
+        pictures = [picture(0), Picture(b"no picture", 10, 10, 0, "evil.jpg"), picture(2)]
+        split = Split("train", (records.write_shard(made.folder, "bad", pictures),))
+    damage = records.Damage(made, split, 0.5)
+    store = DiskStore(made, split, 16, Cache(str(tmp_path / "one")), quiet, damage=damage)
+    assert [(bad.file, bad.record) for bad in damage.bad] == [("bad", 1)]
+    assert store.labels.tolist() == [0, 0]
+    path = pathlib.Path(made.folder, "bad")
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1  # in the first record
+    path.write_bytes(content)
+    damage = records.Damage(made, split, 0.9)
+    with pytest.raises(DataError, match=r"bad does not have the CRC32C .* none of such a shard .* --store=host$"):
+        DiskStore(made, split, 16, Cache(str(tmp_path / "two")), quiet, damage=damage)
+    assert list((tmp_path / "two" / "shards").glob("*.tfrecord")) == []
+    damage = records.Damage(made, split, 0.9)
+    assert len(MemoryStore(made, split, 16, quiet, damage)) == 1
+    assert [bad.record for bad in damage.bad] == [0, 1]

@@ -156,8 +156,9 @@ class Cache:
             if google_crc32c.value(content) != shard.crc32c:
                 # The copy would pass for the whole one with every run that has the same shard.
                 raise DataError(
-                    f"{source} does not have the CRC32C that {records.INDEX} says, and no copy is made of a damaged shard: "
-                    "copy it again, or leave bad records out with --store=memory"
+                    f"{source} does not have the CRC32C that {records.INDEX} says: it was damaged after it was prepared. "
+                    "--store=disk keeps copies that other runs share, and none of such a shard whatever --max_bad_fraction: "
+                    "copy the shard again, or leave its bad records out with --store=host"
                 )
             files.write(path, content, "a copy of a shard")
             return found
