@@ -171,7 +171,7 @@ def test_a_damaged_shard_is_not_copied_even_if_bad_records_are_borne(
     content[20] ^= 1
     path.write_bytes(bytes(content))
     damage = records.Damage(made, split, 0.5)
-    with pytest.raises(DataError, match="no copy is made of a damaged shard"):
+    with pytest.raises(DataError, match="none of such a shard whatever --max_bad_fraction"):
         DiskStore(made, split, 8, Cache(str(tmp_path / "cache")), quiet, damage=damage)
     assert len(damage.bad) == 1
     assert not copies(tmp_path / "cache")
