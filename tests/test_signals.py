@@ -40,6 +40,22 @@ def test_what_others_made_of_it_is_a_stop_all_the_same() -> None:
         wrap()
 
 
+def test_a_file_is_not_damaged_because_its_reading_was_stopped() -> None:
+    """Where a library raises nearly every type, all of them are told as damage: the signal's among them."""
+
+    def load() -> None:
+        try:
+            try:
+                send()
+            except Stopped as error:
+                raise ValueError("cannot be read") from error
+        except Exception as error:
+            raise DataError("teacher.keras does not load") from error
+
+    with pytest.raises(Stopped, match=r"^stopped by SIGTERM: give"), StopRequest(at_once=True):
+        load()
+
+
 def test_a_mistake_of_the_user_stays_one() -> None:
     def mistake() -> None:
         try:

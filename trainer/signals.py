@@ -9,6 +9,14 @@ from types import FrameType, TracebackType
 from trainer.errors import FunmatchError, Stopped
 
 
+def _led_to(first: BaseException, last: BaseException) -> bool:
+    """Whether `last` is an error made of `first`, as where a library's many errors all mean that a file is damaged."""
+    link: BaseException | None = last
+    while link is not None and link is not first:
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return link is first
+
+
 class StopRequest:
     """While entered, notes the first signal; a second one of SIGINT ends the process at once, as people expect.
 
@@ -41,7 +49,7 @@ class StopRequest:
         # Whoever runs our code (a tracer, an import) may have wrapped what was raised into an error of its own.
         if self._raised is None or error is self._raised or not isinstance(error, Exception):
             return
-        if isinstance(error, Stopped) or not isinstance(error, FunmatchError):
+        if isinstance(error, Stopped) or not isinstance(error, FunmatchError) or _led_to(self._raised, error):
             raise Stopped(*self._raised.args) from None
 
     def _note(self, number: int, _: FrameType | None) -> None:

@@ -158,6 +158,13 @@ MUTANTS = [
         "test_numbers.py::test_stopped_before_a_commit_and_named[gradient]",
     ),
     Mutant(
+        "a stop that a library's error hides",
+        "signals.py",
+        " or _led_to(self._raised, error)",
+        "",
+        "test_signals.py::test_a_file_is_not_damaged_because_its_reading_was_stopped",
+    ),
+    Mutant(
         "the teacher as the cause",
         "distill.py",
         "asked = 1.0 - tf.cast",
