@@ -228,6 +228,7 @@ def killed(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("point", KILLS)
 def test_killed_at_a_request_the_same_command_ends_equal_to_the_bit(point: str, killed: dict[str, str]) -> None:
     assert not killed[point]
