@@ -169,6 +169,7 @@ def build(config: Config, replicas: int = 1) -> loop.Job:
     return loop.build(config, Accelerator(strategy(replicas), "CPU", 10), Screen())
 
 
+@pytest.mark.slow
 def test_a_job_asks_the_form(make_config: Callable[..., Config]) -> None:
     config = make_config(teacher_precision=("int8",), min_teacher_agreement=0.5)
     job = build(config)

@@ -351,6 +351,7 @@ def test_batch_norm_students_compile_with_xla(make_config: Callable[..., Config]
     assert np.isfinite(list(job.advance(2, Order(0, len(job.train), 8)).values())).all()
 
 
+@pytest.mark.slow
 def test_batch_norm_and_ensembles_and_sizes_train(make_config: Callable[..., Config], teacher_file: str) -> None:
     job = build(
         make_config(

@@ -326,6 +326,11 @@ LASTING = {
         "403",
         r"cannot write the exported model gs://bucket/run/export/saved_model/.*HTTP 403",
     ),
+    "silence to everything": (
+        [("", "", 0)],
+        "stall",
+        r"gs://bucket.*does not answer",
+    ),
     "403 to all changes": (
         [(kind, "", 0) for kind in ("start", "chunk", "upload", "delete")],
         "403",
@@ -345,11 +350,13 @@ def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
         with bucket(world, f"lasting-{number}") as here:
             here.server.stall_seconds = 300
             reached, told = here.folder / "reached", here.told
-            from_the_middle = name.endswith(" all changes")
+            from_the_middle = name.endswith((" all changes", " everything"))
             hooks = [after(5, touch=str(reached), sleep=5.0)] if from_the_middle else []
             job = here.begin(*hooks, zygote=zygote)
             if from_the_middle:
                 wait_for(lambda: reached.exists() and committed(here.server) == [4], 120)
+                # Until the save of step 4 has looked for what it can delete, where a failure is a warning.
+                time.sleep(2)
             faults = [here.server.fail(failure, kind, match=match, after=n, times=None) for kind, match, n in requests]
             wait_for(lambda: any(fault.consumed for fault in faults), 120)
             began = time.monotonic()

@@ -202,6 +202,7 @@ def test_killed_anywhere_the_same_command_ends_equal_to_the_bit(
     same(uninterrupted, workdir)
 
 
+@pytest.mark.slow
 def test_killed_once_the_same_command_ends_equal_to_the_bit(
     flags: list[str], uninterrupted: str, tmp_path: pathlib.Path
 ) -> None:
@@ -434,6 +435,7 @@ def test_journal_goes_back_to_the_checkpoint(tmp_path: pathlib.Path) -> None:
     assert [row["kind"] for row in second.rows] == ["train"] * 3
 
 
+@pytest.mark.slow
 def test_bring_your_own_images_and_teacher(tmp_path: pathlib.Path) -> None:
     """Grey, transparent, CMYK and odd-sized files; a 0..255 softmax teacher of another size; a student of another size."""
     rng = np.random.default_rng(0)

@@ -90,6 +90,7 @@ def test_probabilities_are_seen(tmp_path: pathlib.Path) -> None:
     assert np.allclose(found, tf.nn.softmax(model(view())), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_job_trains_alike_at_one_and_two_replicas(
     tmp_path: pathlib.Path, make_config: Callable[..., Config]
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from trainer import files, logs
+from trainer.errors import DataError
 
 
 class Journal:
@@ -20,7 +23,8 @@ class Journal:
 
     The file is written whole by `write`, before each checkpoint commits: a resumed run cuts the rows after its checkpoint
     off and writes the same ones again, so there are no gaps and no repeats. TensorBoard's files are a convenience: where they
-    cannot be written, that is said and the run goes on.
+    cannot be written, that is said and the run goes on. For a bucket they are made on this machine and sent when the rows are
+    written: TensorFlow's own writer sends them from the training thread, and waits for a silent bucket for minutes at its end.
     """
 
     def __init__(self, workdir: str, boards: str = "", *, writes: bool = True) -> None:
@@ -35,6 +39,7 @@ class Journal:
         self._boards = boards or files.join(workdir, "tensorboard")
         self._writes = writes
         self._writer: Any = None
+        self._local: tempfile.TemporaryDirectory[str] | None = None  # where TensorBoard's files for a bucket are made
         self._broken = False
         self.rows: list[dict[str, Any]] = []
 
@@ -57,7 +62,9 @@ class Journal:
 
         def work() -> None:
             if self._writer is None:
-                self._writer = tf.summary.create_file_writer(self._boards)
+                if files.is_remote(self._boards):
+                    self._local = tempfile.TemporaryDirectory()
+                self._writer = tf.summary.create_file_writer(self._local.name if self._local else self._boards)
             with self._writer.as_default(step=step):
                 for name, value in values.items():
                     if isinstance(value, (int, float)):
@@ -74,20 +81,30 @@ class Journal:
         if not self._writes:
             return
         files.write(self._path, text, "the metrics")
-        self._optional(lambda: self._writer and self._writer.flush())
+        self._optional(self._publish)
 
     def flush(self) -> None:
         """Makes the rows so far durable."""
         self.write(self.text())
+
+    def _publish(self) -> None:
+        """Makes TensorBoard's files durable."""
+        if self._writer is not None:
+            self._writer.flush()
+        if self._local is not None:
+            for name in os.listdir(self._local.name):
+                content = files.read(os.path.join(self._local.name, name), "TensorBoard's file")
+                files.write(files.join(self._boards, name), content, "TensorBoard's file")
 
     def _optional(self, work: Callable[[], Any]) -> None:
         if self._broken:
             return
         try:
             work()
-        except tf.errors.OpError as error:
+        except (tf.errors.OpError, DataError) as error:
             self._broken = True
-            self.warnings.append(f"nothing more goes to {self._boards}: {files.reason(error, self._boards)}")
+            cause = error.__cause__ or error  # of what is sent, what the bucket said
+            self.warnings.append(f"nothing more goes to {self._boards}: {files.reason(cause, self._boards)}")
 
 
 class Screen:

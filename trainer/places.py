@@ -16,7 +16,6 @@ import shutil
 import struct
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +25,6 @@ from trainer.errors import DataError
 _CHUNK = 8 << 20  # of an upload: what is sent again when a connection breaks, and held in memory by each thread
 _PATIENCE = 600.0  # seconds that one request is retried
 _SHARDS = "funmatch-shards-"  # begins the names of folders of shards on their way to a bucket
-_FRESH = 60.0  # seconds
 
 
 def open_place(folder: str) -> Place:
@@ -162,8 +160,11 @@ class Bucket(Place):
             probe.upload_from_string(b"", if_generation_match=0, retry=_retry())
             probe.delete(retry=_retry())
         _sweep_temporary()
-        self.local = tempfile.mkdtemp(prefix=_SHARDS)
-        self._lock = _hold(self.local)
+        # Locked before it has the name that others look for, so that none of them takes it for a dead process's.
+        made = tempfile.mkdtemp(prefix="funmatch-")
+        self._lock = _hold(made)
+        self.local = os.path.join(os.path.dirname(made), _SHARDS + os.path.basename(made).removeprefix("funmatch-"))
+        os.rename(made, self.local)
 
     def close(self) -> None:
         """Removes the shards that were on their way."""
@@ -342,10 +343,9 @@ def _sweep_temporary() -> None:
     """Removes folders of shards on their way whose processes were killed."""
     for name in os.listdir(tempfile.gettempdir()):
         path = os.path.join(tempfile.gettempdir(), name)
+        if not name.startswith(_SHARDS):
+            continue
         with contextlib.suppress(OSError):
-            # One that was made a moment ago is perhaps not locked yet.
-            if not name.startswith(_SHARDS) or os.stat(path).st_mtime > time.time() - _FRESH:
-                continue
             if (handle := _hold(path)) is not None and handle >= 0:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(handle)
