@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 
+import fake_gcs
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, IMAGE, here, opinionated, strategy
+from conftest import CLASSES, IMAGE, ROOT, here, opinionated, strategy
 
 from trainer import loop
 from trainer.accelerator import Accelerator
@@ -70,6 +74,41 @@ def test_a_keras_export_says_what_the_network_says(tmp_path: pathlib.Path, compi
     assert np.allclose(run(view()), np.asarray(network()(view())), atol=1e-4)
     assert (teacher.size, teacher.probabilities) == (IMAGE, False)
     assert teacher.model.count_params() == network().count_params()
+
+
+def test_one_in_a_bucket_is_the_same(tmp_path: pathlib.Path, gcs: fake_gcs.Server) -> None:
+    """With TensorFlow's own client, in a process of its own: reading variables holds the lock that this process' server needs.
+
+    The checksum, which a resumed run asks for, is the same in both places.
+    """
+    name, there = exported(tmp_path / "saved"), "saved_model:gs://bucket/teachers/one"
+    gcs.put_tree(tmp_path / "saved", "bucket", "teachers/one")
+    code = f"""
+import numpy as np
+import tensorflow as tf
+from trainer.config import Config
+from trainer.errors import DataError
+from trainer.models import teachers
+
+def load(name):
+    return teachers.load(Config(teacher=(name,), image_size={IMAGE}), {CLASSES})[0]
+
+view = tf.constant(np.random.default_rng(1).uniform(-1, 1, (4, {IMAGE}, {IMAGE}, 3)).astype(np.float32))
+here, there = {name!r}, {there!r}
+print(np.array_equal(load(there).logits(view), load(here).logits(view)))
+print(teachers.checksum(Config(teacher=(there,)), there) == teachers.checksum(Config(teacher=(here,)), here))
+try:
+    load("saved_model:gs://bucket/teachers/two")
+except DataError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | gcs.env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    same, known, missing = done.stdout.splitlines()
+    assert (same, known) == ("True", "True")
+    assert "--teacher=saved_model:gs://bucket/teachers/two" in missing
 
 
 def test_the_right_signature_and_output_are_found(tmp_path: pathlib.Path) -> None:
