@@ -287,7 +287,7 @@ def test_faults_that_pass_do_not_change_a_bit(world: World) -> None:
             return [(request.kind, request.fault) for request in here.server.log if request.fault]
 
     met = [pair for pairs in side_by_side([lambda seed=seed: one(seed) for seed in range(3)]) for pair in pairs]  # type: ignore[misc]
-    assert len(met) > 150, len(met)
+    assert len(met) > 100, len(met)
     # Nothing of a job renames in a bucket, so there is no rewrite.
     assert {kind for kind, _ in met} >= {"stat", "list", "read", "start", "chunk", "status", "upload", "delete"}
     assert {fault for _, fault in met} == set(PASSING)
