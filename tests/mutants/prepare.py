@@ -55,8 +55,8 @@ MUTANTS = [
     Mutant(
         "another unfinished data set",
         "prepare.py",
-        "new=True) or place.read(name) == content:",
-        "new=True) or True:",
+        "(there := place.read(name)) == content:",
+        "(there := place.read(name)) or True:",
         "test_sources.py::test_another_unfinished_data_set_is_not_mixed_with",
     ),
     Mutant(
