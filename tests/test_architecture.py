@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 
+import mutants
 import pytest
 from conftest import ROOT
 
@@ -118,3 +121,16 @@ def test_light_modules_import_no_tensorflow() -> None:
         + "; sys.exit('tensorflow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_entries_of_guards_fit_the_code() -> None:
+    """Each text that `make mutations` breaks is there once, and so is its test: said here in a second, there after minutes."""
+    wrong = []
+    for module in pkgutil.iter_modules(mutants.__path__):
+        for mutant in importlib.import_module(f"mutants.{module.name}").MUTANTS:
+            times = (ROOT / "trainer" / mutant.file).read_text().count(mutant.old)
+            file, _, test = mutant.tests.partition("::")
+            name = test.partition("[")[0].rpartition("::")[2]
+            if times != 1 or (f"def {name}(" if name else "def test_") not in (ROOT / "tests" / file).read_text():
+                wrong.append(f"{module.name}: {mutant.what}: {times} times, {mutant.tests}")
+    assert not wrong

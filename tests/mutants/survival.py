@@ -139,7 +139,7 @@ MUTANTS = [
     Mutant(
         "TensorBoard is a convenience",
         "journal.py",
-        "        except tf.errors.OpError as error:\n            self._broken = True",
+        "        except (tf.errors.OpError, DataError) as error:\n            self._broken = True",
         "        except ZeroDivisionError as error:\n            self._broken = True",
         "test_job.py::test_tensorboard_is_a_convenience",
     ),
