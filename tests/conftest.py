@@ -70,6 +70,21 @@ def here(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, code, "", told.getvalue())
 
 
+def small_classifier(seed: int) -> keras.Model:
+    """Small enough that hundreds of jobs take minutes; with what a student has: convolution, norm, head."""
+    start = keras.initializers.RandomNormal(stddev=0.3, seed=seed)
+    return keras.Sequential(
+        [
+            keras.Input((IMAGE, IMAGE, 3)),
+            keras.layers.Conv2D(8, 5, strides=4, kernel_initializer=start),
+            keras.layers.GroupNormalization(2),
+            keras.layers.ReLU(),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(CLASSES, kernel_initializer=start),
+        ]
+    )
+
+
 @pytest.fixture(scope="session")
 def storage() -> Iterator[fake_gcs.Server]:
     """One fake of Google Cloud Storage for all tests of this process; tests take `gcs` or `gcs_here`."""

@@ -91,8 +91,8 @@ def act(then: dict[str, Any]) -> None:
         os.chmod(path, mode)
 
 
-def storage(kill_at: int | None = None, record: str = "", number: str = "SIGKILL") -> None:
-    """Counts every step of every change on the disk, and sends a signal right after the chosen one.
+def storage(kill_at: int | None = None, record: str = "") -> None:
+    """Counts every step of every change on the disk, and sends SIGKILL right after the chosen one.
 
     A file comes about in steps: it is made, half written, written, flushed, renamed, and its folder flushed.
 
@@ -107,7 +107,7 @@ def storage(kill_at: int | None = None, record: str = "", number: str = "SIGKILL
             with open(record, "a") as file:
                 file.write(json.dumps([kind, path]) + "\n")
         if next(counted) == kill_at:
-            shoot(number)
+            shoot("SIGKILL")
 
     paths: dict[int, str] = {}
 

@@ -2,7 +2,7 @@
 
 First the tests that are to notice run in an unbroken copy and must pass there: a test that fails anyway notices nothing. Each
 mutant is a process that is forked from one which has TensorFlow already (tests/zygote.py), as many side by side as there are
-cores. `tests/mutations.py TEXT` tries those whose description holds the text; `--shard=1/2` the first half of all.
+cores. `tests/mutations.py TEXT` tries those whose description holds the text.
 """
 
 from __future__ import annotations
@@ -110,12 +110,10 @@ def main() -> int:
     """Exit code 0 if every mutant was noticed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", nargs="?", default="")
-    parser.add_argument("--shard", default="1/1")
     trust = "do not run the tests in an unbroken copy first: `make test` has just passed"
     parser.add_argument("--trust", action="store_true", help=trust)
     asked = parser.parse_args()
-    shard, shards = (int(part) for part in asked.shard.split("/"))
-    wanted = [m for m in MUTANTS if asked.text in m.what][shard - 1 :: shards]
+    wanted = [m for m in MUTANTS if asked.text in m.what]
     os.environ.update(
         fake_gcs.KNOBS
     )  # read once by TensorFlow's gs:// client, which the server imports before any conftest

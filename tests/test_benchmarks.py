@@ -12,15 +12,20 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.fixture
-def miniature(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("paper_in_miniature", ROOT / "benchmarks" / "paper_in_miniature.py")
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """The program as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def miniature(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    return benchmark("paper_in_miniature", monkeypatch)
 
 
 def test_rates_are_chosen_on_validation_with_a_seed_of_their_own(
@@ -99,13 +104,7 @@ def test_the_benchmark_runs(
 
 @pytest.fixture
 def data_path(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("data_path", ROOT / "benchmarks" / "data_path.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("data_path", monkeypatch)
 
 
 def test_each_part_of_the_data_path_is_measured(

@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import fake_gcs
-import keras
 import matrix
 import pytest
-from conftest import CLASSES, IMAGE, SIDE, TRAIN
+from conftest import CLASSES, SIDE, TRAIN, small_classifier
 from zygote import Child, Zygote, side_by_side, wait_for
 
 KILLED = -signal.SIGKILL
@@ -94,22 +93,8 @@ def after(count: int, **then: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def world(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("gcs")
-
-    def classifier(seed: int) -> keras.Model:
-        start = keras.initializers.RandomNormal(stddev=0.3, seed=seed)
-        return keras.Sequential(
-            [
-                keras.Input((IMAGE, IMAGE, 3)),
-                keras.layers.Conv2D(8, 5, strides=4, kernel_initializer=start),
-                keras.layers.GroupNormalization(2),
-                keras.layers.ReLU(),
-                keras.layers.GlobalAveragePooling2D(),
-                keras.layers.Dense(CLASSES, kernel_initializer=start),
-            ]
-        )
-
     for seed, name in enumerate(("teacher", "student")):
-        classifier(seed).save(folder / f"{name}.keras")
+        small_classifier(seed).save(folder / f"{name}.keras")
     whole, told = folder / "whole", folder / "whole.txt"
     argv = matrix.flags(data, str(folder / "teacher.keras"), f"keras:{folder}/student.keras")
     with Zygote(*PRELOAD) as zygote:
@@ -284,10 +269,11 @@ def test_faults_that_pass_do_not_change_a_bit(world: World) -> None:
             assert "resumed at step 6 of 12" in told
             assert "passed over" not in told
             assert here.differences() == []
-            return [(request.kind, request.fault) for request in here.server.log if request.fault]
+            return [(request.kind, request.fault) for request in here.server.log]
 
-    met = [pair for pairs in side_by_side([lambda seed=seed: one(seed) for seed in range(3)]) for pair in pairs]  # type: ignore[misc]
-    assert len(met) > 100, len(met)
+    asked = [pair for pairs in side_by_side([lambda seed=seed: one(seed) for seed in range(3)]) for pair in pairs]  # type: ignore[misc]
+    met = [(kind, fault) for kind, fault in asked if fault]
+    assert len(met) > 0.15 * len(asked), f"{len(met)} of {len(asked)} requests went wrong"
     # Nothing of a job renames in a bucket, so there is no rewrite.
     assert {kind for kind, _ in met} >= {"stat", "list", "read", "start", "chunk", "status", "upload", "delete"}
     assert {fault for _, fault in met} == set(PASSING)

@@ -16,10 +16,9 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 import matrix
 import pytest
-from conftest import CLASSES, IMAGE, ROOT
+from conftest import ROOT, small_classifier
 from matrix import Point
 from zygote import Zygote, side_by_side, wait_for
 
@@ -107,23 +106,8 @@ class Run:
 def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """The run that is never stopped; every change that it makes on the disk is recorded."""
     folder = tmp_path_factory.mktemp("kills")
-
-    def classifier(seed: int) -> keras.Model:
-        """Small enough that hundreds of jobs take minutes; with what a student has: convolution, norm, head."""
-        start = keras.initializers.RandomNormal(stddev=0.3, seed=seed)
-        return keras.Sequential(
-            [
-                keras.Input((IMAGE, IMAGE, 3)),
-                keras.layers.Conv2D(8, 5, strides=4, kernel_initializer=start),
-                keras.layers.GroupNormalization(2),
-                keras.layers.ReLU(),
-                keras.layers.GlobalAveragePooling2D(),
-                keras.layers.Dense(CLASSES, kernel_initializer=start),
-            ]
-        )
-
     for seed, name in enumerate(("teacher", "student")):
-        classifier(seed).save(folder / f"{name}.keras")
+        small_classifier(seed).save(folder / f"{name}.keras")
     flags = matrix.flags(data, str(folder / "teacher.keras"), f"keras:{folder}/student.keras")
     whole, record = folder / "whole", folder / "changes.jsonl"
     with Zygote(*matrix.PRELOAD) as zygote:
