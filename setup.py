@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -48,8 +48,8 @@ setup(
     long_description_content_type="text/markdown",
     author="The funmatch authors",
     license="Apache-2.0",
-    packages=["trainer", "trainer.models", "trainer.page"],
-    package_data={"trainer.page": ["page.html"]},
+    packages=find_packages(include=["trainer", "trainer.*"]),
+    package_data={"trainer.output": ["report.html"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "absl-py>=2.1",

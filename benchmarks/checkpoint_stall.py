@@ -27,14 +27,15 @@ import tensorflow as tf
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from trainer import loop
-from trainer.checkpoint import Background, Checkpoints
-from trainer.journal import Journal
+from trainer.run import loop
+from trainer.run.checkpoint import Background, Checkpoints
+from trainer.run.job import Job
+from trainer.run.metric_writer import MetricWriter
 
 PARTS = 3  # weights and two moments
 
 
-def job(megabytes: int) -> loop.Job:
+def job(megabytes: int) -> Job:
     """A job with a state of this size and nothing else."""
     layers = 24
     width = int((megabytes * 1e6 / 4 / PARTS / layers) ** 0.5)
@@ -43,7 +44,7 @@ def job(megabytes: int) -> loop.Job:
     )
     optimizer = keras.optimizers.AdamW()
     optimizer.build(student.trainable_variables)
-    made: Any = loop.Job.__new__(loop.Job)
+    made: Any = Job.__new__(Job)
     made.student, made.optimizer, made.step, made.seconds, made.pending, made.best = student, optimizer, 0, 0.0, [], {}
     made.accelerator = types.SimpleNamespace(chief=True)
     return made
@@ -51,7 +52,7 @@ def job(megabytes: int) -> loop.Job:
 
 def measure(megabytes: int, repeats: int, folder: str) -> dict[str, Any]:
     """Medians in seconds: how long a save holds its caller, in the caller and in the background, and how long it takes there."""
-    saved, journal = job(megabytes), Journal(folder)
+    saved, journal = job(megabytes), MetricWriter(folder)
     checkpoints = Checkpoints(f"{folder}/checkpoints", {}, 1)
     state = sum(array.nbytes for array in saved.state().values())
     held: dict[str, list[float]] = {"in_the_loop": [], "in_the_background": [], "until_committed": [], "copy": []}

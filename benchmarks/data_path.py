@@ -88,7 +88,7 @@ def _small(number: int, comment: int = 0) -> bytes:
 
 
 def _dataset(folder: str, shards: list[Any]) -> tuple[Any, Any]:
-    from trainer.records import Dataset, Split
+    from trainer.data.dataset import Dataset, Split
 
     split = Split("train", tuple(shards))
     return Dataset(folder, "generated", tuple("abcdefghij"), {"train": split}, {}), split
@@ -96,31 +96,32 @@ def _dataset(folder: str, shards: list[Any]) -> tuple[Any, Any]:
 
 def photos(folder: str, count: int) -> tuple[Any, Any]:
     """A set of so many photographs, of 64 different ones, in one shard."""
-    from trainer.records import Picture, write_shard
+    from trainer.data.records import ImageRecord, write_shard
 
     drawn = [photo(number) for number in range(min(64, count))]
-    each = (Picture(drawn[n % len(drawn)], *PHOTO, n % 10, f"{n}.jpg") for n in range(count))
+    each = (ImageRecord(drawn[n % len(drawn)], *PHOTO, n % 10, f"{n}.jpg") for n in range(count))
     return _dataset(folder, [write_shard(folder, "photos", each)])
 
 
 def growing(folder: str, sizes: list[int]) -> Iterator[tuple[Any, Any]]:
     """A set of each size in turn, a larger one with the shards of the one before; 1,000 records each, every record in the file."""
-    from trainer.records import Picture, write_shard
+    from trainer.data.records import ImageRecord, write_shard
 
     drawn, shards = [_small(number) for number in range(64)], []
     for size in sizes:
         for number in range(len(shards), size // SHARD):
             names = range(number * SHARD, (number + 1) * SHARD)
-            each = (Picture(drawn[n % 64], SMALL, SMALL, n % 10, f"{n}.jpg") for n in names)
+            each = (ImageRecord(drawn[n % 64], SMALL, SMALL, n % 10, f"{n}.jpg") for n in names)
             shards.append(write_shard(folder, f"{number}", each))
         yield _dataset(folder, shards)
 
 
 def linked(folder: str, shards: int) -> tuple[Any, Any]:
     """A set of so many shards of 65 MB, which are one file."""
-    from trainer.records import Picture, Shard, write_shard
+    from trainer.data.dataset import Shard
+    from trainer.data.records import ImageRecord, write_shard
 
-    each = (Picture(_small(number, 2), SMALL, SMALL, 0, "") for number in range(LARGE_SHARD))
+    each = (ImageRecord(_small(number, 2), SMALL, SMALL, 0, "") for number in range(LARGE_SHARD))
     one = write_shard(folder, "large-0", each)
     for number in range(1, shards):
         os.link(os.path.join(folder, "large-0"), os.path.join(folder, f"large-{number}"))
@@ -141,12 +142,13 @@ def by_cores(folder: str, cores: int, side: int, images: int) -> Row:
     """Decoded images/s of the store on the disk, where this process may use so many cores: the best of five."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])  # before TensorFlow counts them
 
-    from trainer.cache import Cache
-    from trainer.store import DiskStore, Order
+    from trainer.data.cache import Cache
+    from trainer.data.order import ExampleSampler
+    from trainer.data.store import DiskStore
 
     dataset, split = photos(folder, images)
     held = DiskStore(dataset, split, side, Cache(os.path.join(folder, "cache")), _silent)
-    order, steps = Order(0, images, BATCH), images // BATCH
+    order, steps = ExampleSampler(0, images, BATCH), images // BATCH
     held.take(order.batches(0, 1)[0])
     # The machine is shared: the best, here and below.
     seconds = [
@@ -162,9 +164,10 @@ def by_cores(folder: str, cores: int, side: int, images: int) -> Row:
 
 def by_size(folder: str, sizes: list[int], images: int) -> list[Row]:
     """What opening takes, and an image once it is open, of sets of growing size; one thread but for "decoded"."""
-    from trainer.cache import Cache
-    from trainer.records import EncodedSplit
-    from trainer.store import DiskStore, Order
+    from trainer.data.cache import Cache
+    from trainer.data.order import ExampleSampler
+    from trainer.data.records import EncodedSplit
+    from trainer.data.store import DiskStore
 
     rows = []
     for dataset, split in growing(folder, sizes):
@@ -172,7 +175,7 @@ def by_size(folder: str, sizes: list[int], images: int) -> list[Row]:
         checked, _ = _timed(lambda d=dataset, s=split, c=cache: c.open(d, s))
         opened, shards = _timed(lambda d=dataset, s=split, c=cache: c.open(d, s))
         encoded = EncodedSplit(dataset, split, shards)
-        ids = Order(0, split.examples, images).batches(0, 1)[0].tolist()
+        ids = ExampleSampler(0, split.examples, images).batches(0, 1)[0].tolist()
         for example in ids[:1000]:
             encoded.picture(example)
         read = min(_timed(lambda i=ids, e=encoded: [e.picture(example) for example in i])[0] for _ in range(3))
@@ -195,7 +198,7 @@ def by_size(folder: str, sizes: list[int], images: int) -> list[Row]:
 
 def by_place(examples: int) -> list[Row]:
     """Milliseconds to the ids of batch t of a run that begins or goes on there, and of each of the hundred after it."""
-    from trainer.store import Order
+    from trainer.data.order import ExampleSampler
 
     last = examples // BATCH - 1
     places = [0, last // 4, last // 2, 3 * last // 4, last, last + 1, 1000 * last]
@@ -203,7 +206,7 @@ def by_place(examples: int) -> list[Row]:
     for place in places:
         found = []
         for _ in range(3):
-            order = Order(0, examples, BATCH)
+            order = ExampleSampler(0, examples, BATCH)
             first, _ = _timed(lambda o=order, p=place: o.batches(p, 1))
             after, _ = _timed(lambda o=order, p=place: [o.batches(p + k, 1) for k in range(100)])
             found.append((first, after / 100))
@@ -220,10 +223,10 @@ def by_place(examples: int) -> list[Row]:
 
 def by_order(examples: int) -> Row:
     """The order of a run over so many examples: time to a far batch, and memory, in a process of its own."""
-    from trainer.store import Order
+    from trainer.data.order import ExampleSampler
 
     before, far = _memory("VmRSS"), 10**12 // BATCH
-    order = Order(0, min(examples, 2**31 - 1), BATCH)
+    order = ExampleSampler(0, min(examples, 2**31 - 1), BATCH)
     first, _ = _timed(lambda: order.batches(far, 1))
     after, _ = _timed(lambda: [order.batches(far, 1) for _ in range(100)])
     return {
@@ -239,10 +242,11 @@ def by_kind(folder: str, side: int, images: int) -> list[Row]:
     """What each kind of store takes to open and to give a step its images, on one set; all must give the same."""
     import tensorflow as tf
 
-    from trainer.cache import Cache
-    from trainer.config import Config
-    from trainer.feed import Feed
-    from trainer.store import DiskStore, MemoryStore, Order
+    from trainer.core.config import Config
+    from trainer.data.cache import Cache
+    from trainer.data.order import ExampleSampler
+    from trainer.data.store import DiskStore, MemoryStore
+    from trainer.method.feed import BatchPrefetcher
 
     dataset, split = photos(folder, images)
     config = Config(image_size=side // 2, store_size=side, batch_size=BATCH)
@@ -252,9 +256,9 @@ def by_kind(folder: str, side: int, images: int) -> list[Row]:
     gather = tf.function(lambda ids: tf.gather(on_device, ids), autograph=False)
     rows, steps, given = [], images // BATCH, {}
     for kind, held, start in (("device", None, opened + moved), ("host", memory, opened), ("disk", disk, indexed)):
-        feed, order = Feed(config, 1, (0,), held), Order(0, images, BATCH)
+        feed, order = BatchPrefetcher(config, 1, (0,), held), ExampleSampler(0, images, BATCH)
 
-        def step(t: int, feed: Feed = feed, order: Order = order, held: Any = held) -> tf.Tensor:
+        def step(t: int, feed: BatchPrefetcher = feed, order: ExampleSampler = order, held: Any = held) -> tf.Tensor:
             ids, streamed = feed.take(t, 1, order)
             return gather(ids[0]) if held is None else streamed[0][0][0]
 
@@ -278,9 +282,10 @@ def by_kind(folder: str, side: int, images: int) -> list[Row]:
 
 def by_reading(folder: str, shards: int, batches: list[int]) -> list[Row]:
     """Resident memory while a large set is read in the order of a run."""
-    from trainer.cache import Cache
-    from trainer.records import Split
-    from trainer.store import DiskStore, Order
+    from trainer.data.cache import Cache
+    from trainer.data.dataset import Split
+    from trainer.data.order import ExampleSampler
+    from trainer.data.store import DiskStore
 
     dataset, split = linked(folder, shards)
     cache = Cache(os.path.join(folder, "cache"))
@@ -290,7 +295,7 @@ def by_reading(folder: str, shards: int, batches: list[int]) -> list[Row]:
         first.take(np.arange(BATCH) % len(first))
     before, rows, seen = _memory("VmRSS"), [], set()
     held = DiskStore(dataset, split, 32, cache, _silent)
-    order = Order(0, len(held), BATCH)
+    order = ExampleSampler(0, len(held), BATCH)
     done = 0
     for wanted in batches:
         for step in range(done, wanted):

@@ -30,10 +30,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import tensorflow as tf
 
-from trainer import accelerator, config, loop, prepare, teacher
-from trainer.config import Config
-from trainer.journal import Screen
-from trainer.store import Order
+from trainer import prepare, teacher
+from trainer.core import options
+from trainer.core.config import Config
+from trainer.core.console import Console
+from trainer.data.order import ExampleSampler
+from trainer.run import accelerator, build
 
 CLASSES, PICTURE, IMAGE, BATCH, PRETRAIN, TRAIN, HELD_OUT = 12, 64, 32, 32, 6000, 120, 1500
 TEACHERS = {"weak": 100, "middling": 300, "strong": 1200}  # steps of the teacher's own training
@@ -55,7 +57,7 @@ class Way:
     optimizer: str = "adamw"
 
 
-MODES = [Way(mode, views=mode) for mode in config.VIEWS]
+MODES = [Way(mode, views=mode) for mode in options.VIEWS]
 LABELS = [
     Way("labels, inception crops", views="same/ic", distance="labels"),
     Way("labels, crops and mixup", distance="labels"),
@@ -78,8 +80,8 @@ FULL = Plan((150, 600, 1800), 600, (1, 2, 3))
 QUICK = Plan((100, 400), 0, (1,))
 
 
-class Quiet(Screen):
-    """A screen that shows nothing."""
+class Quiet(Console):
+    """A console that shows nothing."""
 
     def say(self, text: str) -> None:
         """Drops a line."""
@@ -146,8 +148,8 @@ def train(way: Way, steps: int, seed: int, rate: float, data: pathlib.Path, teac
         weight_decay=1e-4,
     )
     began = time.monotonic()
-    job = loop.build(settings, accelerator.resolve("none"), Quiet())
-    order = Order(seed, len(job.train), BATCH)
+    job = build.build(settings, accelerator.resolve("none"), Quiet())
+    order = ExampleSampler(seed, len(job.train), BATCH)
     last: list[float] = []
     while job.step < steps:
         metrics = job.advance(min(50, steps - job.step), order)

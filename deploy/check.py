@@ -333,17 +333,17 @@ class Flag(NamedTuple):
 EVERY_VERBS = {"log_format": Flag(str, ("auto", "text", "json"))}
 
 
-def trainer_flags(source: pathlib.Path = HERE.parent / "trainer" / "config.py") -> dict[str, Flag]:
+def trainer_flags(source: pathlib.Path = HERE.parent / "trainer" / "core" / "options.py") -> dict[str, Flag]:
     """The flags of trainer.task, read from its source: a laptop need not have what the trainer imports."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
     values: dict[str, tuple[str, ...]] = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
             values[ast.unparse(node.targets[0])] = _texts(node.value, values)
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    groups = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Options")]
     kinds = {"str": str, "int": int, "float": float, "bool": bool}
     found = {}
-    for node in body:
+    for node in (field for group in groups for field in group):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)):
             continue
         kind = kinds.get(ast.unparse(node.annotation), tuple)
@@ -459,19 +459,20 @@ def configuration(args: list[str], study: dict[str, Any]) -> Iterator[str]:
     try:
         from absl import flags
 
-        from trainer import config, recipes
-        from trainer.errors import FunmatchError
+        from trainer import recipes
+        from trainer.core.errors import FunmatchError
+        from trainer.core.flags import define_flags, from_flags
     except ImportError:
         return
     for corner in _ends(study):
         values = flags.FlagValues()
-        config.define_flags(values)
+        define_flags(values)
         try:
             own = [text for text in args if text.lstrip("-").partition("=")[0] not in EVERY_VERBS]
             rest = values(["trainer.task", *own, *corner])[1:]
             if rest:
                 raise flags.Error(f"unexpected argument {rest[0]!r}")
-            config.from_flags(values, recipes.find(values.recipe)).require_complete()
+            from_flags(values, recipes.find(values.recipe)).require_complete()
         except (flags.Error, FunmatchError, OSError) as error:
             at = f" (with {' '.join(corner)})" if corner else ""
             yield f"trainer: {' '.join(str(error).split())}{at}"

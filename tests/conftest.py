@@ -22,8 +22,12 @@ import pytest
 import tensorflow as tf
 
 from trainer import cli, prepare
-from trainer.config import Config
+from trainer.core.config import Config
+from trainer.core.console import Console, SilentConsole
 from trainer.models import bit
+from trainer.run import build
+from trainer.run.accelerator import Accelerator
+from trainer.run.job import Job
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES, TRAIN, SIDE, IMAGE = 5, 40, 32, 24
@@ -36,6 +40,20 @@ tf.get_logger().setLevel("ERROR")
 
 def silent(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
+
+
+class RecordingConsole(SilentConsole):
+    """Keeps lines in `lines`; a warning as it is printed, with its prefix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def info(self, text: str) -> None:
+        self.lines.append(text)
+
+    def warning(self, text: str) -> None:
+        self.lines.append(f"warning: {text}")
 
 
 def strategy(replicas: int) -> tf.distribute.Strategy:
@@ -121,6 +139,11 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("teacher") / "teacher.keras")
     opinionated(bit.bit("tiny", CLASSES, IMAGE, seed=11)).save(path)
     return path
+
+
+def build_job(config: Config, replicas: int = 1) -> Job:
+    """The job of a configuration on so many virtual CPU devices."""
+    return build.build(config, Accelerator(strategy(replicas), "CPU", 10), Console())
 
 
 def opinionated(model: keras.Model, seed: int = 0) -> keras.Model:

@@ -16,7 +16,8 @@ import signal
 import time
 from typing import Any
 
-from trainer import cli, files
+from trainer import cli
+from trainer.io import files
 
 
 def job(argv: list[str], hooks: list[dict[str, Any]]) -> int:

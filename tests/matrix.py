@@ -19,11 +19,11 @@ PRELOAD = (
     "hooks",
     "matplotlib.pyplot",
     "trainer.task",
-    "trainer.loop",
-    "trainer.export",
-    "trainer.report",
-    "trainer.journal",
-    "trainer.lock",
+    "trainer.run.loop",
+    "trainer.output.export",
+    "trainer.output.report",
+    "trainer.run.metric_writer",
+    "trainer.io.lock",
 )
 
 

@@ -271,3 +271,15 @@ def clip_global(gradients: list[np.ndarray], bound: float) -> list[np.ndarray]:
 def clip_each(gradients: list[np.ndarray], bound: float) -> list[np.ndarray]:
     """Each by its own norm."""
     return [g * min(1.0, bound / np.linalg.norm(g)) for g in gradients]
+
+
+def convolution(x: np.ndarray, w: np.ndarray, stride: int, pad: int) -> np.ndarray:
+    """A convolution of float64 [n, h, w, in] with a kernel [kh, kw, in, out], padded by `pad` on each side."""
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    kh, kw = w.shape[:2]
+    h, wd = (x.shape[1] - kh) // stride + 1, (x.shape[2] - kw) // stride + 1
+    out = np.zeros((x.shape[0], h, wd, w.shape[3]))
+    for i in range(kh):
+        for j in range(kw):
+            out += x[:, i : i + stride * h : stride, j : j + stride * wd : stride] @ w[i, j]
+    return out

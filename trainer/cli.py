@@ -12,19 +12,23 @@ from typing import Any
 
 from absl import flags
 
-from trainer import environment, logs, storage
-from trainer.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, FunmatchError
-from trainer.signals import StopRequest
+from trainer.core import environment, logs
+from trainer.core.errors import EXIT_CONFIG, EXIT_DONE, EXIT_STOPPED, FunmatchError
+from trainer.core.signals import StopRequest
+from trainer.io import gcs_client
 
 VERBS = {
     "prepare": "turn images into TFRecords",
     "teacher": "train a teacher with labels",
     "task": "distil: the main job",
     "evaluate": "accuracy of any model on a split",
-    "appraise": "what a teacher costs, and its cheap forms",
+    "profile": "what a teacher costs, and its cheaper precisions",
     "recipes": "list published settings",
     "smoke": "the whole job on drawn pictures, on a CPU, in minutes",
 }
+
+# Names of earlier versions.
+RENAMED_VERBS = {"appraise": "profile"}
 
 
 def run(
@@ -45,7 +49,7 @@ def run(
         tensorflow: the verb needs it; it is imported quietly first.
 
     Returns:
-        The exit code (trainer.errors). Anything that is not a `FunmatchError` is a bug and passes through.
+        The exit code (trainer.core.errors). Anything that is not a `FunmatchError` is a bug and passes through.
     """
     values = flags.FlagValues()
     define(values)
@@ -69,7 +73,7 @@ def run(
         _tell(" ".join(str(error).split()), EXIT_CONFIG)
         return EXIT_CONFIG
     if values["log_format"].present:  # a verb that runs others keeps what it was told itself
-        logs.choose(values.log_format)
+        logs.set_format(values.log_format)
     try:
         with StopRequest(at_once=True):
             if tensorflow:
@@ -95,7 +99,7 @@ def _import_tensorflow() -> None:
 
     The chatter comes from C++ before any log level applies, so the file descriptor itself is turned away.
     """
-    storage.set_defaults()
+    gcs_client.set_defaults()
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ or "tensorflow" in sys.modules:
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -125,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(f"{usage}\n\n`funmatch VERB --help` lists a verb's flags.")
         return EXIT_DONE if arguments else EXIT_CONFIG
-    verb = arguments[0]
+    verb = RENAMED_VERBS.get(arguments[0], arguments[0])
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
         print(

@@ -15,41 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from trainer import cli, config
-from trainer.config import Config
-from trainer.errors import ConfigError, FunmatchError
+from trainer import cli
+from trainer.core import options
+from trainer.core.config import Config
+from trainer.core.errors import ConfigError, FunmatchError
+from trainer.core.flags import from_flags
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from trainer.accelerator import Accelerator
-    from trainer.journal import Screen
-    from trainer.measure import Outcome
-    from trainer.records import Dataset
+    from trainer.core.console import Console
+    from trainer.data.dataset import Dataset
+    from trainer.run.accelerator import Accelerator
+    from trainer.run.evaluator import EvalResult
+from trainer.core.flags import SHARED, shared_flags
 
-SHARED = (
-    "data",
-    "teacher",
-    "teacher_image_size",
-    "teacher_range",
-    "teacher_outputs",
-    "teacher_sha256",
-    "ensemble",
-    "root_pool",
-    "central_fraction",
-    "compat",
-    "batch_size",
-    "store_size",
-    "tpu",
-    "jit_compile",
-)
 _ENCODED = 64  # encoded images in one call
-
-
-def shared_flags(values: flags.FlagValues, *names: str, **defaults: Any) -> None:
-    """Defines those of the main job's flags that are named."""
-    skipped = tuple(name for name in Config().to_dict() if name not in names)
-    config.define_flags(values, skip=skipped, **defaults)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -62,9 +43,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "image_size", 0, "Side in pixels that the model takes; 0: what its file says, else 128.", **own
     )
     flags.DEFINE_string(
-        "model_range", "auto", f"Value range that the model takes: {' or '.join(config.RANGES)}.", **own
+        "model_range", "auto", f"Value range that the model takes: {' or '.join(options.RANGES)}.", **own
     )
-    flags.DEFINE_enum("model_outputs", "auto", config.OUTPUTS, "What it returns, as --teacher_outputs.", **own)
+    flags.DEFINE_enum("model_outputs", "auto", options.OUTPUTS, "What it returns, as --teacher_outputs.", **own)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(values: Any) -> None:
-    from trainer.journal import Screen
+    from trainer.core.console import Console
 
     if not values.model:
         raise ConfigError("--model is missing: for example --model=keras:RUN/export/model.keras")
@@ -82,8 +63,8 @@ def _main(values: Any) -> None:
             f"--data is given {len(values.data)} times: one folder or gs:// prefix that `python -m trainer.prepare` wrote"
         )
     size = values.image_size or Config().image_size
-    asked = config.from_flags(values, steps=1, image_size=size)
-    measured = config.from_flags(
+    asked = from_flags(values, steps=1, image_size=size)
+    measured = from_flags(
         values,
         steps=1,
         image_size=size,
@@ -93,19 +74,19 @@ def _main(values: Any) -> None:
         teacher_outputs=values.model_outputs,
         teacher_sha256=(),
     )
-    screen = Screen()
-    result = run(measured, asked, values.split, screen)
+    console = Console()
+    result = run(measured, asked, values.split, console)
     print(json.dumps(result, indent=1))
 
 
-def run(measured: Config, asked: Config, split: str, screen: Screen) -> dict[str, Any]:
+def run(measured: Config, asked: Config, split: str, console: Console) -> dict[str, Any]:
     """Measures a model.
 
     Args:
         measured: its `teacher` is the model.
         asked: its teachers are what the model is compared with; none: it is not.
         split: of its data.
-        screen: where people read.
+        console: where people read.
 
     Returns:
         model, split, images, top1, top5, per_class; with a teacher teacher_top1, teacher_top5, agreement_top1, kl.
@@ -113,9 +94,10 @@ def run(measured: Config, asked: Config, split: str, screen: Screen) -> dict[str
     Raises:
         ConfigError, DataError: as the main job does.
     """
-    from trainer import accelerator, measure
+    from trainer.data.dataset import Dataset
     from trainer.models import saved_models
-    from trainer.records import Dataset
+    from trainer.run import accelerator
+    from trainer.run.evaluator import per_class
 
     dataset = Dataset.load(measured.data[0])
     examples = dataset.split(split, "split").examples
@@ -124,12 +106,12 @@ def run(measured: Config, asked: Config, split: str, screen: Screen) -> dict[str
     kind, _, path = name.partition(":")
     logits: np.ndarray | None = None
     if kind == "saved_model" and path and saved_models.is_servable(path, "model"):
-        logits = _encoded(path, dataset, split, screen)
+        logits = _encoded(path, dataset, split, console)
         measured = _no_teacher(measured)
-    outcome = _outcome(measured, asked, hardware, dataset, split, logits, screen)
+    outcome = _outcome(measured, asked, hardware, dataset, split, logits, console)
     named = {"student_top1": "top1", "student_top5": "top5"}
     found = {named.get(key, key): value for key, value in outcome.metrics().items()}
-    classes = measure.per_class(outcome.student, outcome.labels, dataset.classes)
+    classes = per_class(outcome.student, outcome.labels, dataset.classes)
     told = ", ".join(
         f"{word} {value:.4f} nats" if key == "kl" else f"{word} {value:.2%}"
         for key, word in (
@@ -141,10 +123,10 @@ def run(measured: Config, asked: Config, split: str, screen: Screen) -> dict[str
         )
         if (value := found.get(key)) is not None
     )
-    screen.say(f"{name} on {split} of {dataset.folder} ({examples:,} images): {told}")
+    console.info(f"{name} on {split} of {dataset.folder} ({examples:,} images): {told}")
     worst = sorted(classes.items(), key=lambda item: item[1]["top1"])[:5]
     if worst:
-        screen.say("lowest: " + ", ".join(f"{c} {100 * w['top1']:.1f}% of {w['images']}" for c, w in worst))
+        console.info("lowest: " + ", ".join(f"{c} {100 * w['top1']:.1f}% of {w['images']}" for c, w in worst))
     return {"model": name, "split": split, "images": examples} | found | {"per_class": classes}
 
 
@@ -161,16 +143,16 @@ def _outcome(
     dataset: Dataset,
     split: str,
     logits: np.ndarray | None,
-    screen: Screen,
-) -> Outcome:
+    console: Console,
+) -> EvalResult:
     """The model's logits, those given or computed, and its teachers'."""
     import dataclasses
 
     import tensorflow as tf
 
-    from trainer import measure
+    from trainer.data.store import MemoryStore
     from trainer.models import teachers
-    from trainer.store import MemoryStore
+    from trainer.run.evaluator import EvalResult, Evaluator
 
     count = len(dataset.classes)
     with hardware.strategy.scope():
@@ -182,7 +164,7 @@ def _outcome(
         loaded = teachers.load(asked, count)
     for teacher in (*models, *loaded):
         for note in teacher.notes:
-            screen.say(note)
+            console.info(note)
     size = models[0].size if models else loaded[0].size if loaded else measured.image_size
     largest = max((t.size for t in (*models, *loaded)), default=size)
     settings = dataclasses.replace(
@@ -193,11 +175,9 @@ def _outcome(
         dataset,
         dataset.split(split, "split"),
         settings.store_size,
-        lambda done, total: screen.progress(f"decode {split}", done, total),
+        lambda done, total: console.progress(f"decode {split}", done, total),
     )
-    evaluator = measure.Evaluator(
-        settings, hardware.strategy, store, jit_compile=hardware.jit_compile(settings.jit_compile)
-    )
+    evaluator = Evaluator(settings, hardware.strategy, store, jit_compile=hardware.jit_compile(settings.jit_compile))
 
     def model(images: tf.Tensor, *, training: bool) -> tf.Tensor:
         del training
@@ -205,18 +185,18 @@ def _outcome(
         return models[0].logits(images) if models else tf.zeros([tf.shape(images)[0], count])
 
     if logits is not None and not loaded:
-        return measure.Outcome(store.labels, logits, None)
+        return EvalResult(store.labels, logits, None)
     found = evaluator.run(model, loaded)
-    return found if logits is None else measure.Outcome(store.labels, logits, found.teacher)
+    return found if logits is None else EvalResult(store.labels, logits, found.teacher)
 
 
-def _encoded(path: str, dataset: Dataset, split: str, screen: Screen) -> np.ndarray:
+def _encoded(path: str, dataset: Dataset, split: str, console: Console) -> np.ndarray:
     """What a SavedModel says of the encoded images of a split: float32 [n, classes]."""
     import numpy as np
 
-    from trainer.errors import DataError
+    from trainer.core.errors import DataError
+    from trainer.data.records import EncodedSplit
     from trainer.models import saved_models
-    from trainer.records import EncodedSplit
 
     model = saved_models.SavedServable(path, "model")
     if model.classes not in (None, len(dataset.classes)):
@@ -228,7 +208,7 @@ def _encoded(path: str, dataset: Dataset, split: str, screen: Screen) -> np.ndar
     for start in range(0, len(encoded), _ENCODED):
         ids = range(start, min(start + _ENCODED, len(encoded)))
         parts.append(model([encoded.picture(example).encoded for example in ids]))
-        screen.progress("evaluate", ids.stop, len(encoded))
+        console.progress("evaluate", ids.stop, len(encoded))
     return np.concatenate(parts)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 
 from trainer import cli
-from trainer.errors import ConfigError
+from trainer.core.errors import ConfigError
 
 PAPER = "Beyer et al. 2021, arXiv 2106.05237"
 _SCHEDULE = "warm-up from big_vision, configs/proj/distill"

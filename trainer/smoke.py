@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from trainer import cli
-from trainer.errors import DataError, FunmatchError
+from trainer.core.errors import DataError, FunmatchError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +121,15 @@ def commands(preset: Preset, workdir: str, seed: int, tpu: str) -> list[tuple[st
 def _main(values: Any) -> None:
     import importlib
 
-    from trainer import files
-    from trainer.journal import Screen
+    from trainer.core.console import Console
+    from trainer.io import files
 
-    screen, began = Screen(), time.monotonic()
+    console, began = Console(), time.monotonic()
     workdir, preset = values.workdir.rstrip("/"), PRESETS[values.preset]
     for verb, arguments in commands(preset, workdir, values.seed, values.tpu):
-        screen.say(f"\n$ funmatch {verb} {' '.join(arguments)}")
+        console.info(f"\n$ funmatch {verb} {' '.join(arguments)}")
         if verb == "prepare" and files.exists(files.join(workdir, "data", "dataset.json")):
-            screen.say("the data set is there already")
+            console.info("the data set is there already")
             continue
         if code := importlib.import_module(f"trainer.{verb}").main(arguments):
             error = FunmatchError(f"funmatch {verb} ended with exit code {code}")
@@ -142,7 +142,7 @@ def _main(values: Any) -> None:
     served = _serve(workdir, results["distill"]["student_top1"])
     table = summary(results, served, time.monotonic() - began)
     files.write(f"{workdir}/summary.md", table.encode(), "the summary")
-    screen.say(f"\n{table}\nreport: {workdir}/distill/report.html")
+    console.info(f"\n{table}\nreport: {workdir}/distill/report.html")
 
 
 def _serve(workdir: str, expected: float) -> float:
@@ -154,7 +154,8 @@ def _serve(workdir: str, expected: float) -> float:
     import numpy as np
     import tensorflow as tf
 
-    from trainer.records import Dataset, EncodedSplit
+    from trainer.data.dataset import Dataset
+    from trainer.data.records import EncodedSplit
 
     dataset = Dataset.load(f"{workdir}/data")
     encoded = EncodedSplit(dataset, dataset.split("test", "final_split"))

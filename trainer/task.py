@@ -16,22 +16,24 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trainer import __version__, cli, config, environment, recipes
-from trainer.config import Config
-from trainer.errors import DataError
+from trainer import __version__, cli, recipes
+from trainer.core import config, environment
+from trainer.core.config import Config
+from trainer.core.errors import DataError
+from trainer.core.flags import define_flags, from_flags
 
 if TYPE_CHECKING:
-    from trainer.journal import Screen
-    from trainer.loop import Job
-    from trainer.report import Sample
+    from trainer.core.console import Console
+    from trainer.run.job import Job
+from trainer.output.samples import samples
 
 
 def main(argv: list[str] | None = None) -> int:
     """The verb; returns an exit code."""
     return cli.run(
         __doc__,
-        config.define_flags,
-        lambda values: _main(on_vertex(config.from_flags(values, recipes.find(values.recipe)))),
+        define_flags,
+        lambda values: _main(on_vertex(from_flags(values, recipes.find(values.recipe)))),
         argv,
     )
 
@@ -47,44 +49,45 @@ def on_vertex(chosen: Config) -> Config:
 
 
 def _main(chosen: Config) -> None:
-    from trainer.journal import Screen
+    from trainer.core.console import Console
 
-    run(chosen, Screen())
+    run(chosen, Console())
 
 
-def run(chosen: Config, screen: Screen) -> dict[str, Any]:
+def run(chosen: Config, console: Console) -> dict[str, Any]:
     """The whole job; returns what result.json holds (for --check and --dry_run: nothing).
 
     Args:
         chosen: as the user gave it.
-        screen: where progress goes.
+        console: where progress goes.
 
     Raises:
-        FunmatchError: see trainer.errors.
+        FunmatchError: see trainer.core.errors.
     """
     chosen.require_complete()
     import tensorflow as tf
 
-    from trainer import accelerator, check, files, lock, loop
+    from trainer.io import files, lock
+    from trainer.run import accelerator, build, check, loop
 
-    resolved, _, _, identity = loop.identify(chosen)
+    resolved, _, _, identity = build.identify(chosen)
     print_ = config.fingerprint(identity)
     if done := _finished(chosen, print_):
-        screen.say(f"{chosen.workdir} is finished: nothing to do. {_summary(done)}")
+        console.info(f"{chosen.workdir} is finished: nothing to do. {_summary(done)}")
         return done
     with contextlib.ExitStack() as stack:
-        held: lock.Held = lock.Unlocked()
+        held: lock.WorkdirLock = lock.Unlocked()
         if chosen.check:
-            check.surroundings(chosen, screen)
+            check.check_environment(chosen, console)
         elif not chosen.dry_run:
             files.require_writable(chosen.workdir, "--workdir")
             if environment.is_chief():
-                held = stack.enter_context(lock.hold(chosen.workdir, screen.say, chosen.lease_seconds))
-        hardware = accelerator.resolve(chosen.tpu, screen.say)
-        screen.say(f"{hardware.description}; {resolved.steps:,} steps of {resolved.batch_size} images")
-        job = loop.build(chosen, hardware, screen)
+                held = stack.enter_context(lock.hold_workdir(chosen.workdir, console, chosen.lease_seconds))
+        hardware = accelerator.resolve(chosen.tpu, console)
+        console.info(f"{hardware.description}; {resolved.steps:,} steps of {resolved.batch_size} images")
+        job = build.build(chosen, hardware, console)
         if chosen.check or chosen.dry_run:
-            _rehearse(job, screen)
+            _rehearse(job, console)
             return {}
         held.check()
         if hardware.chief:
@@ -92,12 +95,12 @@ def run(chosen: Config, screen: Screen) -> dict[str, Any]:
                 files.join(chosen.workdir, "config.json"),
                 {"config": job.config.to_dict(), "identity": identity},
             )
-        journal, checkpoints = loop.open_run(job, held.check)
+        journal, checkpoints = build.open_run(job, held.check)
         try:
-            loop.train(job, journal, checkpoints, screen)
+            loop.train(job, journal, checkpoints, console)
             if job.config.export_from == "best":
                 loop.take_best(job, checkpoints)
-            return finish(job, journal, screen, print_, held.check)
+            return finish(job, journal, console, print_, held.check)
         except tf.errors.OpError as error:
             if hardware.workers > 1:
                 raise accelerator.worker_lost(error) from error
@@ -105,16 +108,18 @@ def run(chosen: Config, screen: Screen) -> dict[str, Any]:
 
 
 def finish(
-    job: Job, journal: Any, screen: Screen, fingerprint: str, before_commit: Callable[[], None] = lambda: None
+    job: Job, journal: Any, console: Console, fingerprint: str, before_commit: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Measures on the final split, exports, reports, and writes result.json last: with it the run is finished.
 
     `before_commit` raises where this process must not write any more.
     """
-    from trainer import export, files, loop, report
+    from trainer.io import files
+    from trainer.output import export, report
+    from trainer.run import loop
 
     settings = job.config
-    outcome = loop.evaluate(job, settings.final_split, "final", journal, screen)
+    outcome = loop.evaluate(job, settings.final_split, "final", journal, console)
     measured = outcome.metrics()
     rates = [row["images_per_second"] for row in journal.rows if row["kind"] == "train"]
     result = measured | {
@@ -134,7 +139,7 @@ def finish(
         "versions": versions(),
     }
     if not job.accelerator.chief:
-        screen.say(f"this machine is done: {_summary(result)}; the chief writes the results")
+        console.info(f"this machine is done: {_summary(result)}; the chief writes the results")
         return result
     store = job.stores[settings.final_split]
     card = {
@@ -174,74 +179,9 @@ def finish(
     export.clean(folder)
     before_commit()
     _write_json(files.join(settings.workdir, "result.json"), result)
-    screen.say(f"finished: {_summary(result)}")
-    screen.say(f"report {files.join(settings.workdir, 'report.html')}, model {folder}")
+    console.info(f"finished: {_summary(result)}")
+    console.info(f"report {files.join(settings.workdir, 'report.html')}, model {folder}")
     return result
-
-
-def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list[Sample]]:
-    """Pictures for the report: views of the run's last batch, and of the final split, with what both models say."""
-    import numpy as np
-    import tensorflow as tf
-
-    from trainer import report, views
-    from trainer.models.teachers import ensemble, opinions
-
-    settings, names = job.config, job.stores[job.config.final_split].classes
-
-    def best(logits: Any) -> list[list[tuple[str, float]]]:
-        shares = tf.nn.softmax(tf.cast(logits, tf.float32)).numpy()
-        return [[(names[c], float(row[c])) for c in np.argsort(-row)[:3]] for row in shares]
-
-    def pixels(view: Any) -> Any:
-        return np.clip((np.asarray(view) + 1.0) * 127.5 + 0.5, 0, 255).astype(np.uint8)
-
-    step = job.step - 1
-    ids = job.order.batches(step, 1)[0]
-    count = min(count, settings.batch_size)
-    whole = views.Rows.of(0, 1, settings.batch_size, views.partner(settings))
-    # The first rows alone, each beside its partner: the layout of "reverse", whatever the partner is.
-    pairs = [part[:count] for part in whole.split(whole.numbers)]
-    rows = views.Rows(tf.concat(pairs, 0), "reverse") if whole.partner else views.Rows(pairs[0], "")
-    chosen = ids[rows.numbers.numpy()]
-    made = views.training_views(
-        settings,
-        tf.constant(job.train.take(chosen)),
-        tf.constant(job.train.sizes[chosen]),
-        rows,
-        tf.constant(step),
-        () if job.targets else tuple({t.size: None for t in job.teachers}),
-    )
-    own, other = rows.split(chosen)
-    student = best(job.student(views.to_range(made.student, settings.student_range), training=False))
-    teacher: list[list[tuple[str, float]]] = [[] for _ in student]
-    if job.targets:
-        teacher = best(ensemble([tf.constant(table[own]) for table in job.targets], settings.ensemble))
-    elif job.teachers:
-        teacher = best(ensemble(opinions(job.teachers, made.teachers), settings.ensemble))
-
-    def caption(share: float, a: int, b: int) -> str:
-        return f"{share:.0%} of image {a}, the rest of image {b}" if rows.partner else f"image {a}"
-
-    seen = [
-        report.Sample(picture, caption(share, a, b), t, s, None)
-        for picture, share, a, b, t, s in zip(
-            pixels(made.student), made.share.numpy()[:, 0], own, other, teacher, student, strict=True
-        )
-    ]
-    store = job.stores[settings.final_split]
-    picks = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
-    view = views.evaluation_view(
-        settings, tf.constant(store.take(picks)), tf.constant(store.sizes[picks]), settings.image_size
-    )
-    student = best(outcome.student[picks])
-    teacher = best(outcome.teacher[picks]) if outcome.teacher is not None else [[] for _ in student]
-    truths = [names[label] if label >= 0 else None for label in store.labels[picks]]
-    measured = [
-        report.Sample(picture, f"image {number}", t, s, truth)
-        for picture, number, t, s, truth in zip(pixels(view), picks, teacher, student, truths, strict=True)
-    ]
-    return seen, measured
 
 
 def versions() -> dict[str, str]:
@@ -259,29 +199,29 @@ def versions() -> dict[str, str]:
     }
 
 
-def _rehearse(job: Job, screen: Screen) -> None:
+def _rehearse(job: Job, console: Console) -> None:
     """Two short turns of the real step, of which nothing is kept, and the plan that follows from them."""
     import time
 
-    from trainer import check
+    from trainer.run import check
 
     settings = job.config
     began = time.monotonic()
     metrics = job.advance(1)
     compiled = time.monotonic() - began
-    screen.say(
+    console.info(
         f"first step: loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4f}, {compiled:.1f} s with compilation"
     )
     if settings.check:
-        check.built(job, screen)
-        screen.say("check passed: accelerator, data, teacher, workdir and the first batch are fine")
+        check.check_job(job, console)
+        console.info("check passed: accelerator, data, teacher, workdir and the first batch are fine")
         return
     began = time.monotonic()
     job.advance(2)
     rate = 2 * settings.batch_size / (time.monotonic() - began)
     images = settings.steps * settings.batch_size
     state = sum(array.nbytes for array in job.state().values())
-    screen.say(
+    console.info(
         f"plan: {settings.steps:,} steps = {images:,} images = {images / len(job.train):,.1f} epochs of {len(job.train):,}; "
         f"{rate:,.0f} images/s here: {images / rate / 3600:.2f} h; a checkpoint is {state / 2**20:.1f} MiB, "
         f"every {settings.checkpoint_every:,} steps, {settings.keep_checkpoints} kept. Nothing was written"
@@ -294,7 +234,7 @@ def _finished(chosen: Config, fingerprint: str) -> dict[str, Any] | None:
     Raises:
         DataError: it is there and belongs to another configuration.
     """
-    from trainer import files
+    from trainer.io import files
 
     workdir = chosen.workdir
     path = files.join(workdir, "result.json")
@@ -322,7 +262,7 @@ def _summary(result: dict[str, Any]) -> str:
 
 
 def _write_json(path: str, value: dict[str, Any]) -> None:
-    from trainer import files
+    from trainer.io import files
 
     files.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode(), "a result")
 

@@ -14,8 +14,10 @@ from typing import Any
 
 from absl import flags
 
-from trainer import cli, config, environment
-from trainer.errors import ConfigError
+from trainer import cli
+from trainer.core import environment
+from trainer.core import flags as task_flags
+from trainer.core.errors import ConfigError
 
 _HIDDEN = (
     "teacher",
@@ -38,7 +40,7 @@ _HIDDEN = (
 
 def define_flags(values: flags.FlagValues) -> None:
     """The main job's flags without those about teachers, and this verb's own."""
-    config.define_flags(values, skip=_HIDDEN, views="same/ic")
+    task_flags.define_flags(values, skip=_HIDDEN, views="same/ic")
     own: dict[str, Any] = {"flag_values": values, "module_name": "teacher"}
     flags.DEFINE_string(
         "model",
@@ -63,19 +65,20 @@ def _main(values: Any) -> None:
     if not values.out.endswith(".keras"):
         raise ConfigError(f"--out={values.out}: it must name a file that ends in .keras")
     workdir = values.workdir or values.out.removesuffix(".keras")
-    from trainer import files, task
-    from trainer.journal import Screen
+    from trainer import task
+    from trainer.core.console import Console
+    from trainer.io import files
 
-    screen = Screen()
-    rule = _hyperrule(values, screen) if values.hyperrule else {}
-    chosen = config.from_flags(values, rule, distance="labels", workdir=workdir, **_model(values))
-    if not task.run(chosen, screen):
+    console = Console()
+    rule = _hyperrule(values, console) if values.hyperrule else {}
+    chosen = task_flags.from_flags(values, rule, distance="labels", workdir=workdir, **_model(values))
+    if not task.run(chosen, console):
         return  # --check or --dry_run
     if not environment.is_chief():
         return
     model = files.join(workdir, "export", "model.keras")
     files.write(values.out, files.read(model, "the trained teacher"), "the teacher")
-    screen.say(f"teacher {values.out}")
+    console.info(f"teacher {values.out}")
 
 
 def _model(values: Any) -> dict[str, str]:
@@ -83,19 +86,19 @@ def _model(values: Any) -> dict[str, str]:
     kind, _, rest = values.model.partition(":")
     if kind != "bit":
         return {"student": values.model}
-    from trainer.models import weights
+    from trainer.models import bit_weights
 
     if values.student_weights:
         raise ConfigError(
             f"--model={values.model} has weights, and --student_weights={values.student_weights} too: drop one"
         )
-    return {"student": f"bit-{weights.source(rest, 'model').arch.lower()}", "student_weights": values.model}
+    return {"student": f"bit-{bit_weights.source(rest, 'model').arch.lower()}", "student_weights": values.model}
 
 
-def _hyperrule(values: Any, screen: Any) -> dict[str, Any]:
+def _hyperrule(values: Any, console: Any) -> dict[str, Any]:
     """The rule's flags for the data set, told."""
     from trainer import recipes
-    from trainer.records import Dataset
+    from trainer.data.dataset import Dataset
 
     if not values.data:
         raise ConfigError("--data is missing: the folder or gs:// prefix that `python -m trainer.prepare` wrote")
@@ -105,7 +108,7 @@ def _hyperrule(values: Any, screen: Any) -> dict[str, Any]:
     rule = recipes.bit_hyperrule(examples, height, width)
     if values["image_size"].present:  # the crop's share of the squashed image stays
         rule["resize_size"] = round(values.image_size * rule["resize_size"] / rule["image_size"])
-    screen.say(
+    console.info(
         f"BiT-HyperRule for {examples:,} images of {height} x {width} pixels: "
         + " ".join(f"--{name}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in rule.items())
     )

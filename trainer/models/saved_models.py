@@ -14,8 +14,8 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 
-from trainer import files
-from trainer.errors import DataError
+from trainer.core.errors import DataError
+from trainer.io import files
 
 # What a classifier needs none of. Saving and restoring is in every SavedModel, in functions of its own.
 _REFUSED = (

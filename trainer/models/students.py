@@ -17,9 +17,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer import files
-from trainer.errors import ConfigError, DataError
-from trainer.models import bit, loading, weights
+from trainer.core.errors import ConfigError, DataError
+from trainer.io import download, files
+from trainer.models import bit, bit_weights, keras_files
 
 GROUPS = 8
 GROUP_NORM = "-gn"
@@ -84,9 +84,9 @@ def checksums(name: str, start: str) -> list[str]:
         DataError: a file cannot be read.
     """
     kind, _, rest = name.partition(":")
-    found = [loading.checksum(rest, "student")] if kind == "keras" and rest else []
+    found = [download.checksum(rest, "student")] if kind == "keras" and rest else []
     if start:
-        found.append(loading.checksum(_start(name, start), "student_weights"))
+        found.append(download.checksum(_start(name, start), "student_weights"))
     return found
 
 
@@ -100,7 +100,7 @@ def _start(name: str, start: str) -> str:
     kind, _, rest = start.partition(":")
     if kind in ("keras", "h5") and rest:
         return rest
-    chosen = weights.source(rest, "student_weights") if kind == "bit" else None
+    chosen = bit_weights.source(rest, "student_weights") if kind == "bit" else None
     if chosen is None or name != f"bit-{chosen.arch.lower()}":
         raise ConfigError(
             f"--student_weights={start} does not start --student={name}: it must be keras:PATH or h5:PATH of the same network, or "
@@ -112,12 +112,12 @@ def _start(name: str, start: str) -> str:
 def _start_from(model: keras.Model, name: str, start: str, classes: int, rebuild: Callable[[int], keras.Model]) -> None:
     path, where = _start(name, start), f"--student_weights={start}"
     if start.startswith("bit:"):
-        arrays = weights.read(path, "student_weights")
+        arrays = bit_weights.read(path, "student_weights")
         same = "head/kernel" in arrays and arrays["head/kernel"].shape[-1] == classes
-        weights.fill(model, arrays, where, keep_head=same)
+        bit_weights.fill(model, arrays, where, keep_head=same)
         return
     if start.startswith("keras:"):
-        other, _ = loading.load_keras(path, "student_weights")
+        other, _ = keras_files.load_keras(path, "student_weights")
     else:
         other = _from_h5(model, path, "student_weights", where, rebuild)
     _take_over(model, other, where)
@@ -135,14 +135,14 @@ def _from_h5(
     Raises:
         DataError: the file is of another network.
     """
-    why = loading.load_weights(model, path, role)
+    why = keras_files.load_weights(model, path, role)
     if not why:
         return model
     kernel = tuple(_head(model).kernel.shape)
-    shapes = loading.array_shapes(path, role)
+    shapes = keras_files.array_shapes(path, role)
     for count in sorted({s[-1] for s in shapes if s[:-1] == kernel[:-1] and (s[-1],) in shapes} - {kernel[-1]}):
         other = rebuild(count)
-        if not loading.load_weights(other, path, role):
+        if not keras_files.load_weights(other, path, role):
             return other
     raise DataError(f"{where} does not fit {model.name}: {why}. Is it another network's file?")
 
@@ -173,9 +173,9 @@ def _take_over(model: keras.Model, other: keras.Model, where: str) -> None:
 def _build(name: str, classes: int, size: int, seed: int, root_pool: str) -> keras.Model:
     kind, _, rest = name.partition(":")
     if kind == "keras" and rest:
-        model, probabilities = loading.load_keras(rest, "student")
+        model, probabilities = keras_files.load_keras(rest, "student")
         if probabilities:
-            model = loading.strip_softmax(model)
+            model = keras_files.strip_softmax(model)
         return model
     archs = {f"bit-{arch.lower()}": arch for arch in bit.ARCHS}
     if name in archs:

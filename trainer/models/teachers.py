@@ -12,11 +12,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import Config
-from trainer.errors import ConfigError, DataError
-from trainer.models import bit, conversion, from_kaggle, loading, saved_models, students, weights
+from trainer.core.config import Config
+from trainer.core.errors import ConfigError, DataError
+from trainer.io import download, kaggle
+from trainer.models import bit, bit_weights, keras_files, saved_model_to_bit, saved_models, students
 from trainer.models.saved_models import SavedClassifier
-from trainer.views import to_range
+from trainer.models.value_range import to_range
 
 _UNKNOWN = (
     "--teacher={}: it must be keras:PATH, saved_model:PATH, app:NAME@WEIGHTS.h5, bit:ARCH@FILE.npz, bit:NAME (published), "
@@ -34,7 +35,7 @@ class Teacher:
         size: side of the images that it takes, in pixels.
         value_range: "-1,1", "0,1" or "0,255".
         probabilities: it returns probabilities that could not be turned back into logits inside.
-        precision: the form that `model` is in, see `trainer.models.cheap`.
+        precision: the form that `model` is in, see `trainer.models.quantize`.
         notes: what loading found that its user should know, a line each.
     """
 
@@ -85,22 +86,22 @@ def checksum(config: Config, name: str) -> str:
     if kind == "random" and rest:
         return f"{name}, seed {config.seed}"
     if kind == "keras" and rest:
-        return loading.checksum(rest, "teacher")
+        return download.checksum(rest, "teacher")
     if kind == "saved_model" and rest:
         return saved_models.checksum(rest, "teacher")
     if kind == "app" and "@" in rest:
-        return f"{loading.checksum(rest.partition('@')[2], 'teacher')}, {rest.partition('@')[0]}"
+        return f"{download.checksum(rest.partition('@')[2], 'teacher')}, {rest.partition('@')[0]}"
     if kind == "bit" and rest:
-        chosen = weights.source(rest, "teacher")
+        chosen = bit_weights.source(rest, "teacher")
         # The size that a published name brings along decides what the teacher says, as its bytes do.
-        return loading.checksum(chosen.path, "teacher") + (f", {chosen.size} px" if chosen.size else "")
+        return download.checksum(chosen.path, "teacher") + (f", {chosen.size} px" if chosen.size else "")
     raise ConfigError(_UNKNOWN.format(name))
 
 
 def _resolve(name: str) -> tuple[str, str]:
     """Kind and place of a teacher, on this machine if it comes from Kaggle."""
     kind, _, rest = name.partition(":")
-    return from_kaggle.fetch(rest, "teacher") if kind == "kaggle" and rest else (kind, rest)
+    return kaggle.fetch(rest, "teacher") if kind == "kaggle" and rest else (kind, rest)
 
 
 def _load(config: Config, name: str, size: int, value_range: str, classes: int) -> Teacher:
@@ -109,10 +110,10 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
     notes: list[str] = []
     model: keras.Model | SavedClassifier
     if kind == "keras" and rest:
-        model, softmax = loading.load_keras(rest, "teacher")
+        model, softmax = keras_files.load_keras(rest, "teacher")
     elif kind == "saved_model" and rest:
-        converted = conversion.convert(rest, "teacher", value_range)
-        if isinstance(converted, conversion.Native):
+        converted = saved_model_to_bit.convert(rest, "teacher", value_range)
+        if isinstance(converted, saved_model_to_bit.Native):
             model, native, value_range = converted.model, True, "-1,1"
             notes.append(f"{name}: {converted.note}")
         else:
@@ -122,12 +123,12 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
     elif kind == "bit" and rest:
         if value_range not in ("auto", "-1,1"):
             raise ConfigError(f"--teacher_range={value_range}: {name} takes -1,1, as every BiT npz does")
-        if (known := weights.PUBLISHED.get(rest)) and known.classes != classes:
+        if (known := bit_weights.PUBLISHED.get(rest)) and known.classes != classes:
             raise DataError(
                 f"--teacher={name} knows {known.classes:,} classes; --data={config.held_out} has {classes:,}"
             )
-        size = size or weights.source(rest, "teacher").size or config.image_size
-        model = weights.load(rest, "teacher", size, config.root_pool)
+        size = size or bit_weights.source(rest, "teacher").size or config.image_size
+        model = bit_weights.load(rest, "teacher", size, config.root_pool)
     elif kind == "app" and "@" in rest:
         if value_range not in ("auto", "0,255"):
             raise ConfigError(
@@ -156,7 +157,7 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
     if native:
         softmax = False  # ours ends in logits, whatever the SavedModel does
     elif config.teacher_outputs != "probabilities" and softmax:
-        model, softmax = loading.strip_softmax(model), False
+        model, softmax = keras_files.strip_softmax(model), False
     elif config.teacher_outputs == "auto":
         softmax = _look_like_probabilities(model, size, value_range)
     else:
@@ -179,7 +180,7 @@ def _look_like_probabilities(model: keras.Model | SavedClassifier, size: int, va
     return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1.0, atol=1e-3))
 
 
-def opinions(teachers: tuple[Teacher, ...], views: dict[int, tf.Tensor]) -> list[tf.Tensor]:
+def teacher_logits(teachers: tuple[Teacher, ...], views: dict[int, tf.Tensor]) -> list[tf.Tensor]:
     """Each teacher's float32 logits [n, classes] for views keyed by their size."""
     return [teacher.logits(views[teacher.size]) for teacher in teachers]
 

@@ -1,0 +1,306 @@
+"""Sets of tensorflow-datasets: original bytes, the paper's splits, and plain words where a set cannot be had. No network."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import re
+import socket
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from conftest import here
+from PIL import Image
+
+from trainer.data.dataset import Dataset
+from trainer.data.records import EncodedSplit
+from trainer.ingest import tfds_source, verify, writer
+
+# TFDS's own name of the class decides the name of the set: local_flowers.
+COUNTS = {"train": 25, "validation": 6, "test": 11}
+
+# mock_data puts a file system of its own in place while it opens a set, for the whole process: of two threads that do so at
+# once, the last one out leaves it there.
+IN_ONE_THREAD = ("--workers=1",)
+
+
+def image(split: str, number: int) -> bytes:
+    rng = np.random.default_rng([len(split), number])
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (8, 11, 3), np.uint8)).save(buffer, "JPEG", quality=77)
+    return buffer.getvalue()
+
+
+class LocalFlowers(tfds.core.GeneratorBasedBuilder):
+    """A set with everything that sets have: a mask that is an image too, a second label, a box."""
+
+    VERSION = tfds.core.Version("1.2.3")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "mask": tfds.features.Image(shape=(None, None, 1)),
+            "label": tfds.features.ClassLabel(names=["daisy", "rose", "tulip"]),
+            "colour": tfds.features.ClassLabel(num_classes=2),
+            "file_name": tfds.features.Text(),
+            "box": tfds.features.BBoxFeature(),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), supervised_keys=("image", "label")
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, object]:  # noqa: ARG002
+        return {split: self._generate_examples(split, count) for split, count in COUNTS.items()}
+
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, object]]]:
+        for number in range(count):
+            yield (
+                number,
+                {
+                    "image": io.BytesIO(image(split, number)),
+                    "mask": np.zeros((8, 11, 1), np.uint8),
+                    "label": number % 3,
+                    "colour": number % 2,
+                    "file_name": f"{split}-{number}.jpg",
+                    "box": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
+                },
+            )
+
+
+class LocalTwins(LocalFlowers):
+    """The same, and nothing says which image and which label."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(builder=self, features=super()._info().features)
+
+
+class LocalWords(tfds.core.GeneratorBasedBuilder):
+    """No images."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, object]:  # noqa: ARG002
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, object]]]:
+        yield 0, {"text": "word"}
+
+
+class LocalFar(LocalFlowers):
+    """One whose download breaks off."""
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, object]:  # noqa: ARG002
+        raise ConnectionError("the cable is out")
+
+
+class LocalGuarded(LocalFlowers):
+    """One that is only given out by hand."""
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = """
+    Register at example.org and put flowers.tar
+    into the folder.
+    """
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, object]:
+        assert dl_manager.manual_dir
+        return super()._split_generators(dl_manager)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where tensorflow-datasets keeps the sets of this file."""
+    return str(tmp_path_factory.mktemp("tfds"))
+
+
+def run(tmp_path: pathlib.Path, name: str, data_dir: str, *flags: str, out: str = "out") -> Dataset:
+    done = here("prepare", f"--dataset=tfds:{name}", f"--data_dir={data_dir}", f"--out={tmp_path / out}", *flags)
+    assert done.returncode == 0, done.stderr
+    return Dataset.load(str(tmp_path / out))
+
+
+def refused(tmp_path: pathlib.Path, name: str, data_dir: str, *flags: str, code: int = 3) -> str:
+    done = here("prepare", f"--dataset=tfds:{name}", f"--data_dir={data_dir}", f"--out={tmp_path / 'out'}", *flags)
+    assert done.returncode == code, done.stderr
+    assert not (tmp_path / "out/dataset.json").exists()
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def contents(made: Dataset, split: str) -> dict[str, tuple[bytes, int]]:
+    encoded = EncodedSplit(made, made.splits[split])
+    every = [encoded.picture(i) for i in range(len(encoded))]
+    return {picture.filename: (picture.encoded, picture.label) for picture in every}
+
+
+def test_a_local_builder_keeps_bytes_labels_and_names(
+    tmp_path: pathlib.Path, data_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "_SHARD_BYTES", 4000)
+    for workers in (1, 3):
+        made = run(tmp_path, "local_flowers", data_dir, f"--workers={workers}", out=str(workers))
+    assert made.classes == ("daisy", "rose", "tulip")
+    assert {name: split.examples for name, split in made.splits.items()} == COUNTS
+    assert len(made.splits["train"].shards) > 1
+    for split, count in COUNTS.items():
+        expected = {f"{split}-{i}.jpg": (image(split, i), i % 3) for i in range(count)}
+        assert contents(made, split) == expected
+    assert made.image_size == {"max_height": 8, "max_width": 11, "median_height": 8, "median_width": 11}
+    assert made.source["tensorflow_datasets"] == "local_flowers/1.2.3"
+    one, three = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in "13")
+    assert one == three
+
+
+def test_split_expressions(tmp_path: pathlib.Path, data_dir: str) -> None:
+    whole = list(contents(run(tmp_path, "local_flowers", data_dir, out="whole"), "train").items())
+    splits = "--splits=train=train[:80%],validation=train[80%:],test=test+validation[:2]"
+    made = run(tmp_path, "local_flowers:1.2.3", data_dir, splits)
+    assert list(contents(made, "train").items()) == whole[:20]
+    assert list(contents(made, "validation").items()) == whole[20:]
+    assert len(contents(made, "test")) == 13
+    line = refused(tmp_path / "x", "local_flowers", data_dir, "--splits=train=trian", code=2)
+    assert "--splits=train=trian" in line
+    assert "validation (6)" in line
+    line = refused(tmp_path / "x", "local_flowers", data_dir, "--splits=train:0.9", code=2)
+    assert "train[:90%]" in line
+
+
+def test_several_images_and_labels(tmp_path: pathlib.Path, data_dir: str) -> None:
+    line = refused(tmp_path, "local_twins", data_dir, code=2)
+    assert "--image=image, mask" in line
+    line = refused(tmp_path, "local_twins", data_dir, "--image=image", code=2)
+    assert "--label=label, colour" in line
+    made = run(tmp_path, "local_twins", data_dir, "--image=image", "--label=colour")
+    assert made.classes == ("0", "1")
+    assert contents(made, "test")["test-3.jpg"] == (image("test", 3), 1)
+    made = run(tmp_path, "local_flowers", data_dir, "--unlabelled", out="bare")
+    assert made.classes == ()
+    assert contents(made, "test")["test-3.jpg"] == (image("test", 3), -1)
+    assert "--label=box" in refused(tmp_path / "x", "local_flowers", data_dir, "--label=box", code=2)
+    line = refused(tmp_path / "x", "local_words", data_dir)
+    assert "no set of images" in line
+    assert "text" in line
+
+
+def lay_out(data_dir: pathlib.Path, name: str, counts: dict[str, int]) -> pathlib.Path:
+    """Writes a set under its real name, features and version, as tensorflow-datasets would have it on disk."""
+    builder = tfds.builder(name, data_dir=str(data_dir))
+    folder, features = pathlib.Path(builder.data_dir), builder.info.features
+    folder.mkdir(parents=True)
+    infos = []
+    for split, count in counts.items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=name, split=split, filetype_suffix="tfrecord"
+        )
+        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[count], num_bytes=1, filename_template=template))
+        path = template.sharded_filepath(shard_index=0, num_shards=1)
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            for number in range(count):
+                row = {
+                    "image": io.BytesIO(image(split, number)),
+                    "label": number,
+                    "file_name": f"{split}-{number}.jpg",
+                    "species": number % 2,
+                    "segmentation_mask": np.zeros((8, 11, 1), np.uint8),
+                    "head_bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
+                }
+                row = {key: row[key] for key in features if key in row}
+                writer.write(features.serialize_example(features.encode_example(row)))
+    tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "expected"),
+    [
+        ("oxford_flowers102", {"train": 4, "validation": 3, "test": 5}, {"train": 4, "validation": 3, "test": 5}),
+        ("oxford_iiit_pet", {"train": 20, "test": 5}, {"train": 18, "validation": 2, "test": 5}),
+        ("food101", {"train": 30, "validation": 7}, {"train": 27, "validation": 3, "test": 7}),
+        ("sun397", {"train": 4, "validation": 3, "test": 5}, {"train": 4, "validation": 3, "test": 5}),
+        ("imagenet2012", {"train": 100, "validation": 6}, {"train": 98, "validation": 2, "test": 6}),
+    ],
+)
+def test_the_papers_splits(tmp_path: pathlib.Path, name: str, counts: dict[str, int], expected: dict[str, int]) -> None:
+    """Table 5, on files laid out as tensorflow-datasets does, with its own builder of each set."""
+    lay_out(tmp_path / "tfds", name, counts)
+    made = run(tmp_path, name, str(tmp_path / "tfds"))
+    assert {split: part.examples for split, part in made.splits.items()} == expected
+    assert len(made.classes) == {"oxford_flowers102": 102, "oxford_iiit_pet": 37, "food101": 101}.get(
+        name, 397 if name == "sun397" else 1000
+    )
+    test = "validation" if "test" not in counts else "test"
+    pictures = list(contents(made, "test").values())
+    assert pictures == [(image(test, i), i) for i in range(counts[test])]
+    if "validation" not in counts or test == "validation":
+        last = list(contents(made, "validation").values())
+        assert last == [(image("train", i), i) for i in range(expected["train"], counts["train"])]
+
+
+def test_mock_data(tmp_path: pathlib.Path) -> None:
+    """tensorflow-datasets' own mock of a set, of which only the description is there."""
+    folder = lay_out(tmp_path / "tfds", "oxford_flowers102", {"train": 7, "validation": 3, "test": 5})
+    for path in folder.glob("*.tfrecord*"):
+        path.unlink()
+    with tfds.testing.mock_data(num_examples=7, data_dir=str(tmp_path / "tfds")):
+        made = run(tmp_path, "oxford_flowers102", str(tmp_path / "tfds"), *IN_ONE_THREAD)
+    assert {split: part.examples for split, part in made.splits.items()} == {"train": 7, "validation": 3, "test": 5}
+    assert made.classes[0] == "pink primrose"
+    assert "15 images in 3 splits" in verify.verify(str(tmp_path / "out"), lambda *_: None)
+
+
+def test_files_that_are_cut_off_are_noticed(tmp_path: pathlib.Path) -> None:
+    folder = lay_out(tmp_path / "tfds", "oxford_flowers102", {"train": 7, "validation": 3, "test": 5})
+    for path in folder.glob("*.tfrecord*"):
+        path.unlink()
+    with tfds.testing.mock_data(num_examples=4, data_dir=str(tmp_path / "tfds")):
+        line = refused(tmp_path, "oxford_flowers102", str(tmp_path / "tfds"), *IN_ONE_THREAD)
+    assert re.search(r"gave 4 pictures of oxford_flowers102/[\d.]+ (train\[0:7\]|test\[0:5\])", line)
+
+
+def test_sets_that_cannot_be_had(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = str(tmp_path / "tfds")
+    assert "did you mean oxford_flowers102?" in refused(tmp_path, "oxford_flower102", where)
+    assert "9.9.9" in refused(tmp_path, "local_flowers:9.9.9", where)
+    line = refused(tmp_path, "local_far", where)
+    assert "the cable is out" in line
+    assert "--data_dir" in line
+    line = refused(tmp_path, "local_guarded", where)
+    assert f"Put its files into {where}/downloads/manual" in line
+    assert "Register at example.org and put flowers.tar into the folder." in line
+    (tmp_path / "tfds/downloads/manual").mkdir(parents=True)
+    (tmp_path / "tfds/downloads/manual/flowers.tar").write_text("")
+    assert run(tmp_path, "local_guarded", where).splits["train"].examples == 25
+
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    line = refused(tmp_path / "x", "food101", str(tmp_path / "other"))
+    assert "Name or service not known" in line
+    assert "--data_dir" in line
+
+
+def test_without_the_library(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    assert "pip install 'funmatch[datasets]'" in refused(tmp_path, "food101", str(tmp_path), code=2)
+
+
+def test_a_set_that_needs_a_package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'cv2'", name="cv2")
+
+    monkeypatch.setattr(LocalFlowers, "download_and_prepare", missing)
+    assert "opencv-python-headless" in refused(tmp_path, "local_flowers", str(tmp_path / "none"))
+
+
+def test_every_set_of_the_paper_is_known_to_tensorflow_datasets() -> None:
+    assert set(tfds_source.PAPER_SPLITS) <= set(tfds.list_builders())

@@ -1,0 +1,268 @@
+"""Models that want more than to be loaded: none runs anything, none writes outside its folder, each is refused in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+import pickle
+import stat
+import zipfile
+from collections.abc import Callable
+
+import conftest
+import h5py
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.core.errors import DataError
+from trainer.models import bit_weights, keras_files
+from trainer.models.saved_models import SavedClassifier
+
+
+@pytest.fixture
+def canary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """The working directory and home of a test: everything in it must be at the end as it was."""
+    folder = tmp_path / "around/here"
+    folder.mkdir(parents=True)
+    (folder / "secret").write_text("secret")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "around"))
+    return tmp_path / "around"
+
+
+def everything(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The members of an honest `.keras` file."""
+    inputs = keras.Input((24, 24, 3))
+    hidden = keras.layers.GlobalAveragePooling2D()(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(conftest.CLASSES, name="head")(hidden))
+    path = tmp_path_factory.mktemp("good") / "m.keras"
+    model.save(path)
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+Members = dict[str, bytes]
+Change = Callable[[Members, pathlib.Path], Members]
+
+
+def layer(change: dict[str, object]) -> Change:
+    """Puts another layer in the place of the pooling."""
+
+    def made(members: Members, mark: pathlib.Path) -> Members:
+        config = json.loads(members["config.json"])
+        old = next(part for part in config["config"]["layers"] if part["class_name"] == "GlobalAveragePooling2D")
+        text = json.dumps(change).replace("MARK", str(mark))
+        old.update(json.loads(text))
+        return members | {"config.json": json.dumps(config).encode()}
+
+    return made
+
+
+def lambda_layer() -> dict[str, object]:
+    """A Lambda as Keras itself writes it; its code makes a file."""
+    made = keras.layers.Lambda(lambda x: (open("ran", "w").close(), x)[1])
+    return keras.saving.serialize_keras_object(made)
+
+
+def h5(change: Callable[[h5py.File], None]) -> Change:
+    def made(members: Members, _: pathlib.Path) -> Members:
+        buffer = io.BytesIO(members["model.weights.h5"])
+        with h5py.File(buffer, "r+") as file:
+            change(file)
+        return members | {"model.weights.h5": buffer.getvalue()}
+
+    return made
+
+
+def bomb(file: h5py.File) -> None:
+    """8 PiB in no bytes, as Keras's own tests have it."""
+    group = next(g for g in (file["layers"][name]["vars"] for name in file["layers"]) if len(g))
+    del group["0"]
+    group.create_dataset("0", shape=(1 << 50,), dtype="float64", chunks=(1 << 20,))
+
+
+def outside(file: h5py.File) -> None:
+    group = next(g for g in (file["layers"][name]["vars"] for name in file["layers"]) if len(g))
+    del group["0"]
+    group["0"] = h5py.ExternalLink("/etc/passwd", "/x")
+
+
+FUNCTION = {"module": "os", "class_name": "function", "config": "system", "registered_name": "system"}
+CHANGES: dict[str, Change] = {
+    "Lambda": lambda m, mark: layer(lambda_layer())(m, mark),
+    "a layer that is a function of os": layer(
+        {"module": "os", "class_name": "system", "config": {"command": "touch MARK"}}
+    ),
+    "eval": layer({"module": "builtins", "class_name": "eval", "config": {"source": "open('MARK','w')"}}),
+    "a download": layer(
+        {"module": "keras.utils", "class_name": "get_file", "config": {"fname": "MARK", "origin": "file:///etc/passwd"}}
+    ),
+    "a class of nobody's": layer(
+        {"module": "somewhere", "class_name": "Evil", "config": {}, "registered_name": "Custom>Evil"}
+    ),
+    "an activation of os": layer(
+        {"module": "keras.layers", "class_name": "Activation", "config": {"activation": FUNCTION}}
+    ),
+    "a pickled torch module": layer(
+        {"module": "keras.src.utils.torch_utils", "class_name": "TorchModuleWrapper", "config": {"module": "gASVHg=="}}
+    ),
+    "config.json that is no JSON": lambda m, _: m | {"config.json": b"{"},
+    "config.json of a list": lambda m, _: m | {"config.json": b"[]"},
+    "no weights": lambda m, _: {name: content for name, content in m.items() if not name.endswith(".h5")},
+    "weights that are a pickle": lambda m, _: m | {"model.weights.h5": pickle.dumps({"a": 1})},
+    "a shape bomb": h5(bomb),
+    "weights from another file": h5(outside),
+    "..": lambda m, _: m | {"../ran": b"x"},
+    "../ in assets": lambda m, _: m | {"assets/../../../ran": b"x"},
+    "a backslash": lambda m, _: m | {"..\\ran": b"x"},
+    "an absolute path": lambda m, mark: m | {str(mark): b"x"},
+}
+
+
+def pack(path: pathlib.Path, members: Members, compression: int = zipfile.ZIP_STORED) -> str:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return str(path)
+
+
+def refused(path: str, canary: pathlib.Path) -> str:
+    before = everything(canary)
+    with pytest.raises(DataError) as caught:
+        keras_files.load_keras(path, "teacher")
+    assert everything(canary) == before, "something was written"
+    assert "\n" not in str(caught.value)
+    assert f"--teacher=keras:{path}" in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_honest_one_loads(good: Members, tmp_path: pathlib.Path) -> None:
+    model, _ = keras_files.load_keras(pack(tmp_path / "m.keras", good), "teacher")
+    assert model.output_shape == (None, conftest.CLASSES)
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_hostile_keras_file(what: str, good: Members, canary: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    mark = canary / "here/ran"
+    refused(pack(tmp_path / "evil.keras", CHANGES[what](dict(good), mark)), canary)
+    assert not mark.exists()
+
+
+def test_a_link_in_a_keras_file(good: Members, canary: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = pack(tmp_path / "evil.keras", good)
+    with zipfile.ZipFile(path, "a") as archive:
+        link = zipfile.ZipInfo("assets")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(link, str(canary))
+    assert "is a link or a device" in refused(path, canary)
+
+
+def test_a_name_twice(good: Members, canary: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = pack(tmp_path / "evil.keras", good)
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("config.json", b"{}")
+    assert "two members of one name" in refused(path, canary)
+
+
+def test_a_zip_bomb(good: Members, canary: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = pack(tmp_path / "evil.keras", good | {"assets/zeros": bytes(1 << 27)}, zipfile.ZIP_DEFLATED)
+    assert os.path.getsize(path) < 1 << 20
+    assert "claim to hold" in refused(path, canary)
+
+
+class Evil:
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (self.mark, "w")
+
+
+def npz_refused(path: pathlib.Path, canary: pathlib.Path) -> str:
+    before = everything(canary)
+    with pytest.raises(DataError) as caught:
+        bit_weights.read(str(path), "teacher")
+    assert everything(canary) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_hostile_npz_files(canary: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    mark = str(canary / "here/ran")
+    path = tmp_path / "evil.npz"
+    np.savez(path, **{"head/kernel": np.array([Evil(mark)], object)})
+    assert "not floats" in npz_refused(path, canary)
+    path.write_bytes(pickle.dumps(Evil(mark)))
+    assert "is no npz file" in npz_refused(path, canary)
+    header = np.lib.format.magic(1, 0)
+    text = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1125899906842624,), }\n"
+    content = header + len(text).to_bytes(2, "little") + text
+    assert "claims shape" in npz_refused(pathlib.Path(pack(path, {"head/kernel.npy": content})), canary)
+    assert "no BiT has" in npz_refused(pathlib.Path(pack(path, {"../../ran.npy": content})), canary)
+    pack(path, {"head/kernel.npy": content})
+    # A member that says it is larger than any model: nothing of it is read.
+    raw = bytearray(path.read_bytes())
+    place = raw.rindex(b"PK\x01\x02") + 24
+    raw[place : place + 4] = (0xFFFFFFFE).to_bytes(4, "little")
+    path.write_bytes(bytes(raw))
+    npz_refused(path, canary)
+    assert not os.path.exists(mark)
+
+
+def test_an_npz_larger_than_any_bit(
+    canary: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bit_weights, "_LARGEST", 1 << 20)
+    np.savez_compressed(tmp_path / "bomb.npz", **{"head/kernel": np.zeros(1 << 20, np.float32)})
+    assert "more than any BiT" in npz_refused(tmp_path / "bomb.npz", canary)
+
+
+def saved_model(folder: pathlib.Path, work: Callable[[tf.Tensor], tf.Tensor]) -> str:
+    module = tf.Module()
+    module.call = tf.function(  # type: ignore[attr-defined]
+        work, input_signature=[tf.TensorSpec([None, 24, 24, 3], tf.float32)]
+    )
+    tf.saved_model.save(module, str(folder), signatures={"serving_default": module.call})  # type: ignore[attr-defined]
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["writes", "reads", "lists"])
+def test_a_saved_model_that_touches_files(kind: str, canary: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    mark = str(canary / "here/ran")
+
+    def work(images: tf.Tensor) -> tf.Tensor:
+        if kind == "writes":
+            tf.io.write_file(mark, "x")
+        elif kind == "reads":
+            images += tf.cast(tf.strings.length(tf.io.read_file(str(canary / "here/secret"))), tf.float32)
+        else:
+            images += tf.cast(tf.size(tf.io.matching_files(str(canary / "*"))), tf.float32)
+        return tf.reduce_mean(images, [1, 2])
+
+    path = saved_model(tmp_path / "model", work)
+    before = everything(canary)
+    with pytest.raises(DataError, match=r"refused$") as caught:
+        SavedClassifier(path, "teacher")
+    assert "\n" not in str(caught.value)
+    assert everything(canary) == before
+
+
+def test_the_job_exits_with_3(good: Members, data: str, canary: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = pack(tmp_path / "evil.keras", CHANGES["Lambda"](dict(good), canary / "here/ran"))
+    done = conftest.here("task", f"--data={data}", f"--teacher=keras:{path}", "--student=bit-tiny", "--image_size=24",
+                         "--steps=1", "--batch_size=4", f"--workdir={tmp_path / 'run'}")  # fmt: skip
+    assert done.returncode == 3
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "evil.keras" in line
+    assert "Traceback" not in done.stderr
+    assert not (canary / "here/ran").exists()

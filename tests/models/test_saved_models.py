@@ -1,0 +1,237 @@
+"""SavedModel teachers: Keras's and hand-made ones, compiled, on several replicas; programs that do more are refused."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+
+import fake_gcs
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import CLASSES, IMAGE, ROOT, here, opinionated, strategy
+
+from trainer.core.config import Config
+from trainer.core.console import Console
+from trainer.core.errors import DataError
+from trainer.data.order import ExampleSampler
+from trainer.models import bit, teachers
+from trainer.models.saved_models import SavedServable
+from trainer.run import build
+from trainer.run.accelerator import Accelerator
+
+
+def network() -> keras.Model:
+    """No BiT, which would be made our own (tests/test_conversion.py)."""
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((IMAGE, IMAGE, 3))
+    for filters in (16, 32):
+        x = keras.layers.Conv2D(filters, 3, strides=2, activation="relu")(x)
+        x = keras.layers.GroupNormalization(8)(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return opinionated(keras.Model(inputs, keras.layers.Dense(CLASSES, name="head")(x)))
+
+
+def exported(path: pathlib.Path) -> str:
+    """As Keras 3 exports, for inference."""
+    network().export(str(path), verbose=False)
+    return f"saved_model:{path}"
+
+
+class HandMade(tf.Module):
+    """Two inputs' worth of signatures, of which one is a classifier's; probabilities, and features beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = tf.Variable(np.random.default_rng(0).normal(0, 1, (3, CLASSES)).astype(np.float32))
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)])
+    def classify(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
+        pooled = tf.reduce_mean(pictures, axis=(1, 2))
+        return {"logits": pooled @ self.kernel, "features": pooled}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+    def describe(self, text: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"length": tf.strings.length(text)}
+
+
+def view(count: int = 4) -> tf.Tensor:
+    return tf.constant(np.random.default_rng(1).uniform(-1, 1, (count, IMAGE, IMAGE, 3)).astype(np.float32))
+
+
+def load(name: str, **changes: object) -> teachers.Teacher:
+    return teachers.load(Config(teacher=(name,), image_size=IMAGE, **changes), CLASSES)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_keras_export_says_what_the_network_says(tmp_path: pathlib.Path, compiled: bool) -> None:
+    teacher = load(exported(tmp_path / "saved"))
+    run = tf.function(teacher.logits, jit_compile=compiled)
+    assert np.allclose(run(view()), np.asarray(network()(view())), atol=1e-4)
+    assert (teacher.size, teacher.probabilities) == (IMAGE, False)
+    assert teacher.model.count_params() == network().count_params()
+
+
+def test_one_in_a_bucket_is_the_same(tmp_path: pathlib.Path, gcs: fake_gcs.Server) -> None:
+    """With TensorFlow's own client, in a process of its own: reading variables holds the lock that this process' server needs.
+
+    The checksum, which a resumed run asks for, is the same in both places.
+    """
+    name, there = exported(tmp_path / "saved"), "saved_model:gs://bucket/teachers/one"
+    gcs.put_tree(tmp_path / "saved", "bucket", "teachers/one")
+    code = f"""
+import numpy as np
+import tensorflow as tf
+from trainer.core.config import Config
+from trainer.core.errors import DataError
+from trainer.models import teachers
+
+def load(name):
+    return teachers.load(Config(teacher=(name,), image_size={IMAGE}), {CLASSES})[0]
+
+view = tf.constant(np.random.default_rng(1).uniform(-1, 1, (4, {IMAGE}, {IMAGE}, 3)).astype(np.float32))
+here, there = {name!r}, {there!r}
+print(np.array_equal(load(there).logits(view), load(here).logits(view)))
+print(teachers.checksum(Config(teacher=(there,)), there) == teachers.checksum(Config(teacher=(here,)), here))
+try:
+    load("saved_model:gs://bucket/teachers/two")
+except DataError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | gcs.env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    same, known, missing = done.stdout.splitlines()
+    assert (same, known) == ("True", "True")
+    assert "--teacher=saved_model:gs://bucket/teachers/two" in missing
+
+
+def test_the_right_signature_and_output_are_found(tmp_path: pathlib.Path) -> None:
+    made = HandMade()
+    signatures = {"serving_default": made.describe, "classify": made.classify}
+    tf.saved_model.save(made, str(tmp_path / "saved"), signatures=signatures)
+    teacher = load(f"saved_model:{tmp_path}/saved", teacher_range=("0,1",))
+    expected = tf.reduce_mean((view() + 1) / 2, axis=(1, 2)) @ made.kernel
+    assert np.allclose(teacher.logits(view()), expected, atol=1e-5)
+
+
+def test_probabilities_are_seen(tmp_path: pathlib.Path) -> None:
+    model = network()
+    keras.Sequential([model, keras.layers.Softmax()]).export(str(tmp_path / "saved"), verbose=False)
+    teacher = load(f"saved_model:{tmp_path}/saved")
+    assert teacher.probabilities
+    found = tf.nn.softmax(teacher.logits(view()))
+    assert np.allclose(found, tf.nn.softmax(model(view())), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_job_trains_alike_at_one_and_two_replicas(
+    tmp_path: pathlib.Path, make_config: Callable[..., Config]
+) -> None:
+    """And as with the same network from a .keras file, which the exported one's function must be."""
+    name = exported(tmp_path / "saved")
+    network().save(tmp_path / "same.keras")
+    found = {}
+    for replicas, teacher in ((1, name), (2, name), (0, f"keras:{tmp_path}/same.keras")):
+        job = build.build(
+            make_config(teacher=(teacher,)), Accelerator(strategy(max(1, replicas)), "CPU", 10), Console()
+        )
+        found[replicas] = job.advance(2, ExampleSampler(0, len(job.train), 8))
+    for other in (2, 0):
+        assert found[other] == pytest.approx(found[1], rel=2e-3)
+
+
+def test_a_changed_model_is_another_run(tmp_path: pathlib.Path) -> None:
+    config = Config(teacher=(exported(tmp_path / "one"),))
+    first = teachers.checksum(config, config.teacher[0])
+    assert teachers.checksum(config, config.teacher[0]) == first
+    variables = tmp_path / "one" / "variables" / "variables.data-00000-of-00001"
+    content = bytearray(variables.read_bytes())
+    content[100] ^= 1
+    variables.write_bytes(bytes(content))
+    assert teachers.checksum(config, config.teacher[0]) != first
+
+
+@pytest.mark.parametrize("kind", ["write", "read", "python"])
+def test_programs_that_touch_files_or_processes_are_refused_before_they_run(tmp_path: pathlib.Path, kind: str) -> None:
+    class Hostile(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)])
+        def classify(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
+            if kind == "write":
+                tf.io.write_file(str(tmp_path / "written"), "x")
+            elif kind == "read":
+                pictures += tf.cast(tf.strings.length(tf.io.read_file("/etc/hostname")), tf.float32)
+            else:
+                (pictures,) = tf.py_function(lambda x: [x], [pictures], [tf.float32])
+                pictures = tf.ensure_shape(pictures, [None, None, None, 3])
+            return {"logits": tf.reduce_mean(pictures, axis=(1, 2)) @ tf.ones([3, CLASSES])}
+
+    made = Hostile()
+    tf.saved_model.save(made, str(tmp_path / "saved"), signatures={"serving_default": made.classify})
+    (tmp_path / "written").unlink(missing_ok=True)
+    with pytest.raises(DataError, match="refused"):
+        load(f"saved_model:{tmp_path}/saved")
+    assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize("takes", ["pixels", "files"])
+def test_a_saver_by_name_alone_is_no_way_around(tmp_path: pathlib.Path, takes: str) -> None:
+    """A function that calls itself a saver and is called by the signature; `files` is what `funmatch evaluate` loads."""
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
+    def inner_traced_save_function(text: tf.Tensor) -> tf.Tensor:
+        tf.io.write_file(str(tmp_path / "written"), text)
+        return tf.ones([3, CLASSES])
+
+    class Sly(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)])
+        def pixels(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"logits": tf.reduce_mean(pictures, axis=(1, 2)) @ inner_traced_save_function("x")}
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
+        def files(self, encoded: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"logits": tf.ones([tf.size(encoded), 3]) @ inner_traced_save_function("x")}
+
+    made = Sly()
+    tf.saved_model.save(made, str(tmp_path / "saved"), signatures={"serving_default": getattr(made, takes)})
+    (tmp_path / "written").unlink(missing_ok=True)
+    attempt = {
+        "pixels": lambda: load(f"saved_model:{tmp_path}/saved"),
+        "files": lambda: SavedServable(str(tmp_path / "saved"), "model"),
+    }
+    with pytest.raises(DataError, match=r"WriteFile.*refused"):
+        attempt[takes]()
+    assert not (tmp_path / "written").exists()
+
+
+def test_a_saved_model_of_tensorflow_1_is_refused(tmp_path: pathlib.Path) -> None:
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        images = tf.compat.v1.placeholder(tf.float32, [None, 8, 8, 3])
+        outputs = tf.reduce_mean(images, axis=(1, 2))
+        tf.compat.v1.saved_model.simple_save(session, str(tmp_path / "saved"), {"images": images}, {"logits": outputs})
+    with pytest.raises(DataError, match="TensorFlow 1"):
+        load(f"saved_model:{tmp_path}/saved")
+
+
+def test_what_is_no_classifier_is_told(tmp_path: pathlib.Path, data: str) -> None:
+    with pytest.raises(DataError, match=r"no saved_model\.pb"):
+        load(f"saved_model:{tmp_path}")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "saved_model.pb").write_bytes(b"\x0a\xff\xff\xff\xff\x0f")
+    with pytest.raises(DataError, match="damaged"):
+        load(f"saved_model:{tmp_path}/broken")
+    made = HandMade()
+    tf.saved_model.save(made, str(tmp_path / "text"), signatures={"serving_default": made.describe})
+    with pytest.raises(DataError, match="has no signature"):
+        load(f"saved_model:{tmp_path}/text")
+    other = bit.bit("tiny", CLASSES + 1, IMAGE)
+    other.export(str(tmp_path / "other"), verbose=False)
+    flags = ["task", f"--data={data}", f"--teacher=saved_model:{tmp_path}/other", "--student=bit-tiny", "--steps=2"]
+    done = here(*flags, f"--image_size={IMAGE}", "--batch_size=4", f"--workdir={tmp_path}/run")
+    assert done.returncode == 3
+    assert f"knows {CLASSES + 1} classes" in done.stderr

@@ -1,0 +1,379 @@
+"""The whole job with everything on gs://, by TensorFlow's own client and google-cloud-storage: equal to one on a disk to the bit.
+
+Data, teacher and student are read from a bucket; checkpoints, metrics, TensorBoard, exports and the lease are written there. Jobs
+are forked (tests/zygote.py). Each has a bucket of its own, on a server of its own, which counts, fails and kills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import fake_gcs
+import matrix
+import pytest
+from conftest import CLASSES, SIDE, TRAIN, small_classifier
+from zygote import Child, Zygote, side_by_side, wait_for
+
+KILLED = -signal.SIGKILL
+LEASE = 5.0  # seconds, of jobs that are killed
+PRELOAD = ("google.cloud.storage", *matrix.PRELOAD)
+PREPARE = [
+    "prepare", "--dataset=synthetic", f"--classes={CLASSES}", f"--size={SIDE}", f"--train={TRAIN}", "--validation=15",
+    "--test=23", "--pretrain=0",
+]  # fmt: skip
+
+
+@dataclasses.dataclass
+class World:
+    """What the jobs share: how they are started, what they read, and the same run on a disk."""
+
+    zygote: Zygote
+    folder: pathlib.Path
+    whole: pathlib.Path
+
+
+@dataclasses.dataclass
+class Bucket:
+    """A bucket with data, teacher and student, and the job that has its all there."""
+
+    world: World
+    server: fake_gcs.Server
+    folder: pathlib.Path
+
+    def start(self, argv: list[str], *hooks: dict[str, Any], zygote: Zygote | None = None) -> Child:
+        there = {"hook": "environment", **self.server.route, "FUNMATCH_CACHE": str(self.folder / "cache")}
+        self.told.touch()
+        return (zygote or self.world.zygote).start("hooks", "job", self.told, argv=argv, hooks=[there, *hooks])
+
+    def begin(self, *hooks: dict[str, Any], lease: float = 60.0, zygote: Zygote | None = None) -> Child:
+        """Gives the job's command."""
+        argv = matrix.flags("gs://bucket/data", "gs://bucket/teacher.keras", "keras:gs://bucket/student.keras")
+        flags = ["--workdir=gs://bucket/run", f"--lease_seconds={lease:g}"]
+        return self.start([*argv, *flags], *hooks, zygote=zygote)
+
+    @property
+    def told(self) -> pathlib.Path:
+        return self.folder / "told.txt"
+
+    def wait(self, child: Child) -> tuple[int, str]:
+        """A job's exit code and what it and those before it told."""
+        code = child.wait()
+        return code, self.told.read_text()
+
+    def differences(self) -> list[str]:
+        """In what the finished run differs from the one on a disk."""
+        here = self.folder / "run"
+        self.server.get_tree("bucket", "run", here)
+        if found := matrix.differences(self.world.whole, here):
+            odd = set(matrix.names(here)) ^ set(matrix.names(self.world.whole))
+            return [*found, *sorted(odd)]
+        return []
+
+
+def mistake(told: str) -> str:
+    """The one line about what was wrong."""
+    assert "Traceback" not in told, told
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def after(count: int, **then: Any) -> dict[str, Any]:
+    """Once the job has made `count` + 1 steps."""
+    return {"hook": "call", "where": "trainer.run.job:Job.advance", "count": count, "then": then}
+
+
+@pytest.fixture(scope="module")
+def world(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("gcs")
+    for seed, name in enumerate(("teacher", "student")):
+        small_classifier(seed).save(folder / f"{name}.keras")
+    whole, told = folder / "whole", folder / "whole.txt"
+    argv = matrix.flags(data, str(folder / "teacher.keras"), f"keras:{folder}/student.keras")
+    with Zygote(*PRELOAD) as zygote:
+        assert zygote.threads == 1, "a fork of a process with threads is no good process"
+        code = zygote.start("hooks", "job", told, argv=[*argv, f"--workdir={whole}"], hooks=[]).wait()
+        assert code == 0, told.read_text()
+        (folder / "data").symlink_to(data)
+        yield World(zygote, folder, whole)
+
+
+@contextlib.contextmanager
+def bucket(world: World, name: str) -> Iterator[Bucket]:
+    folder = world.folder / name
+    folder.mkdir()
+    with fake_gcs.Server("bucket") as server:
+        server.put_tree(world.folder / "data", "bucket", "data")
+        for file in ("teacher.keras", "student.keras"):
+            server.put("bucket", file, (world.folder / file).read_bytes())
+        yield Bucket(world, server, folder)
+
+
+def committed(server: fake_gcs.Server) -> list[int]:
+    """Steps of the checkpoints whose commit and state are there."""
+    found = []
+    for name in server.names("bucket", "run/checkpoints/checkpoint-"):
+        commit = json.loads(server.get("bucket", name))
+        assert len(server.get("bucket", f"run/checkpoints/{commit['state']}")) == commit["bytes"]
+        found.append(commit["step"])
+    return found
+
+
+def test_prepared_stopped_and_gone_on_with_it_is_the_same_to_the_bit(world: World) -> None:
+    with bucket(world, "stopped") as here:
+        prepared = {name: here.server.get("bucket", name) for name in here.server.names("bucket", "data/")}
+        here.server.reset("bucket")
+        for file in ("teacher.keras", "student.keras"):
+            here.server.put("bucket", file, (world.folder / file).read_bytes())
+        code, told = here.wait(here.start([*PREPARE, "--out=gs://bucket/data"]))
+        assert code == 0, told
+        assert prepared == {name: here.server.get("bucket", name) for name in here.server.names("bucket", "data/")}
+        code, told = here.wait(here.begin(after(5, signal="SIGTERM")))
+        assert code == 75, told
+        assert "at step 6 of 12; saved: the same command goes on" in told
+        assert here.server.names("bucket", "run/.lock") == []
+        code, told = here.wait(here.begin())
+        assert code == 0, told
+        assert "resumed at step 6 of 12" in told
+        assert here.differences() == []
+        assert [name for name in here.server.names("bucket", "run/tensorboard/") if "tfevents" in name]
+        assert (here.folder / "run/report.html").stat().st_size > 10_000
+        code, told = here.wait(here.begin())
+        assert code == 0, told
+        assert "gs://bucket/run is finished: nothing to do" in told
+
+
+# Changes in a bucket after which a job is killed, before it hears of them: kind, part of the object's name, and the how manieth.
+KILLS = {
+    "the probe was begun": ("start", "run/.write-probe-", 1),
+    "the probe was written": ("chunk", "run/.write-probe-", 1),
+    "the lease was taken": ("upload", "run/.lock", 1),
+    "the lease was renewed": ("upload", "run/.lock", 2),
+    "the configuration was written": ("chunk", "run/config.json", 1),
+    "TensorBoard's file was written": ("chunk", "run/tensorboard/", 3),
+    "metrics were begun": ("start", "run/metrics.jsonl", 2),
+    "metrics were written": ("chunk", "run/metrics.jsonl", 2),
+    "the state was begun": ("start", "run/checkpoints/state-", 2),
+    "the state was written": ("chunk", "run/checkpoints/state-", 2),
+    "the commit was begun": ("start", "run/checkpoints/checkpoint-", 2),
+    "the commit was written": ("chunk", "run/checkpoints/checkpoint-", 2),
+    "an old commit was deleted": ("delete", "run/checkpoints/checkpoint-", 1),
+    "an old state was deleted": ("delete", "run/checkpoints/state-", 1),
+    "the export was begun": ("start", "run/export/", 1),
+    "half of the export was written": ("chunk", "run/export/", 2),
+    "the SavedModel was begun": ("start", "run/export/saved_model/saved_model.pb", 1),
+    "the SavedModel was written": ("chunk", "run/export/saved_model/saved_model.pb", 1),
+    "the Keras model was written": ("chunk", "run/export/model.keras", 1),
+    "the report was written": ("chunk", "run/report.html", 1),
+    "the result was begun": ("start", "run/result.json", 1),
+    "the result was written": ("chunk", "run/result.json", 1),
+    "the lease was given back": ("delete", "run/.lock", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def killed(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
+    """What is wrong with each point that was asked for; empty: nothing."""
+
+    def one(number: int, name: str) -> str:
+        kind, match, count = KILLS[name]
+        with bucket(world, f"kill-{number}") as here:
+            # Long enough for a renewal, which comes every quarter of a lease.
+            hooks = [after(1, sleep=LEASE / 2)] if kind == "upload" and count > 1 else []
+            first = here.begin(*hooks, lease=LEASE)
+            here.server.kill_after(count, first.pid, kind, match)
+            code, told = here.wait(first)
+            if code != KILLED or here.server.killed != [first.pid]:
+                return f"ended with {code} where it was to be killed: {told[-1500:]}"
+            there = here.server.names("bucket", "run/.lock")
+            code, told = here.wait(here.begin(lease=LEASE))
+            if code:
+                return f"the same command again ended with {code}: {told[-1500:]}"
+            if "Traceback" in told:
+                return f"showed a traceback: {told[-1500:]}"
+            waited = "its owner is given 5 s to show that it lives" in told
+            if waited != bool(there and "finished: nothing to do" not in told):
+                return f"a lease was {'' if there else 'not '}there, and {'' if waited else 'not '}waited for"
+            if name == "the result was written":  # nobody writes to a finished run, so nobody takes its lease away
+                here.server.take("bucket", "run/.lock")
+            return ", ".join(here.differences())
+
+    asked = {item.callspec.params["point"] for item in request.session.items if "killed" in item.fixturenames}  # type: ignore[attr-defined]
+    names = [name for name in KILLS if name in asked]
+    # Half of a job's time is spent in waiting for the lease of the one that was killed.
+    wrong = side_by_side([lambda n=n, name=name: one(n, name) for n, name in enumerate(names)], workers=4)  # type: ignore[misc]
+    return dict(zip(names, wrong, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("point", KILLS)
+def test_killed_at_a_request_the_same_command_ends_equal_to_the_bit(point: str, killed: dict[str, str]) -> None:
+    assert not killed[point]
+
+
+@pytest.mark.slow
+def test_a_killed_jobs_lease_keeps_others_out_while_it_lasts(world: World) -> None:
+    """A living owner refuses a second job; a dead one's lease is waited for and then taken over."""
+    with bucket(world, "lease") as here:
+        reached = here.folder / "reached"
+        first = here.begin(after(5, touch=str(reached), sleep=600), lease=LEASE)
+        wait_for(reached.exists, 120)
+        code, told = here.wait(here.begin(lease=LEASE))
+        assert code == 3, told
+        assert f"--workdir=gs://bucket/run is in use by process {first.pid} on" in mistake(told)
+        first.send(signal.SIGKILL)
+        assert first.wait() == KILLED
+        before = [request.number for request in here.server.log][-1]
+        began = time.monotonic()
+        second = here.begin(lease=LEASE)
+        wait_for(lambda: "its owner is given 5 s" in here.told.read_text()[len(told) :], 60)
+        assert not second.status.done(), "it does not end, it waits"
+        code, told = here.wait(second)
+        assert code == 0, told
+        assert time.monotonic() - began > LEASE
+        assert "resumed at step 4 of 12" in told
+        mine = [r for r in here.server.log if r.number > before and r.kind in fake_gcs.MUTATING]
+        taken = next(i for i, request in enumerate(mine) if request.object == "run/.lock")
+        assert all("/.write-probe-" in request.object for request in mine[:taken]), (
+            "nothing is changed before it is ours"
+        )
+        assert here.differences() == []
+
+
+PASSING = ("503", "429", "500", "reset", "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_faults_that_pass_do_not_change_a_bit(world: World) -> None:
+    """A fifth of all requests go wrong, drawn anew for each seed, in a run that is stopped half-way and goes on."""
+
+    def one(seed: int) -> list[tuple[str, str]]:
+        with bucket(world, f"passing-{seed}") as here:
+            here.server.fail(
+                PASSING[seed], "status"
+            )  # else they come after broken pieces alone, and are spared as neighbours
+            here.server.sprinkle(seed, 0.2, PASSING)
+            code, told = here.wait(here.begin(after(5, signal="SIGTERM")))
+            assert code == 75, told
+            code, told = here.wait(here.begin())
+            assert code == 0, told
+            assert "resumed at step 6 of 12" in told
+            assert "passed over" not in told
+            assert here.differences() == []
+            return [(request.kind, request.fault) for request in here.server.log]
+
+    asked = [pair for pairs in side_by_side([lambda seed=seed: one(seed) for seed in range(3)]) for pair in pairs]  # type: ignore[misc]
+    met = [(kind, fault) for kind, fault in asked if fault]
+    assert len(met) > 0.15 * len(asked), f"{len(met)} of {len(asked)} requests went wrong"
+    # Nothing of a job renames in a bucket, so there is no rewrite.
+    assert {kind for kind, _ in met} >= {"stat", "list", "read", "start", "chunk", "status", "upload", "delete"}
+    assert {fault for _, fault in met} == set(PASSING)
+
+
+# What goes wrong for good: the requests (kind, part of the object's name, how many pass before), the failure, and what the one line
+# must say of it.
+LASTING = {
+    "403 to the second state": (
+        [("start", "run/checkpoints/state-", 1)],
+        "403",
+        r"cannot write a checkpoint gs://bucket/run/checkpoints/state-0000000008.*HTTP 403.*roles/storage\.objectAdmin",
+    ),
+    "403 to the second commit": (
+        [("start", "run/checkpoints/checkpoint-", 1)],
+        "403",
+        r"cannot write a checkpoint's commit gs://bucket/run/checkpoints/checkpoint-0000000008\.json.*HTTP 403",
+    ),
+    "503 to the second state's pieces": (
+        [("chunk", "run/checkpoints/state-", 1), ("status", "run/checkpoints/state-", 0)],
+        "503",
+        r"cannot write a checkpoint gs://bucket/run/checkpoints/state-0000000008.*HTTP 503.*does not answer",
+    ),
+    "resets of the second metrics": (
+        [("start", "run/metrics.jsonl", 1)],
+        "reset",
+        r"cannot write the metrics gs://bucket/run/metrics\.jsonl.*does not answer",
+    ),
+    "silence to the second state": (
+        [("start", "run/checkpoints/state-", 1)],
+        "stall",
+        r"cannot write a checkpoint gs://bucket/run/checkpoints/state-0000000008.*does not answer",
+    ),
+    "403 to the export": (
+        [("start", "run/export/", 0)],
+        "403",
+        r"cannot write the exported model gs://bucket/run/export/saved_model/.*HTTP 403",
+    ),
+    "silence to everything": (
+        [("", "", 0)],
+        "stall",
+        r"gs://bucket.*does not answer",
+    ),
+    "403 to all changes": (
+        [(kind, "", 0) for kind in ("start", "chunk", "upload", "delete")],
+        "403",
+        r"cannot write .*gs://bucket/run/.*HTTP 403",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
+    """With the client's settings that users get: what is wrong with each that was asked for; empty: nothing."""
+    asked = {item.callspec.params["fault"] for item in request.session.items if "lasted" in item.fixturenames}  # type: ignore[attr-defined]
+    names = [name for name in LASTING if name in asked]
+
+    def one(number: int, name: str, zygote: Zygote) -> str:
+        requests, failure, line = LASTING[name]
+        with bucket(world, f"lasting-{number}") as here:
+            here.server.stall_seconds = 300
+            reached, told = here.folder / "reached", here.told
+            from_the_middle = name.endswith((" all changes", " everything"))
+            hooks = [after(5, touch=str(reached), sleep=5.0)] if from_the_middle else []
+            job = here.begin(*hooks, zygote=zygote)
+            if from_the_middle:
+                wait_for(lambda: reached.exists() and committed(here.server) == [4], 120)
+                # Until the save of step 4 has looked for what it can delete, where a failure is a warning.
+                time.sleep(2)
+            faults = [here.server.fail(failure, kind, match=match, after=n, times=None) for kind, match, n in requests]
+            wait_for(lambda: any(fault.consumed for fault in faults), 120)
+            began = time.monotonic()
+            code = job.wait()
+            seconds = time.monotonic() - began
+            print(f"{name}: ended after {seconds:.1f} s")
+            if code != 3:
+                return f"ended with {code}: {told.read_text()[-1500:]}"
+            if not re.search(line, mistake(told.read_text())):
+                return f"said {mistake(told.read_text())}"
+            if seconds > 60:
+                return f"ended after {seconds:.0f} s"
+            here.server.heal()
+            last = max(committed(here.server))
+            before = len(told.read_text())
+            job = here.begin(zygote=zygote, lease=LEASE)
+            if code := job.wait():
+                return f"the same command again ended with {code}: {told.read_text()[before:]}"
+            again = told.read_text()[before:]
+            if f"resumed at step {last} of 12" not in again or "passed over" in again:
+                return f"did not go on from step {last}: {again}"
+            return ", ".join(here.differences())
+
+    with Zygote(*PRELOAD, unset=fake_gcs.KNOBS) as zygote:
+        wrong = side_by_side([lambda n=n, name=name: one(n, name, zygote) for n, name in enumerate(names)], workers=4)  # type: ignore[misc]
+    return dict(zip(names, wrong, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", LASTING)
+def test_a_fault_that_lasts_is_one_line_and_nothing_is_lost(fault: str, lasted: dict[str, str]) -> None:
+    """It ends within a minute after the fault began to be felt; when it is over, the same command goes on."""
+    assert not lasted[fault]

@@ -1,0 +1,524 @@
+"""The whole job: end to end, stopped and killed anywhere, and told to go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import CLASSES, IMAGE, ROOT, SIDE, funmatch, here
+from matrix import final_state, result, rows
+from PIL import Image
+
+from trainer import task
+from trainer.core.config import Config
+from trainer.core.console import Console
+from trainer.core.errors import DataError, Diverged, Stopped
+from trainer.io import files
+from trainer.run import build, loop
+from trainer.run import metric_writer as journal_module
+from trainer.run.checkpoint import Background, Checkpoints
+from trainer.run.job import Job
+
+
+def same(one: str, other: str) -> None:
+    assert final_state(one) == final_state(other)
+    assert rows(one) == rows(other)
+    assert result(one) == result(other)
+
+
+@pytest.fixture(scope="module")
+def flags(data: str, teacher_file: str) -> list[str]:
+    return [
+        "task",
+        f"--data={data}",
+        f"--teacher=keras:{teacher_file}",
+        "--student=bit-tiny",
+        f"--image_size={IMAGE}",
+        f"--store_size={SIDE}",
+        "--steps=12",
+        "--batch_size=8",
+        "--learning_rate=0.003",
+        "--steps_per_loop=2",
+        "--log_every=3",
+        "--eval_every=6",
+        "--checkpoint_every=4",
+        "--eval_batch_size=10",
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    workdir = str(tmp_path_factory.mktemp("whole") / "run")
+    done = funmatch(*flags, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_a_run_leaves_what_is_promised(uninterrupted: str) -> None:
+    names = set(os.listdir(uninterrupted))
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "export",
+        "result.json",
+        "report.html",
+    }
+    found = json.loads(pathlib.Path(uninterrupted, "result.json").read_text())
+    promised = {
+        "teacher_top1",
+        "student_top1",
+        "agreement_top1",
+        "kl",
+        "steps",
+        "images_per_second",
+        "wall_seconds",
+        "seed",
+        "versions",
+    }
+    assert promised <= found.keys()
+    assert found["steps"] == 12
+    assert found["images_per_second"] > 0
+    events = list(pathlib.Path(uninterrupted, "tensorboard").iterdir())
+    tags = {v.tag for e in events for event in tf.compat.v1.train.summary_iterator(str(e)) for v in event.summary.value}
+    assert {"train/loss", "train/learning_rate", "eval/student_top1", "final/kl"} <= tags
+    assert "<html" in pathlib.Path(uninterrupted, "report.html").read_text()
+    config = json.loads(pathlib.Path(uninterrupted, "config.json").read_text())["config"]
+    assert config["steps"] == 12
+
+
+def test_metrics_have_no_gap_and_no_repeat(uninterrupted: str) -> None:
+    found = [(row["kind"], row["step"]) for row in rows(uninterrupted)]
+    assert found == [
+        ("train", 3),
+        ("train", 6),
+        ("eval", 6),
+        ("train", 9),
+        ("train", 12),
+        ("eval", 12),
+        ("final", 12),
+    ]
+    assert all(np.isfinite(v) for row in rows(uninterrupted) for v in row.values() if isinstance(v, float))
+
+
+def test_two_fresh_runs_are_equal_to_the_bit(flags: list[str], uninterrupted: str, tmp_path: pathlib.Path) -> None:
+    assert funmatch(*flags, f"--workdir={tmp_path}/run").returncode == 0
+    same(uninterrupted, f"{tmp_path}/run")
+
+
+@pytest.mark.parametrize("steps_per_loop", [1, 5])
+def test_loop_length_does_not_change_the_weights(
+    flags: list[str], uninterrupted: str, tmp_path: pathlib.Path, steps_per_loop: int
+) -> None:
+    assert here(*flags, f"--workdir={tmp_path}/run", f"--steps_per_loop={steps_per_loop}").returncode == 0
+    assert final_state(f"{tmp_path}/run") == final_state(uninterrupted)
+
+
+WAYS = [
+    ["--optimizer=muon", "--mixup=example"],
+    ["--views=fix/ic_ens", "--fixed_crops=3"],
+    ["--recipe=keras_example", "--warmup_steps=3", "--student_range=0,255"],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_resume_to_the_bit_too(flags: list[str], tmp_path: pathlib.Path, way: list[str]) -> None:
+    assert here(*flags, *way, f"--workdir={tmp_path}/whole/run").returncode == 0
+    assert killed([*flags, *way], f"{tmp_path}/cut/run", "run.job:Job.advance", 4, "SIGKILL") == -signal.SIGKILL
+    assert here(*flags, *way, f"--workdir={tmp_path}/cut/run").returncode == 0
+    same(f"{tmp_path}/whole/run", f"{tmp_path}/cut/run")
+
+
+def test_the_keras_example_as_one_recipe(flags: list[str], tmp_path: pathlib.Path) -> None:
+    """All its points in one run, to the report; the data and the sizes are ours."""
+    done = here(*flags, "--recipe=keras_example", f"--workdir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert "warm-up takes 1,500 of 12 steps" in done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["compat"] == ["keras_example"]
+    assert (config["student"], config["student_range"], config["temperature"]) == ("bit-tiny", "0,1", 10.0)
+    assert (config["steps"], config["schedule_steps"]) == (12, 12)
+    assert "in [0, 1]" in (tmp_path / "run" / "export" / "MODEL_CARD.md").read_text()
+
+
+KILLER = """
+import os, signal, sys
+import importlib
+module = importlib.import_module('trainer.{module}')
+owner = module if "{owner}" == "" else getattr(module, "{owner}")
+real, calls = owner.{name}, iter(range(10**9))
+def killing(*a, **k):
+    n = next(calls)
+    if n == {count} and not {after}: os.kill(os.getpid(), signal.{signal})
+    out = real(*a, **k)
+    if n == {count} and {after}: os.kill(os.getpid(), signal.{signal})
+    return out
+owner.{name} = killing
+from trainer import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def killed(flags: list[str], workdir: str, where: str, count: int, number: str, after: bool = True) -> int:
+    """Runs the job and sends itself a real signal around the `count`-th call of `where`; returns the exit status."""
+    module, _, rest = where.partition(":")
+    owner, _, name = rest.rpartition(".")
+    code = KILLER.format(module=module, owner=owner, name=name, count=count, after=after, signal=number)
+    arguments = [sys.executable, "-c", code, *flags, f"--workdir={workdir}"]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, timeout=240, check=False).returncode
+
+
+KILLS = [  # (function, which call, before or after it); test_kills.py has many more, in forked processes
+    ("run.job:Job.advance", 3, True),
+    ("output.export:write", 0, True),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "count", "after"), KILLS)
+def test_killed_anywhere_the_same_command_ends_equal_to_the_bit(
+    flags: list[str],
+    uninterrupted: str,
+    tmp_path: pathlib.Path,
+    where: str,
+    count: int,
+    after: bool,
+) -> None:
+    workdir = str(tmp_path / "run")
+    assert killed(flags, workdir, where, count, "SIGKILL", after) == -signal.SIGKILL
+    assert not os.path.exists(f"{workdir}/result.json")
+    done = funmatch(*flags, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    same(uninterrupted, workdir)
+
+
+@pytest.mark.slow
+def test_killed_once_the_same_command_ends_equal_to_the_bit(
+    flags: list[str], uninterrupted: str, tmp_path: pathlib.Path
+) -> None:
+    """After step 8's checkpoint and two steps more, which are made again."""
+    workdir = str(tmp_path / "run")
+    assert killed(flags, workdir, "run.job:Job.advance", 7, "SIGKILL") == -signal.SIGKILL
+    done = funmatch(*flags, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 8 of 12" in done.stderr
+    same(uninterrupted, workdir)
+
+
+def test_sigterm_saves_says_so_and_exits_75(flags: list[str], uninterrupted: str, tmp_path: pathlib.Path) -> None:
+    """Stopped at step 11, which is due for nothing: the row of metrics under way goes on after it."""
+    workdir = str(tmp_path / "run")
+    assert killed(flags, workdir, "run.job:Job.advance", 6, "SIGTERM") == 75
+    (commit,) = pathlib.Path(workdir, "checkpoints").glob("checkpoint-*11.json")
+    assert json.loads(commit.read_text())["extra"]["pending"]
+    # Gone on with in a process that has made other optimizers before.
+    keras.optimizers.AdamW()
+    done = here(*flags, f"--workdir={workdir}")
+    assert "resumed at step 11 of 12" in done.stderr
+    same(uninterrupted, workdir)
+
+
+def test_a_signal_from_outside_stops_it(flags: list[str], tmp_path: pathlib.Path) -> None:
+    arguments = [
+        sys.executable,
+        "-m",
+        "trainer.cli",
+        *flags,
+        "--steps=100000",
+        f"--workdir={tmp_path}/run",
+    ]
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/checkpoints/checkpoint-*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "stopped by SIGINT" in told
+
+
+@pytest.fixture
+def built(make_config: Callable[..., Config]) -> Job:
+    from conftest import strategy
+
+    from trainer.run.accelerator import Accelerator
+
+    return build.build(make_config(), Accelerator(strategy(1), "CPU", 10), Console())
+
+
+@pytest.mark.parametrize("what", ["student", "teacher", "optimizer"])
+def test_what_is_not_finite_stops_before_a_commit(built: Job, what: str) -> None:
+    """Poison after step 6: the last good checkpoint is of step 4, finite, and stays."""
+    journal, checkpoints = build.open_run(built)
+    real = built.advance
+
+    def poisoned(steps: int, order: object) -> dict[str, float]:
+        if built.step == 6:
+            target = {
+                "student": built.student.trainable_variables[0],
+                "teacher": built.teachers[0].model.variables[-1],
+                "optimizer": built.optimizer.variables[3],
+            }[what]
+            target.assign(np.full(target.shape, np.nan, np.float32))
+        return real(steps, order)
+
+    built.advance = poisoned  # type: ignore[method-assign]
+    told = {
+        "student": "in step 7 of 12: the student's weights",
+        "teacher": "in step 7 of 12: the teacher's output",
+        "optimizer": "in step 8 of 12: the student's weights",  # what a spoilt moment makes of them in step 7
+    }[what]
+    with pytest.raises(Diverged, match=f"not finite {told}") as raised:
+        loop.train(built, journal, checkpoints, Console())
+    assert raised.value.exit_code == 4
+    restored = checkpoints.restore()
+    assert restored is not None
+    assert restored.step == 4
+    assert all(np.isfinite(a).all() for a in restored.arrays.values())
+
+
+def test_rows_are_durable_before_the_state_and_the_state_before_its_commit(
+    built: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy of the state is taken at once; what the job does afterwards does not reach it."""
+    journal, checkpoints = build.open_run(built)
+    journal.add("train", 3, {"loss": 1.0})
+    written, gate, real = [], threading.Event(), files.write
+
+    def write(path: str, content: bytes, what: str) -> None:
+        assert gate.wait(30)
+        written.append(pathlib.Path(path).name.partition("-")[0])
+        real(path, content, what)
+
+    monkeypatch.setattr(files, "write", write)
+    before = built.state()
+    with Background() as saving:
+        loop.save(built, journal, checkpoints, saving)
+        assert not written, "the caller was held"
+        journal.add("train", 4, {"loss": 2.0})
+        for variable in built.student.trainable_variables:
+            variable.assign_add(tf.ones_like(variable))
+        built.pending.append((1, {"loss": 9.0}))
+        gate.set()
+    assert written == ["metrics.jsonl", "state", "checkpoint"]
+    restored = checkpoints.restore()
+    assert restored is not None
+    assert all(restored.arrays[name].tobytes() == array.tobytes() for name, array in before.items())
+    assert restored.extra["pending"] == []
+    assert [row["step"] for row in rows(built.config.workdir)] == [3]
+
+
+def test_a_save_that_fails_ends_the_job_and_the_last_checkpoint_is_whole(
+    built: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, checkpoints = build.open_run(built)
+    real = files.write
+
+    def write(path: str, content: bytes, what: str) -> None:
+        if "state-0000000008" in path:
+            raise DataError("cannot write a checkpoint: No space left on device")
+        real(path, content, what)
+
+    monkeypatch.setattr(files, "write", write)
+    with pytest.raises(DataError, match="No space left"):
+        loop.train(built, journal, checkpoints, Console())
+    restored = checkpoints.restore()
+    assert restored is not None
+    assert restored.step == 4
+
+
+def test_tensorboard_is_a_convenience(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "tensorboard").write_text("a file where a folder should be")
+    journal = journal_module.MetricWriter(str(tmp_path))
+    for step in (1, 2):
+        journal.add("train", step, {"loss": 1.0})
+        journal.flush()
+    assert [w.partition(":")[0] for w in journal.warnings] == [f"nothing more goes to {tmp_path}/tensorboard"]
+    assert [row["step"] for row in rows(str(tmp_path))] == [1, 2]
+
+
+def test_the_best_evaluation_is_kept_and_exported(
+    built: Job, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations after 2, 4, ... 12 steps say what the list says; the first of the best is the best."""
+    said = {"student_top1": iter([0.1, 0.6, 0.6, 0.5, float("nan"), 0.2]), "kl": iter([3.0, 1.0, 1.0, 2.0, 5.0, 1.5])}
+    for by in said:
+        settings = make_config(keep_best=by, export_from="best", eval_every=2, checkpoint_every=12, keep_checkpoints=1)
+        built.config = dataclasses.replace(settings, workdir=f"{settings.workdir}-{by}").resolve(40)
+        journal, checkpoints = build.open_run(built)
+        kept = {}
+
+        class Said:
+            def metrics(self, by: str = by) -> dict[str, float]:
+                kept[built.step] = built.state()  # noqa: B023
+                return {by: next(said[by])}
+
+        monkeypatch.setattr(loop, "evaluate", lambda *_: Said())
+        built.step, built.best = 0, {}
+        built.optimizer.iterations.assign(0)
+        loop.train(built, journal, checkpoints, Console())
+        assert built.best["step"] == 4
+        steps = sorted(int(p.stem[-10:]) for p in pathlib.Path(built.config.workdir, "checkpoints").glob("c*.json"))
+        assert steps == [4, 12]
+        loop.take_best(built, checkpoints)
+        assert all(built.state()[name].tobytes() == array.tobytes() for name, array in kept[4].items())
+        # The same command again: what is the best is known from the newest checkpoint.
+        built.best = {}
+        loop.resume(built, journal, checkpoints, Console())
+        assert (built.step, built.best["step"]) == (12, 4)
+    built.best = {}
+    with pytest.raises(DataError, match="the run was made without that flag"):
+        loop.take_best(built, checkpoints)
+
+
+def test_a_checkpoint_of_another_model_is_refused(built: Job) -> None:
+    state = built.state()
+    first = next(iter(state))
+    with pytest.raises(DataError, match="shape"):
+        built.load(state | {first: np.zeros((1, 1), np.float32)})
+    with pytest.raises(DataError, match="does not hold"):
+        built.load({k: v for k, v in state.items() if k != first})
+
+
+def test_state_goes_out_and_in_unchanged(built: Job) -> None:
+    before = built.state()
+    rng = np.random.default_rng(0)
+    other = {k: rng.normal(size=v.shape).astype(v.dtype) for k, v in before.items()}
+    built.load(other)
+    after = built.state()
+    assert all(after[k].tobytes() == v.tobytes() for k, v in other.items())
+
+
+def test_other_flags_in_the_same_workdir_are_refused(built: Job) -> None:
+    journal, checkpoints = build.open_run(built)
+    loop.save(built, journal, checkpoints)
+    identity = built.identity | {"temperature": 9.0}
+    with pytest.raises(DataError, match=r"temperature: 1\.0 there, 9\.0 here"):
+        Checkpoints(f"{built.config.workdir}/checkpoints", identity, 2).restore()
+
+
+def test_a_teacher_changed_between_runs_is_refused(
+    make_config: Callable[..., Config], tmp_path: pathlib.Path, teacher_file: str
+) -> None:
+    path = tmp_path / "teacher.keras"
+    path.write_bytes(pathlib.Path(teacher_file).read_bytes())
+    config = make_config(teacher=(f"keras:{path}",))
+    before = build.identify(config)[3]
+    model = keras.saving.load_model(path)
+    model.set_weights([w * 1.01 for w in model.get_weights()])
+    model.save(path)
+    assert build.identify(config)[3]["teacher"] != before["teacher"]
+
+
+def test_journal_goes_back_to_the_checkpoint(tmp_path: pathlib.Path) -> None:
+    first = journal_module.MetricWriter(str(tmp_path))
+    for step in (1, 2, 3):
+        first.add("train", step, {"loss": float(step)})
+    first.add("final", 3, {"kl": 0.0})
+    first.flush()
+    second = journal_module.MetricWriter(str(tmp_path))
+    second.rewind(2)
+    assert [row["step"] for row in second.rows] == [1, 2]
+    second.rewind(3)
+    assert [row["kind"] for row in second.rows] == ["train"] * 3
+
+
+@pytest.mark.slow
+def test_bring_your_own_images_and_teacher(tmp_path: pathlib.Path) -> None:
+    """Grey, transparent, CMYK and odd-sized files; a 0..255 softmax teacher of another size; a student of another size."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("valid", 3)):
+        for name, level in (("dark", 60), ("light", 190)):
+            for i in range(count):
+                mode, bands, kind = [
+                    ("L", 1, "png"),
+                    ("RGBA", 4, "png"),
+                    ("CMYK", 4, "jpg"),
+                    ("RGB", 3, "jpg"),
+                ][i % 4]
+                pixels = np.clip(
+                    rng.normal(level, 30, (int(rng.integers(9, 70)), int(rng.integers(9, 70)), bands)),
+                    0,
+                    255,
+                ).astype(np.uint8)
+                path = tmp_path / "images" / split / name / f"{i}.{kind}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels[..., 0] if bands == 1 else pixels, mode).save(path)
+    keras.Sequential(
+        [
+            keras.Input((20, 20, 3)),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Flatten(),
+            keras.layers.Dense(2, activation="softmax"),
+        ]
+    ).save(tmp_path / "mine.keras")
+    assert here("prepare", f"--dataset=folder:{tmp_path}/images", f"--out={tmp_path}/data").returncode == 0
+    done = here(
+        "task",
+        f"--data={tmp_path}/data",
+        f"--teacher=keras:{tmp_path}/mine.keras",
+        "--teacher_range=0,255",
+        "--student=app:MobileNetV2",
+        "--image_size=32",
+        "--epochs=2",
+        "--batch_size=4",
+        "--eval_split=valid",
+        "--final_split=valid",
+        f"--workdir={tmp_path}/run",
+    )
+    assert done.returncode == 0, done.stderr
+    found = result(f"{tmp_path}/run")
+    assert found["steps"] == 6
+    assert 0 <= found["teacher_top1"] <= 1
+
+
+def test_a_teacher_is_trained_with_labels(data: str, tmp_path: pathlib.Path) -> None:
+    done = here(
+        "teacher",
+        f"--data={data}",
+        "--model=bit-tiny",
+        f"--image_size={IMAGE}",
+        "--steps=4",
+        "--batch_size=8",
+        f"--out={tmp_path}/t.keras",
+    )
+    assert done.returncode == 0, done.stderr
+    assert keras.saving.load_model(tmp_path / "t.keras").output_shape == (None, CLASSES)
+    assert "student_top1" in result(f"{tmp_path}/t")
+    assert here("teacher", f"--data={data}", "--out=t.h5").returncode == 2
+
+
+@pytest.mark.slow
+def test_the_smoke_run_ends_with_its_table(tmp_path: pathlib.Path) -> None:
+    done = funmatch("smoke", "--preset=tiny", f"--workdir={tmp_path}/smoke", timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "student by function matching" in (tmp_path / "smoke/summary.md").read_text()
+    assert (tmp_path / "smoke/distill/report.html").exists()
+
+
+def test_stopped_is_75_and_signals_are_given_back() -> None:
+    assert Stopped("x").exit_code == 75
+    before = signal.getsignal(signal.SIGTERM)
+    from trainer.core.signals import StopRequest
+
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert task.versions()["tensorflow"] == tf.__version__

@@ -1,0 +1,340 @@
+"""Killed, starved or misled anywhere: the same command ends in the same weights, slots, metrics and result.
+
+Each point is a process that is forked from one that has TensorFlow already (tests/zygote.py), is stopped at a chosen moment by a
+real signal, and is followed by another that gets the same command. All points run once, as many side by side as there are cores;
+each is a test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import signal
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import matrix
+import pytest
+from conftest import ROOT, small_classifier
+from matrix import Point
+from zygote import Zygote, side_by_side, wait_for
+
+KILLED = -signal.SIGKILL
+
+# Where a job is in each phase: a call that is made then, its number, and whether the signal comes after it.
+PHASES = {
+    "start": ("trainer.run.build:identify", 0, True),
+    "lock": ("trainer.io.lock:hold_workdir", 0, True),
+    "teacher": ("trainer.models.teachers:load", 0, False),
+    "data": ("trainer.data.store:decode_square", 20, True),
+    "compile": ("trainer.method.views:training_views", 0, True),  # traced, not run: the step is being compiled
+    "step": ("trainer.run.job:Job.advance", 5, True),
+    "evaluate": ("trainer.run.evaluator:Evaluator.run", 0, True),
+    "save": ("trainer.run.checkpoint:Checkpoints.save", 1, False),
+    "final": ("trainer.run.evaluator:Evaluator.run", 2, True),
+    "export": ("trainer.output.export:single_device_copy", 0, True),
+    "report": ("trainer.output.report:render", 0, True),
+}
+# Where SIGKILL goes in what follows training.
+ENDINGS = {
+    "after the final evaluation": ("trainer.run.evaluator:Evaluator.run", 2, True),
+    "while the SavedModel is copied": ("os:replace", 12, False),  # probe, configuration, 9 of 3 saves, fingerprint.pb
+    "after the SavedModel": ("tensorflow:saved_model.save", 0, True),
+    "in the SavedModel": ("tensorflow:saved_model.save", 0, False),
+    "after the Keras model": ("trainer.output.export:save_keras", 0, True),
+    "after the export": ("trainer.output.export:write", 0, True),
+    "after the report": ("trainer.output.report:render", 0, True),
+    "before the result": ("trainer.task:_write_json", 1, False),
+}
+# The steps of writing a file (tests/hooks.py, storage), for what a save changes, and what it deletes.
+WRITTEN = ("made", "half", "written", "flushed", "renamed", "flushed")
+SAVE = [*(f"{what} {step}" for what in ("metrics", "state", "commit") for step in range(len(WRITTEN)))]
+
+
+def at(phase: tuple[str, int, bool], number: str, times: int = 1) -> dict[str, Any]:
+    where, count, after = phase
+    return {"hook": "call", "where": where, "count": count, "after": after, "then": {"signal": number, "times": times}}
+
+
+def step(count: int, number: str = "SIGKILL") -> dict[str, Any]:
+    return at(("trainer.run.job:Job.advance", count, True), number)
+
+
+def disk(kill_at: int) -> dict[str, Any]:
+    return {"hook": "storage", "kill_at": kill_at}
+
+
+POINTS = [
+    *(Point(f"SIGKILL after step {n + 1}", (step(n),), (KILLED,)) for n in range(matrix.STEPS)),
+    *(Point(f"SIGTERM in {name}", (at(phase, "SIGTERM"),), (75,)) for name, phase in PHASES.items()),
+    *(Point(f"SIGTERM twice in {name}", (at(phase, "SIGTERM", 2),), (75,)) for name, phase in PHASES.items()),
+    *(Point(f"SIGKILL {name}", (at(phase, "SIGKILL"),), (KILLED,)) for name, phase in ENDINGS.items()),
+    *(
+        Point(f"SIGTERM in {name} of a recovery", (step(5), at(phase, "SIGTERM")), (KILLED, 75))
+        for name, phase in {
+            "start": PHASES["start"],
+            "data": PHASES["data"],
+            "step": ("trainer.run.job:Job.advance", 2, True),
+            "save": ("trainer.run.checkpoint:Checkpoints.save", 0, False),
+        }.items()
+    ),
+    Point("SIGKILL twice in one recovery", (step(5), step(0), step(1)), (KILLED,) * 3),
+    Point("SIGKILL twice before a recovery began", (step(9), *(at(PHASES["data"], "SIGKILL"),) * 2), (KILLED,) * 3),
+    Point("SIGKILL in the cleaning of a recovery", (step(9), at(("trainer.io.files:remove_temporary", 0, False), "SIGKILL")),
+          (KILLED,) * 2),
+]  # fmt: skip
+# Two saves, of which the second deletes a checkpoint too. The changes of the first run are counted once, below.
+SAVES = [f"save {n}: {what}" for n in (2, 3) for what in [*SAVE, *(["removed 0", "removed 1"] if n == 3 else [])]]
+ALL = [*(point.name for point in POINTS), *SAVES]
+
+
+@dataclasses.dataclass
+class Run:
+    """What the points share."""
+
+    zygote: Zygote
+    flags: list[str]
+    folder: pathlib.Path
+    whole: pathlib.Path
+    changes: list[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """The run that is never stopped; every change that it makes on the disk is recorded."""
+    folder = tmp_path_factory.mktemp("kills")
+    for seed, name in enumerate(("teacher", "student")):
+        small_classifier(seed).save(folder / f"{name}.keras")
+    flags = matrix.flags(data, str(folder / "teacher.keras"), f"keras:{folder}/student.keras")
+    whole, record = folder / "whole", folder / "changes.jsonl"
+    with Zygote(*matrix.PRELOAD) as zygote:
+        argv = [*flags, f"--workdir={whole}"]
+        hooks = [{"hook": "storage", "record": str(record)}]
+        code = zygote.start("hooks", "job", folder / "whole.txt", argv=argv, hooks=hooks).wait()
+        assert code == 0, (folder / "whole.txt").read_text()
+        changes = [tuple(json.loads(line)) for line in record.read_text().splitlines()]
+        yield Run(zygote, flags, folder, whole, changes)
+
+
+def saves(changes: list[tuple[str, str]]) -> dict[str, int]:
+    """The number of each change of the saves, by its name in `SAVES`."""
+    begins = [i for i, (kind, path) in enumerate(changes) if kind == "made" and "metrics.jsonl" in path]
+    found = {}
+    for number, (begin, end) in enumerate(zip(begins, [*begins[1:], len(changes)], strict=True), 1):
+        counts = {"metrics": 0, "state-": 0, "checkpoint-": 0, "removed": 0}
+        current = "metrics"
+        for i in range(begin, end):
+            kind, path = changes[i]
+            if kind == "removed":
+                current = "removed"
+            elif kind == "made":
+                current = next((w for w in ("metrics", "state-", "checkpoint-") if w in path.rsplit("/", 1)[-1]), "")
+            if current in counts:
+                what = {"state-": "state", "checkpoint-": "commit"}.get(current, current)
+                found[f"save {number}: {what} {counts[current]}"] = i
+                counts[current] += 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes(run: Run, request: pytest.FixtureRequest) -> dict[str, str]:
+    """What is wrong with each point that was asked for; empty: nothing."""
+    asked = {item.callspec.params["name"] for item in request.session.items if "outcomes" in item.fixturenames}  # type: ignore[attr-defined]
+    numbers = saves(run.changes)
+    points = [*POINTS, *(Point(name, (disk(numbers[name]),), (KILLED,)) for name in SAVES)]
+    chosen = [point for point in points if point.name in asked]
+
+    def one(number: int, point: Point) -> str:
+        return matrix.go(run.zygote, run.flags, run.folder / f"point-{number}", point, run.whole)
+
+    wrong = side_by_side([lambda n=n, p=p: one(n, p) for n, p in enumerate(chosen)])  # type: ignore[misc]
+    return dict(zip((point.name for point in chosen), wrong, strict=True))
+
+
+def test_the_server_has_run_nothing(run: Run) -> None:
+    assert run.zygote.threads == 1, "a fork of a process with threads is no good process"
+
+
+def test_the_run_has_no_gap_and_no_repeat(run: Run) -> None:
+    found = [(row["kind"], row["step"]) for row in matrix.rows(run.whole)]
+    assert found == [(k, s) for s in (3, 6, 9, 12) for k in ("train", "eval") if k == "train" or s % 6 == 0] + [
+        ("final", 12)
+    ]
+
+
+def test_every_step_of_writing_is_a_point(run: Run) -> None:
+    """What a save changes is what the points below were written for: metrics, state, commit, in this order, then deletes."""
+    numbers = saves(run.changes)
+    assert set(SAVES) <= numbers.keys()
+    assert [numbers[name] for name in SAVES] == sorted(numbers[name] for name in SAVES)
+    for n in (2, 3):
+        made = [
+            run.changes[numbers[f"save {n}: {what} {i}"]][0]
+            for what in ("metrics", "state", "commit")
+            for i in range(6)
+        ]
+        assert made == list(WRITTEN) * 3
+    assert len(ALL) >= 65
+
+
+@pytest.mark.kills
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ALL)
+def test_the_same_command_again_ends_equal_to_the_bit(name: str, outcomes: dict[str, str]) -> None:
+    assert not outcomes[name]
+
+
+def ended(run: Run, name: str, *hooks: dict[str, Any], flags: list[str] | None = None, **moved: str) -> tuple[int, str]:
+    """Runs the job in a folder of this name with these hooks; its exit code and what it told since the run before."""
+    told = run.folder / f"{name}.txt"
+    begin = told.stat().st_size if told.exists() else 0
+    workdir = moved.get("workdir", str(run.folder / name))
+    argv = [*(flags or run.flags), f"--workdir={workdir}"]
+    code = run.zygote.start("hooks", "job", told, argv=argv, hooks=list(hooks)).wait()
+    return code, told.read_text()[begin:]
+
+
+def mistake(told: str) -> str:
+    """The one line about what was wrong."""
+    assert "Traceback" not in told, told
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def newest(workdir: pathlib.Path) -> int:
+    """The step that the same command would go on from: a checkpoint that is whole."""
+    commit = json.loads(max((workdir / "checkpoints").glob("checkpoint-*.json")).read_text())
+    content = (workdir / "checkpoints" / commit["state"]).read_bytes()
+    assert hashlib.sha256(content).hexdigest() == commit["sha256"]
+    return commit["step"]
+
+
+def after(count: int, **then: Any) -> dict[str, Any]:
+    """A hook after a step. `once=saved(workdir)`: the save of step 4, which goes on beside the steps, is to be whole by then."""
+    return {"hook": "call", "where": "trainer.run.job:Job.advance", "count": count, "then": then}
+
+
+def saved(workdir: pathlib.Path) -> str:
+    return str(workdir / "checkpoints" / "checkpoint-*.json")
+
+
+@pytest.fixture
+def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path | None]:
+    """A file system of 8 MB; None where this process may not mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", place], capture_output=True, check=False)
+    yield place if mounted.returncode == 0 else None
+    if mounted.returncode == 0:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.kills
+def test_a_full_disk_is_one_line_and_nothing_is_lost(run: Run, small_disk: pathlib.Path | None) -> None:
+    """Where no file system can be mounted, the kernel's bound of a file's size stands in for a full one."""
+    workdir = small_disk / "run" if small_disk else run.folder / "full"
+    then: dict[str, Any] = {"fill": str(small_disk / "filling")} if small_disk else {"largest_file": 100}
+    code, told = ended(run, "full", after(5, once=saved(workdir), **then), workdir=str(workdir))
+    assert code == 3, told
+    assert ("No space left on device" if small_disk else "File too large") in mistake(told)
+    assert newest(workdir) == 4
+    if small_disk:
+        (small_disk / "filling").unlink()
+    code, told = ended(run, "full", workdir=str(workdir))
+    assert code == 0, told
+    assert "resumed at step 4 of 12" in told
+    assert matrix.differences(run.whole, workdir) == []
+
+
+@pytest.mark.kills
+def test_a_workdir_that_may_not_be_written_is_one_line(run: Run) -> None:
+    """As an ordinary user: root may write anywhere."""
+    workdir = run.folder / "closed"
+    workdir.mkdir(mode=0o555)
+    code, told = ended(run, "closed", {"hook": "powerless"})
+    assert code == 3, told
+    assert f"--workdir {workdir} is not writable: Permission denied" in mistake(told)
+    assert list(workdir.iterdir()) == []
+
+
+@pytest.mark.kills
+def test_permission_lost_on_the_way_is_one_line_and_nothing_is_lost(run: Run) -> None:
+    workdir = run.folder / "lost"
+    closed = {str(workdir): 0o555, str(workdir / "checkpoints"): 0o555}
+    code, told = ended(run, "lost", {"hook": "powerless"}, after(5, once=saved(workdir), chmod=closed))
+    assert code == 3, told
+    assert "Permission denied" in mistake(told)
+    assert newest(workdir) == 4
+    for path in closed:
+        pathlib.Path(path).chmod(0o755)
+    code, told = ended(run, "lost", {"hook": "powerless"})
+    assert code == 0, told
+    assert matrix.differences(run.whole, workdir) == []
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("seconds", [-86400.0, 86400.0])
+def test_a_clock_that_jumps_changes_nothing(run: Run, seconds: float) -> None:
+    name = f"clock{seconds:.0f}"
+    code, told = ended(run, name, after(5, clock=seconds))
+    assert code == 0, told
+    assert matrix.differences(run.whole, run.folder / name) == []
+    found = json.loads((run.folder / name / "result.json").read_text())
+    assert 0 < found["wall_seconds"] < 3600
+
+
+def test_nothing_is_reckoned_by_the_wall_clock() -> None:
+    """It says when a lock was taken and a line was logged, to people."""
+    for path in (ROOT / "trainer").rglob("*.py"):
+        text = path.read_text()
+        told = path.name in ("lock.py", "environment.py")
+        assert told or ("time.time()" not in text and "datetime.now(" not in text), path
+
+
+@pytest.mark.kills
+def test_a_teacher_that_changed_is_one_line_and_nothing_is_lost(run: Run) -> None:
+    teacher, kept = run.folder / "teacher.keras", (run.folder / "teacher.keras").read_bytes()
+    other = run.folder / "other.keras"
+    other.write_bytes(kept)
+    flags = [f"--teacher=keras:{other}" if flag.startswith("--teacher=") else flag for flag in run.flags]
+    killed = after(5, once=saved(run.folder / "teacher"), signal="SIGKILL")
+    code, told = ended(run, "teacher", killed, flags=flags)
+    assert code == KILLED, told
+    other.write_bytes((run.folder / "student.keras").read_bytes())
+    before = set((run.folder / "teacher").rglob("*"))
+    code, told = ended(run, "teacher", flags=flags)
+    assert code == 3, told
+    assert "belongs to another run (teacher: [" in mistake(told)
+    # The killed job left its lock, which is the refused one's by then and goes with it.
+    assert before - set((run.folder / "teacher").rglob("*")) == {run.folder / "teacher/.lock"}
+    other.write_bytes(kept)
+    assert ended(run, "teacher", flags=flags)[0] == 0
+    assert matrix.differences(run.whole, run.folder / "teacher") == []
+    assert teacher.exists()
+
+
+@pytest.mark.kills
+def test_a_second_job_on_the_workdir_is_refused(run: Run) -> None:
+    """The first one waits after its second step until the second job was refused; then it is killed, and a third takes over."""
+    reached, workdir = run.folder / "reached", run.folder / "two"
+    argv = [*run.flags, f"--workdir={workdir}"]
+    hook = after(1, touch=str(reached), sleep=600)
+    first = run.zygote.start("hooks", "job", run.folder / "first.txt", argv=argv, hooks=[hook])
+    wait_for(reached.exists, 120)
+    code, told = ended(run, "two")
+    assert code == 3, told
+    assert f"--workdir={workdir} is in use by process {first.pid} on" in mistake(told)
+    first.send(signal.SIGKILL)
+    assert first.wait() == KILLED
+    code, told = ended(run, "two")
+    assert code == 0, told
+    assert matrix.differences(run.whole, workdir) == []
+
+
+@pytest.mark.kills
+def test_two_fresh_runs_are_equal_to_the_bit(run: Run) -> None:
+    assert ended(run, "fresh")[0] == 0
+    assert matrix.differences(run.whole, run.folder / "fresh") == []

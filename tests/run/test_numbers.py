@@ -1,0 +1,97 @@
+"""A number that is not finite, at each of 12 steps, in each place: stopped before a commit, step and likely cause named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import strategy
+
+from trainer.core.config import Config
+from trainer.core.console import Console
+from trainer.core.errors import Diverged
+from trainer.method import optim
+from trainer.method import step as step_module
+from trainer.run import build, loop
+from trainer.run.accelerator import Accelerator
+
+STEPS = 12
+PLACES = {
+    "loss": "the loss",
+    "gradient": "the gradient",
+    "weight": "the student's weights",
+    "teacher": "the teacher's output",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_stopped_before_a_commit_and_named(
+    place: str, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN and infinity in turn at each step, in loops of 1, 2 and 4 steps on the device: 12 points for each place."""
+    poisoned_step, poison = tf.Variable(-1, dtype=tf.int32), tf.Variable(0.0)
+
+    def spoil(value: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+        return value + tf.where(tf.equal(tf.cast(step, tf.int32), poisoned_step), poison, 0.0)
+
+    real_losses, real_apply = step_module.example_losses, optim.apply_gradients
+
+    def losses(*args: object) -> dict[str, tf.Tensor]:
+        found = real_losses(*args)
+        return found | {"loss": spoil(found["loss"], args[-1])}
+
+    def apply(config: Config, optimizer: object, gradients: list[tf.Tensor], variables: list) -> tf.Tensor:
+        spoilt = [spoil(gradients[0], optimizer.iterations), *gradients[1:]]  # type: ignore[attr-defined]
+        return real_apply(config, optimizer, spoilt, variables)
+
+    if place == "loss":
+        monkeypatch.setattr(step_module, "example_losses", losses)
+    if place == "gradient":
+        monkeypatch.setattr(optim, "apply_gradients", apply)
+    config = make_config(steps=STEPS, eval_every=STEPS, checkpoint_every=2, log_every=STEPS, keep_checkpoints=1)
+    job = build.build(config, Accelerator(strategy(1), "CPU", 1), Console())
+    start = job.state()
+    target = {"weight": job.student.trainable_variables[0], "teacher": job.teachers[0].model.variables[-1]}.get(place)
+    good = None if target is None else target.numpy()
+    advance = job.advance
+    caught = 0
+    for at in range(STEPS):
+        job.load(start)
+        job.step, job.pending = 0, []
+        value = np.float32([np.nan, np.inf, -np.inf][at % 3])
+        job.config = make_config(
+            **{name: getattr(config, name) for name in ("steps", "eval_every", "log_every", "keep_checkpoints")},
+            checkpoint_every=2,
+            steps_per_loop=(1, 2, 4)[at % 3],
+            workdir=f"{config.workdir}-{at}",
+        ).resolve(40)
+
+        def poisoned(steps: int, order: object, step: int = at, value: np.float32 = value) -> dict[str, float]:
+            # A step within a loop of several: weights and teachers are spoilt before it, as only a loop of one step can be.
+            if target is not None and job.step <= step < job.step + steps:
+                while job.step < step:
+                    advance(1, order)
+                    steps -= 1
+                target.assign(np.full(target.shape, value, np.float32))
+            return advance(steps, order)
+
+        job.advance = poisoned  # type: ignore[method-assign]
+        if target is None:
+            poisoned_step.assign(at)
+            poison.assign(value)
+        journal, checkpoints = build.open_run(job)
+        with pytest.raises(Diverged) as raised:
+            loop.train(job, journal, checkpoints, Console())
+        assert raised.value.exit_code == 4
+        assert re.match(rf"not finite in step {at + 1} of {STEPS}: {PLACES[place]}\. The last good", str(raised.value))
+        restored = checkpoints.restore()
+        assert (restored.step if restored else 0) == at - at % 2, "the last good checkpoint is not there"
+        assert restored is None or all(np.isfinite(array).all() for array in restored.arrays.values())
+        caught += 1
+        poisoned_step.assign(-1)
+        if target is not None:
+            target.assign(good)
+    assert caught == STEPS

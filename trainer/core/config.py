@@ -1,0 +1,121 @@
+"""The configuration of a training job: one frozen value, made from flags, checked once, written beside the run.
+
+Nothing below the verbs reads flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any
+
+from trainer.core import config_checks
+from trainer.core.errors import ConfigError
+from trainer.core.options import DataOptions, MethodOptions, RunOptions, StudentOptions, TeacherOptions
+
+GROUPS = (DataOptions, TeacherOptions, StudentOptions, MethodOptions, RunOptions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunOptions, MethodOptions, StudentOptions, TeacherOptions, DataOptions):
+    """What one job does: the fields of all option groups.
+
+    Raises:
+        ConfigError: a value out of range, or two values that exclude each other; names the flag.
+    """
+
+    def __post_init__(self) -> None:
+        given: Any = self.data
+        if isinstance(given, str):  # a caller may give one set as a string
+            object.__setattr__(self, "data", (given,) if given else ())
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if isinstance(item, float) and not math.isfinite(item):
+                    raise ConfigError(f"--{field.name}={item}: it must be a finite number")
+                choices = field.metadata["choices"]
+                if choices and item not in choices:
+                    raise ConfigError(f"--{field.name}={item}: it must be one of {' | '.join(choices)}")
+        for group in GROUPS:
+            group.validate(self)
+        config_checks.check_combinations(self)
+
+    @property
+    def held_out(self) -> str:
+        """The data set that evaluation uses and whose classes the models have."""
+        return self.eval_data or (self.data[0] if self.data else "")
+
+    def require_complete(self) -> None:
+        """Checks what a job needs and a partial configuration (a test, a plan) may lack.
+
+        Raises:
+            ConfigError: names the missing flag.
+        """
+        if not self.data:
+            raise ConfigError("--data is missing: the folder or gs:// prefix that `python -m trainer.prepare` wrote")
+        if not self.workdir:
+            raise ConfigError("--workdir is missing: the folder or gs:// prefix where this run keeps its results")
+        if not (self.steps or self.epochs):
+            raise ConfigError("--steps or --epochs is missing: how long to train")
+        if self.distance != "labels" and not self.teacher:
+            raise ConfigError("--teacher is missing: for example --teacher=keras:teacher.keras (or --distance=labels)")
+
+    def resolve(self, examples: int) -> Config:
+        """Fills in what depends on the number of training examples (>= 1): steps, warm-up, intervals, sizes."""
+        steps = self.steps or max(1, round(self.epochs * examples / self.batch_size))
+        warmup = self.warmup_steps if self.warmup_steps >= 0 else min(1500, steps // 10)
+        if self.max_warmup:
+            warmup = min(warmup, int(self.max_warmup * steps))
+        if self.schedule_steps not in (0, steps) and warmup > self.schedule_steps:
+            raise ConfigError(
+                f"--schedule_steps={self.schedule_steps} is within the warm-up of {warmup} steps: give a longer schedule "
+                "or a shorter --warmup_steps"
+            )
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            epochs=0.0,
+            warmup_steps=warmup,
+            schedule_steps=self.schedule_steps or steps,
+            store_size=self.store_size or self.resize_size or 2 * self.image_size,
+            log_every=self.log_every or max(1, steps // 100),
+            eval_every=self.eval_every or max(1, steps // 10),
+            checkpoint_every=self.checkpoint_every or max(1, steps // 10),
+            eval_batch_size=self.eval_batch_size or self.batch_size,
+        )
+
+    def warnings(self) -> list[str]:
+        """What a resolved configuration probably does not mean, a line each."""
+        found = []
+        if self.warmup_steps > self.steps / 4:
+            peak = min(1.0, self.steps / self.warmup_steps)
+            found.append(
+                f"warm-up takes {self.warmup_steps:,} of {self.steps:,} steps"
+                + (f", so the learning rate never gets above {peak:.0%} of its peak" if peak < 1 else "")
+                + "; --max_warmup=0.1 keeps it to a tenth"
+            )
+        if self.schedule_steps < self.steps:
+            rest = self.steps - self.schedule_steps
+            found.append(f"the last {rest:,} of {self.steps:,} steps have learning rate 0 (--schedule_steps)")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON can hold them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the weights; runs with equal identity, data and teacher are the same run."""
+        values = self.to_dict()
+        return {
+            field.name: values[field.name]
+            for field in dataclasses.fields(self)
+            if field.metadata["affects_weights"]
+            and not (field.metadata["omit_default"] and getattr(self, field.name) == field.default)
+        }
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,124 @@
+"""The index of a prepared data set: dataset.json, its splits and shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import google_crc32c
+
+from trainer.core.errors import DataError
+from trainer.io import files
+
+FORMAT = "funmatch-dataset/1"
+INDEX = "dataset.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of a split: its name in the data set's folder, records, length in bytes, CRC32C of the whole file."""
+
+    file: str
+    examples: int
+    bytes: int
+    crc32c: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A named part of a data set."""
+
+    name: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def examples(self) -> int:
+        """Records in all shards."""
+        return sum(shard.examples for shard in self.shards)
+
+    @property
+    def crc32c(self) -> str:
+        """A short name of the split's content: CRC32C (8 hex digits) over its shards' lengths and CRCs."""
+        text = ",".join(f"{shard.bytes}:{shard.crc32c}" for shard in self.shards)
+        return f"{google_crc32c.value(text.encode()):08x}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """What dataset.json says.
+
+    Attributes:
+        folder: where it lies, on a disk or gs://.
+        name: of the source, for people.
+        classes: class names; the label of a record is a position in it. Empty: unlabelled.
+        splits: by name.
+        image_size: largest and median height and width of the originals, in pixels.
+        source: what it was made from and how, for people and for the report.
+    """
+
+    folder: str
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    image_size: dict[str, int]
+    source: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def split(self, name: str, flag: str) -> Split:
+        """The split called `name`, which must not be empty.
+
+        Raises:
+            DataError: there is none or it has no examples; `flag` says where the name came from.
+        """
+        if name not in self.splits:
+            known = ", ".join(f"{s.name} ({s.examples})" for s in self.splits.values()) or "none"
+            raise DataError(f"{self.folder} has no split {name!r} (from --{flag}); it has: {known}")
+        if not self.splits[name].examples:
+            raise DataError(f"split {name!r} (from --{flag}) of {self.folder} is empty: prepare it with images in it")
+        return self.splits[name]
+
+    def index(self) -> bytes:
+        """The content of dataset.json."""
+        value = dataclasses.asdict(self) | {"format": FORMAT}
+        del value["folder"]
+        value["splits"] = {
+            name: {
+                "examples": split.examples,
+                "shards": [dataclasses.asdict(s) for s in split.shards],
+            }
+            for name, split in self.splits.items()
+        }
+        return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+    def save(self) -> None:
+        """Writes dataset.json, which makes the data set complete."""
+        files.write(files.join(self.folder, INDEX), self.index(), "the data set's index")
+
+    @classmethod
+    def load(cls, folder: str, flag: str = "data") -> Dataset:
+        """Reads dataset.json in `folder`.
+
+        Raises:
+            DataError: there is none, or it is not one of ours.
+        """
+        path = files.join(folder, INDEX)
+        if not files.exists(path):
+            raise DataError(
+                f"no data set at --{flag}={folder}: {INDEX} is not there; "
+                "make one with `python -m trainer.prepare --dataset=... --out=...`"
+            )
+        try:
+            value = json.loads(files.read(path, "the data set's index"))
+            if value["format"] != FORMAT:
+                raise DataError(
+                    f"{path} has format {value['format']!r}; this version reads {FORMAT!r}: prepare it again"
+                )
+            splits = {
+                name: Split(name, tuple(Shard(**shard) for shard in split["shards"]))
+                for name, split in value["splits"].items()
+            }
+            return cls(
+                folder, value["name"], tuple(value["classes"]), splits, value["image_size"], value.get("source", {})
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is damaged ({error!r}): prepare the data set again") from error

@@ -1,0 +1,217 @@
+"""Who takes what for what: tables and a matrix of two models' first choices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from trainer.output import formatting
+
+_MATRIX_CLASSES = 40  # the most classes whose confusion matrix can be read
+_PAIRS = 12  # rows of the tables of confusions
+_WORST = 10  # rows of the table of classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """The first choice of each model on every example of the final split.
+
+    Attributes:
+        labels: int [n], the true classes in 0..len(classes)-1; None where they are unknown.
+        teacher: int [n]; None without a teacher.
+        student: int [n].
+        classes: names, by class index.
+    """
+
+    labels: np.ndarray | None
+    teacher: np.ndarray | None
+    student: np.ndarray
+    classes: list[str]
+
+    def __post_init__(self) -> None:
+        sizes = {np.shape(x) for x in (self.labels, self.teacher, self.student) if x is not None}
+        if len(sizes) > 1 or len(next(iter(sizes))) != 1:
+            raise ValueError(f"predictions must have one and the same length, got {sorted(sizes)}")
+
+
+def confusions(predictions: Predictions) -> dict[str, Any] | None:
+    """Tables {title, caption, columns, rows, empty} and the matrix of who takes what for what."""
+    student = np.asarray(predictions.student, np.int64)
+    labels, teacher = (
+        None if x is None else np.asarray(x, np.int64) for x in (predictions.labels, predictions.teacher)
+    )
+    if student.size == 0:
+        return None
+    highest = max(int(x.max()) for x in (labels, teacher, student) if x is not None)
+    names = list(predictions.classes)
+    names += [f"class {index}" for index in range(len(names), highest + 1)]
+    tables = []
+    if labels is not None:
+        tables.append(_mistakes(labels, teacher, student, names))
+    if teacher is not None:
+        tables.append(_disagreements(labels, teacher, student, names))
+    if labels is not None:
+        tables.append(_worst(labels, teacher, student, names))
+    if labels is not None and teacher is not None:
+        tables.append(_who_is_right(labels, teacher, student))
+    matrix = None
+    if 1 < len(names) <= _MATRIX_CLASSES and labels is not None:
+        matrix = _matrix(labels, student, names, "true class")
+    elif 1 < len(names) <= _MATRIX_CLASSES and teacher is not None:
+        matrix = _matrix(teacher, student, names, "teacher's answer")
+    if not tables and not matrix:
+        return None
+    return {"size": student.size, "tables": tables, "matrix": matrix}
+
+
+def _name(names: list[str], index: int) -> str:
+    return names[index] if index >= 0 else f"class {index}"
+
+
+def _mistakes(labels: np.ndarray, teacher: np.ndarray | None, student: np.ndarray, names: list[str]) -> dict[str, Any]:
+    caption = "A row counts the pictures of one class that the student takes for another"
+    columns = ["True class", "Student says", "Pictures", "Share of class"]
+    if teacher is not None:
+        caption += ", and how many of these mistakes the teacher makes too"
+        columns.append("Teacher too")
+    rows = []
+    for a, b, at in _pairs(labels, student):
+        row = [_name(names, a), _name(names, b), formatting.count(at.sum())]
+        row.append(formatting.percent(at.sum() / (labels == a).sum()))
+        if teacher is not None:
+            row.append(formatting.count((teacher[at] == b).sum()))
+        rows.append(row)
+    return {
+        "title": "Most frequent mistakes of the student",
+        "caption": caption + ".",
+        "columns": columns,
+        "words": 2,
+        "rows": rows,
+        "empty": "The student made no mistake.",
+    }
+
+
+def _disagreements(
+    labels: np.ndarray | None, teacher: np.ndarray, student: np.ndarray, names: list[str]
+) -> dict[str, Any]:
+    caption = "A row counts the pictures that the teacher calls one class and the student another"
+    columns = ["Teacher says", "Student says", "Pictures"]
+    if labels is not None:
+        caption += ", and who is right on how many"
+        columns += ["Teacher right", "Student right"]
+    caption += f"; they agree on {formatting.percent((teacher == student).mean())} of all pictures."
+    rows = []
+    for a, b, at in _pairs(teacher, student):
+        row = [_name(names, a), _name(names, b), formatting.count(at.sum())]
+        if labels is not None:
+            row += [formatting.count((labels[at] == a).sum()), formatting.count((labels[at] == b).sum())]
+        rows.append(row)
+    return {
+        "title": "Most frequent disagreements",
+        "caption": caption,
+        "columns": columns,
+        "words": 2,
+        "rows": rows,
+        "empty": "They agree on every picture.",
+    }
+
+
+def _worst(labels: np.ndarray, teacher: np.ndarray | None, student: np.ndarray, names: list[str]) -> dict[str, Any]:
+    columns = ["Class", "Pictures", "Student"]
+    if teacher is not None:
+        columns += ["Teacher", "Gap, points"]
+    classes = []
+    for index in np.unique(labels).tolist():
+        at = labels == index
+        own = float((student[at] == index).mean())
+        row = [_name(names, index), formatting.count(at.sum()), formatting.percent(own)]
+        if teacher is not None:
+            other = float((teacher[at] == index).mean())
+            row += [formatting.percent(other), formatting.points(own - other)]
+        classes.append((own, index, row))
+    rows = [row for _, _, row in sorted(classes)[:_WORST]]
+    caption = f"The {len(rows)} of {len(classes):,} classes in which the student does worst"
+    if teacher is not None:
+        caption += "; where the teacher is weak too, it had no better to learn from"
+    return {
+        "title": "Classes with the lowest accuracy",
+        "caption": caption + ".",
+        "columns": columns,
+        "words": 1,
+        "rows": rows,
+        "empty": "",
+    }
+
+
+def _who_is_right(labels: np.ndarray, teacher: np.ndarray, student: np.ndarray) -> dict[str, Any]:
+    own, other, same = student == labels, teacher == labels, student == teacher
+    groups = [
+        ("Both right", own & other),
+        ("Only the teacher right", ~own & other),
+        ("Only the student right", own & ~other),
+        ("Both wrong, same answer", ~own & ~other & same),
+        ("Both wrong, different answers", ~own & ~other & ~same),
+    ]
+    return {
+        "title": "Who is right",
+        "caption": "Every picture is in one row; “only the student right” shows what it did not take from the teacher.",
+        "columns": ["First answers", "Pictures", "Share"],
+        "words": 1,
+        "rows": [[name, formatting.count(at.sum()), formatting.percent(at.mean())] for name, at in groups],
+        "empty": "",
+    }
+
+
+def _pairs(rows: np.ndarray, columns: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+    """The most frequent pairs of different classes: (row, column, bool [n] where), best first."""
+    off = rows != columns
+    pairs, counts = np.unique(np.stack([rows[off], columns[off]], 1), axis=0, return_counts=True)
+    order = np.lexsort((pairs[:, 1], pairs[:, 0], -counts))[:_PAIRS]
+    return [(a, b, (rows == a) & (columns == b)) for a, b in pairs[order].tolist()]
+
+
+def _matrix(rows: np.ndarray, columns: np.ndarray, names: list[str], meaning: str) -> dict[str, Any]:
+    """The geometry of the confusion matrix, in pixels of its drawing."""
+    side = len(names)
+    counts = np.zeros((side, side), np.int64)
+    known = (rows >= 0) & (columns >= 0)
+    np.add.at(counts, (rows[known], columns[known]), 1)
+    sizes = np.maximum(counts.sum(1, keepdims=True), 1)
+    shares = counts / sizes
+    cell = 15 if side > 25 else 22 if side > 12 else 34
+    short = [name if len(name) <= 20 else name[:19] + "…" for name in names]
+    margin = 12 + round(6.2 * max(map(len, short)))
+    cells = []
+    for a, b in np.argwhere(counts > 0).tolist():
+        share = float(shares[a, b])
+        count = int(counts[a, b])
+        cells.append(
+            {
+                "x": margin + cell * b,
+                "y": margin + cell * a,
+                "fill": "student" if a == b else "bad",
+                "opacity": f"{0.06 + 0.94 * math.sqrt(share):.3f}",
+                "text": "card" if share > 0.35 else "ink",
+                "count": count,
+                "title": f"{names[a]} → {names[b]}: {count:,} ({formatting.percent(share)})",
+            }
+        )
+    labels = [{"name": short[i], "at": margin + cell * i, "mid": margin + cell * (i + 0.5)} for i in range(side)]
+    right = formatting.percent(counts.trace() / max(1, counts.sum()))
+    return {
+        "cell": cell,
+        "margin": margin,
+        "side": cell * side,
+        "height": margin + cell * side + 8,
+        "width": round(1.6 * margin) + cell * side + 8,  # the names above lean to the right
+        "cells": cells,
+        "labels": labels,
+        "numbers": cell >= 22 and counts.max() < 1000,
+        "diagonal": right,
+        "classes": side,
+        "rows": meaning,
+        "angle": -90 if side > 25 else -55,
+    }

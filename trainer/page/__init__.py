@@ -1,1 +1,0 @@
-"""What `report.py` puts on its page."""

@@ -1,0 +1,4 @@
+"""One training run: plan, build, loop, checkpoints, metrics, evaluation, accelerator.
+
+Imports: core, io, data, models, method. What happens between two device loops belongs in loop.py.
+"""

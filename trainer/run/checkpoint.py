@@ -1,0 +1,295 @@
+"""Checkpoints: immutable objects first, one small commit object last, on a disk and on gs:// alike.
+
+A checkpoint is `state-STEP-HASH.npz` (arrays only, read without pickle) and `checkpoint-STEP.json`, which names it with its
+SHA-256. Without the second the first does not exist for anyone. Nothing is ever renamed over or changed in place.
+
+`Background` does the slow part of a save beside the device's work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import re
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.core.errors import DataError, Diverged
+from trainer.io import files
+
+FORMAT = "funmatch-checkpoint/1"
+_COMMIT = re.compile(r"checkpoint-(\d{10})\.json")
+_STATE = re.compile(r"state-(\d{10})-[0-9a-f]{16}\.npz")
+# A bucket or a disk that does not answer now, or not us, says nothing of what it holds.
+_UNKNOWN = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.PermissionDeniedError,
+    tf.errors.ResourceExhaustedError,
+    tf.errors.UnauthenticatedError,
+    tf.errors.UnavailableError,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read whole: the step, its arrays by name, and `extra` as it was given to `save`."""
+
+    step: int
+    arrays: dict[str, np.ndarray]
+    extra: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder."""
+
+    def __init__(
+        self,
+        folder: str,
+        identity: dict[str, Any],
+        keep: int,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            folder: on a disk or gs://.
+            identity: JSON value; what decides which weights come out. A checkpoint with another is refused.
+            keep: newest checkpoints that are kept, >= 1.
+            before_commit: raises where this process must not commit any more.
+        """
+        self._folder, self._identity, self._keep, self._before_commit = folder, identity, keep, before_commit
+        self.passed_over: list[str] = []  # why newer checkpoints were not used, a line each
+        self.warnings: list[str] = []  # what went wrong and is no reason to stop; whoever says them takes them out
+
+    def save(self, step: int, arrays: dict[str, np.ndarray], extra: dict[str, Any], best: int | None = None) -> None:
+        """Commits a checkpoint, then deletes what is older than the newest `keep` and what crashes left behind.
+
+        Args:
+            step: updates made; checkpoints of later steps, which were passed over, go.
+            arrays: by name.
+            extra: JSON value that `restore` gives back.
+            best: step of a checkpoint that is kept beside the newest.
+
+        Raises:
+            Diverged: an array holds a value that is not finite; nothing is written.
+            DataError: it cannot be written.
+        """
+        for name, array in arrays.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise Diverged(
+                    f"step {step}: {name} holds values that are not finite; no checkpoint of it is written. "
+                    "Try a lower --learning_rate or a longer --warmup_steps"
+                )
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        content = buffer.getvalue()
+        digest = hashlib.sha256(content).hexdigest()
+        name = f"state-{step:010d}-{digest[:16]}.npz"
+        files.write(files.join(self._folder, name), content, "a checkpoint")
+        commit = {
+            "format": FORMAT,
+            "step": step,
+            "state": name,
+            "bytes": len(content),
+            "sha256": digest,
+            "identity": self._identity,
+            "extra": extra,
+        }
+        text = json.dumps(commit, indent=1, sort_keys=True) + "\n"
+        self._before_commit()
+        files.write(
+            files.join(self._folder, _name(step)),
+            text.encode(),
+            "a checkpoint's commit",
+        )
+        self._sweep({step} if best is None else {step, best}, step)
+
+    def require_ours(self) -> None:
+        """Looks at the newest readable commit alone: before hours of work in a folder that belongs to another run.
+
+        Raises:
+            DataError: it does (the differing fields are listed), or the folder does not answer.
+        """
+        for step in sorted(self._commits(files.names(self._folder)), reverse=True):
+            try:
+                self._commit(step)
+                return
+            except (_ForeignRun, _NoAnswer) as error:
+                raise DataError(str(error)) from None
+            except (DataError, ValueError, KeyError, TypeError):
+                continue  # `restore` says what is wrong with it
+
+    def restore(self) -> Restored | None:
+        """The newest whole checkpoint; None where there is none. Damaged ones are named in `passed_over`.
+
+        Raises:
+            DataError: the newest readable commit belongs to another run (the differing fields are listed) or to another
+                version, the folder does not answer, or there are commits and none is whole.
+        """
+        commits = self._commits(files.names(self._folder))
+        for step in sorted(commits, reverse=True):
+            try:
+                commit = self._commit(step)
+                return Restored(commit["step"], self._arrays(commit), commit["extra"])
+            except (_ForeignRun, _NoAnswer) as error:
+                raise DataError(str(error)) from None
+            except (DataError, ValueError, KeyError, TypeError) as error:
+                path = files.join(self._folder, commits[step])
+                self.passed_over.append(f"checkpoint {path} is not usable and was passed over: {files.reason(error)}")
+        if commits:
+            raise DataError(
+                f"none of the {len(commits)} checkpoints in {self._folder} is whole ({self.passed_over[0]}); "
+                "start in another --workdir, or delete that folder to begin anew"
+            )
+        return None
+
+    def load(self, step: int) -> Restored:
+        """The checkpoint of a step.
+
+        Raises:
+            DataError: it is not there, not whole or not of this run.
+        """
+        try:
+            commit = self._commit(step)
+            return Restored(commit["step"], self._arrays(commit), commit["extra"])
+        except (DataError, _ForeignRun, _NoAnswer, ValueError, KeyError, TypeError) as error:
+            path = files.join(self._folder, _name(step))
+            raise DataError(f"checkpoint {path} is not usable: {files.reason(error)}") from error
+
+    def clean(self, step: int, best: int | None) -> None:
+        """Deletes what a crash left behind; to be called by a run's writer after `restore` gave `step`."""
+        self._sweep({step} if best is None else {step, best}, None)
+
+    @staticmethod
+    def _commits(present: list[str]) -> dict[int, str]:
+        """Names of commits by step."""
+        found = ((name, _COMMIT.fullmatch(name)) for name in present)
+        return {int(match.group(1)): name for name, match in found if match}
+
+    def _commit(self, step: int) -> dict[str, Any]:
+        path = files.join(self._folder, _name(step))
+        commit = json.loads(self._read(path, "a checkpoint's commit"))
+        if commit["format"] != FORMAT:
+            raise _ForeignRun(
+                f"{path} has format {commit['format']!r}, and this version of funmatch reads {FORMAT!r}: go on with the version "
+                "that began the run, or give another --workdir"
+            )
+        self._check_identity(path, commit["identity"])
+        return commit
+
+    def _read(self, path: str, what: str) -> bytes:
+        try:
+            return files.read(path, what)
+        except DataError as error:
+            if isinstance(error.__cause__, _UNKNOWN):
+                raise _NoAnswer(str(error)) from error
+            raise
+
+    def _arrays(self, commit: dict[str, Any]) -> dict[str, np.ndarray]:
+        path = files.join(self._folder, commit["state"])
+        content = self._read(path, "a checkpoint")
+        if len(content) != commit["bytes"] or hashlib.sha256(content).hexdigest() != commit["sha256"]:
+            raise DataError(f"{path} does not have the content that was committed (SHA-256 differs)")
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+
+    def _check_identity(self, path: str, theirs: dict[str, Any]) -> None:
+        ours = self._identity
+        differing = [
+            f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
+            for key in sorted({*theirs, *ours})
+            if theirs.get(key) != ours.get(key)
+        ]
+        if differing:
+            raise _ForeignRun(
+                f"{path} belongs to another run ({'; '.join(differing)}): give the flags of that run, or another --workdir"
+            )
+
+    def _sweep(self, wanted: set[int], newest: int | None) -> None:
+        """Keeps the newest commits, the wanted ones and their states; everything else of ours in the folder goes.
+
+        Args:
+            wanted: steps.
+            newest: commits of later steps go too. They are damaged: else the run would have begun from them.
+        """
+        try:
+            present = files.names(self._folder)
+            commits = self._commits(present)
+            steps = sorted(step for step in commits if newest is None or step <= newest)
+            kept = {commits[step] for step in steps[-self._keep :]} | {commits[s] for s in wanted if s in commits}
+            states = {match.group(1) for name in kept if (match := _COMMIT.fullmatch(name))}
+            # Commits go before states: a commit never names what is gone.
+            gone = [name for name in commits.values() if name not in kept]
+            gone += [name for name in present if (m := _STATE.fullmatch(name)) and m.group(1) not in states]
+            gone += [name for name in present if files.is_temporary(name)]
+            for name in gone:
+                files.remove(files.join(self._folder, name))
+        except DataError as error:  # what was just committed is whole, and the next sweep tries again
+            self.warnings.append(f"old checkpoints take up room: {error}")
+
+
+class Background:
+    """Does the slow part of a save in a thread, one at a time. What fails there is raised here.
+
+    Used with `with`: whatever ends the block, the save under way is waited for, so that it is whole.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Runs `work` beside the caller; first waits for the work before, and raises as that did."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="save")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises as the last work did, if it has ended so; does not wait."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the work and raises as it did."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join()  # the first error is the one to tell
+
+
+def _name(step: int) -> str:
+    return f"checkpoint-{step:010d}.json"
+
+
+class _ForeignRun(Exception):
+    """The checkpoint is whole and belongs to another configuration or version."""
+
+
+class _NoAnswer(Exception):
+    """Whether the checkpoint is whole cannot be known."""
