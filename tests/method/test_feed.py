@@ -24,7 +24,7 @@ from trainer.data.records import EncodedSplit
 from trainer.data.store import DiskStore, ImageStore, MemoryStore, SeveralStores
 from trainer.method import views
 from trainer.method.feed import BatchPrefetcher, table_rows
-from trainer.run import build
+from trainer.run.plan import make_plan
 
 PARTNERS = {"roll": {}, "reverse": {"compat": ("mixup",)}, "": {"views": "same/ic"}}
 
@@ -38,7 +38,7 @@ def train(data: str) -> MemoryStore:
 def run(config: Config, replicas: int = 1, loops: tuple[int, ...] = (2, 2, 2)) -> tuple[list[dict], list[np.ndarray]]:
     """Metrics of some loops, and the weights after them."""
     job = build_job(config, replicas)
-    found = [job.advance(steps) for steps in loops]
+    found = [job.run_steps(steps) for steps in loops]
     return found, [w.copy() for w in job.student.get_weights()]
 
 
@@ -150,10 +150,10 @@ def test_all_stores_give_the_same_weights_to_the_bit(
         build_job(dataclasses.replace(config, store="disk")),
         build_job(dataclasses.replace(config, store="disk")),
     )
-    found = [stopped.advance(2), stopped.advance(2)]
+    found = [stopped.run_steps(2), stopped.run_steps(2)]
     going.load(stopped.state())
     going.step = stopped.step
-    found.append(going.advance(2))
+    found.append(going.run_steps(2))
     same(expected, (found, going.student.get_weights()))
 
 
@@ -172,7 +172,7 @@ def test_evaluation_reads_from_the_disk_too(make_config: Callable[..., Config], 
     outcomes = []
     for kind in ("device", "disk"):
         job = build_job(make_config(store=kind, cache_dir=str(tmp_path / "cache")))
-        assert isinstance(job.stores["test"], DiskStore) == (kind == "disk")
+        assert isinstance(job.eval_stores["test"], DiskStore) == (kind == "disk")
         outcomes.append(job.evaluator("test").run(job.student, job.teachers))
     for one, other in zip(dataclasses.astuple(outcomes[0]), dataclasses.astuple(outcomes[1]), strict=True):
         assert (one == other).all()
@@ -237,19 +237,19 @@ def test_other_images_than_the_teachers(
         sets.append(folder)
     config = make_config(data=tuple(sets), eval_data=data, data_weights=(0.5, 1.5), steps=4, warmup_steps=0)
     job = build_job(config)
-    assert (len(job.train), len(job.stores["test"])) == (30, 23)
-    assert (job.train.labels == -1).all()
-    assert (job.stores["test"].labels >= 0).all()
+    assert (len(job.train_store), len(job.eval_stores["test"])) == (30, 23)
+    assert (job.train_store.labels == -1).all()
+    assert (job.eval_stores["test"].labels >= 0).all()
     assert f"the labels of {sets[1]} are not used" in capsys.readouterr().err
     assert job.student.output_shape[-1] == CLASSES
-    assert np.isfinite(list(job.advance(2).values())).all()
-    ids = job.order.batches(0, 200).ravel()
+    assert np.isfinite(list(job.run_steps(2).values())).all()
+    ids = job.sampler.batches(0, 200).ravel()
     assert 0.2 < (ids < 10).mean() < 0.3
     # Sets and shares are part of what a run is; another share is another run.
-    identity = build.identify(config)[3]
+    identity = make_plan(config).identity
     assert "weight 0.5; " in identity["data"]
     for change in ({"data_weights": (1.0, 1.0)}, {"data_weights": ()}, {"data": tuple(sets[::-1])}):
-        assert build.identify(dataclasses.replace(config, **change))[3]["data"] != identity["data"]
+        assert make_plan(dataclasses.replace(config, **change)).identity["data"] != identity["data"]
 
 
 def test_labels_of_other_classes_train_nobody(
@@ -260,7 +260,7 @@ def test_labels_of_other_classes_train_nobody(
     dataclasses.replace(made, folder=str(tmp_path / "other"), classes=made.classes[::-1]).save()
     config = make_config(data=str(tmp_path / "other"), eval_data=data, distance="labels", teacher=())
     with pytest.raises(DataError, match="or their names differ: both must name the same classes"):
-        build.identify(config)
+        make_plan(config)
     dataclasses.replace(made, folder=str(tmp_path / "other"), classes=()).save()
     with pytest.raises(DataError, match="has no classes; evaluation needs labelled images: give --eval_data"):
-        build.identify(make_config(data=str(tmp_path / "other")))
+        make_plan(make_config(data=str(tmp_path / "other")))

@@ -97,12 +97,12 @@ def weights(model: object) -> list[np.ndarray]:
 
 def test_the_student_learns_and_the_teacher_does_not(make_config: Callable[..., Config]) -> None:
     job = build_job(make_config(steps=40, warmup_steps=4))
-    order = ExampleSampler(0, len(job.train), 8)
+    order = ExampleSampler(0, len(job.train_store), 8)
     student, teacher = weights(job.student), weights(job.teachers[0].model)
-    first = job.advance(2, order)
+    first = job.run_steps(2, order)
     for _ in range(18):
-        job.advance(2, order)
-    last = job.advance(2, order)
+        job.run_steps(2, order)
+    last = job.run_steps(2, order)
     assert last["kl"] < 0.7 * first["kl"]
     assert all((a == b).all() for a, b in zip(teacher, weights(job.teachers[0].model), strict=True))
     assert all((a != b).any() for a, b in zip(student, weights(job.student), strict=True))
@@ -127,7 +127,7 @@ def test_loss_is_the_mean_over_the_global_batch(make_config: Callable[..., Confi
     made = first_batch(job)
     teacher = job.teachers[0].logits(made.teachers[IMAGE]).numpy()
     student = np.asarray(job.student(made.student, training=True))
-    metrics = job.advance(1, ExampleSampler(0, len(job.train), 8))
+    metrics = job.run_steps(1, ExampleSampler(0, len(job.train_store), 8))
     assert metrics["loss"] == pytest.approx(DISTANCES[distance](teacher, student).mean(), rel=1e-5)
     assert metrics["kl"] == pytest.approx(reference.kl(teacher, student, 1.0).mean(), rel=1e-5)
     assert metrics["agreement"] == pytest.approx((teacher.argmax(1) == student.argmax(1)).mean())
@@ -149,7 +149,9 @@ def test_loss_of_several_teachers(make_config: Callable[..., Config], teacher_fi
         "mean_probabilities": reference.kl(2 * np.log(mean_p), student, 2.0),
         "sum_losses": reference.kl(one, student, 2.0) + reference.kl(two, student, 2.0),
     }[how]
-    assert job.advance(1, ExampleSampler(0, len(job.train), 8))["loss"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert job.run_steps(1, ExampleSampler(0, len(job.train_store), 8))["loss"] == pytest.approx(
+        expected.mean(), rel=1e-5
+    )
 
 
 def test_sum_of_kls_is_kl_to_the_mean_probabilities_up_to_a_constant() -> None:
@@ -174,17 +176,17 @@ def test_fixed_teachers_are_asked_once(
         make_config(views=mode, teacher=names, teacher_image_size=(IMAGE, 16), fixed_crops=5, temperature=2.0)
     )
     opinionated(job.student, 4)
-    settings, ids = job.config, np.arange(len(job.train), dtype=np.int32)
-    pictures = tf.constant(job.train.images), tf.constant(job.train.sizes), tf.constant(ids)
+    settings, ids = job.config, np.arange(len(job.train_store), dtype=np.int32)
+    pictures = tf.constant(job.train_store.images), tf.constant(job.train_store.sizes), tf.constant(ids)
     for table, teacher in zip(job.targets, job.teachers, strict=True):
         assert np.ptp(table) > 0.1
         crops = range(5 if mode == "fix/ic_ens" else 1)
         said = [teacher.logits(views.fixed_view(settings, *pictures, tf.constant(c), teacher.size)) for c in crops]
         assert np.allclose(table, np.mean(said, axis=0), atol=2e-4)
-    chosen = ExampleSampler(0, len(job.train), 8).batches(0, 1)[0]
+    chosen = ExampleSampler(0, len(job.train_store), 8).batches(0, 1)[0]
     target = np.mean([table[chosen] for table in job.targets], axis=0)
     student = np.asarray(job.student(first_batch(job).student, training=True))
-    metrics = job.advance(1, ExampleSampler(0, len(job.train), 8))
+    metrics = job.run_steps(1, ExampleSampler(0, len(job.train_store), 8))
     assert metrics["loss"] == pytest.approx(reference.kl(target, student, 2.0).mean(), rel=1e-4)
 
 
@@ -276,7 +278,7 @@ def test_one_two_and_four_replicas_give_the_same_weights(make_config: Callable[.
         # A workdir each, or the second would take the first one's fixed targets.
         job = build_job(dataclasses.replace(config, workdir=f"{config.workdir}{replicas}"), replicas)
         start = weights(job.student)
-        metrics = job.advance(6, ExampleSampler(0, len(job.train), 8))
+        metrics = job.run_steps(6, ExampleSampler(0, len(job.train_store), 8))
         assert metrics["grad_norm"] > 0.05
         found[replicas] = (metrics, weights(job.student))
     for replicas in (2, 4):
@@ -293,9 +295,9 @@ def test_one_two_and_four_replicas_give_the_same_weights(make_config: Callable[.
 @pytest.mark.parametrize("changes", [{}, {"mixup": "example"}, {"compat": ("mixup",)}, {"views": "same/ic"}])
 def test_labels_are_mixed_as_the_pictures_are(make_config: Callable[..., Config], changes: dict) -> None:
     job = build_job(make_config(distance="labels", teacher=(), **changes))
-    ids = ExampleSampler(0, len(job.train), 8).batches(0, 1)[0]
-    own = np.eye(5)[job.train.labels[ids]]
-    pictures = job.train.images[ids], job.train.sizes[ids]
+    ids = ExampleSampler(0, len(job.train_store), 8).batches(0, 1)[0]
+    own = np.eye(5)[job.train_store.labels[ids]]
+    pictures = job.train_store.images[ids], job.train_store.sizes[ids]
     options = {"each": changes.get("mixup") == "example", "reverse": "compat" in changes}
     share = reference.step_views(job.config.views, *pictures, 0, 0, 4, 4, **options)[2][:, None]
     other = own[::-1] if options["reverse"] else np.roll(own, 1, axis=0)
@@ -305,7 +307,7 @@ def test_labels_are_mixed_as_the_pictures_are(make_config: Callable[..., Config]
     head = job.student.get_layer("head")
     head.set_weights([head.get_weights()[0], bias])
     expected = -(truth * special.log_softmax(bias)).sum(1).mean()
-    assert job.advance(1, ExampleSampler(0, len(job.train), 8))["loss"] == pytest.approx(expected, rel=1e-5)
+    assert job.run_steps(1, ExampleSampler(0, len(job.train_store), 8))["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +329,7 @@ def test_the_whole_step_compiles_with_xla_and_gives_the_same(
         changes = changes | {"teacher": (f"keras:{teacher_file}", "random:bit-tiny")}
     for flag in ("off", "on"):
         job = build_job(make_config(jit_compile=flag, warmup_steps=0, **changes))
-        found.append(job.advance(2, ExampleSampler(0, len(job.train), 8)))
+        found.append(job.run_steps(2, ExampleSampler(0, len(job.train_store), 8)))
     for name, value in found[0].items():
         assert found[1][name] == pytest.approx(value, rel=2e-3, abs=1e-4), name
 
@@ -336,7 +338,7 @@ def test_the_whole_step_compiles_with_xla_and_gives_the_same(
 @pytest.mark.parametrize("student", ["mobilenetv3-small", "resnet50v2"])
 def test_batch_norm_students_compile_with_xla(make_config: Callable[..., Config], student: str) -> None:
     job = build_job(make_config(student=student, image_size=32, teacher_image_size=(IMAGE,), jit_compile="on"))
-    assert np.isfinite(list(job.advance(2, ExampleSampler(0, len(job.train), 8)).values())).all()
+    assert np.isfinite(list(job.run_steps(2, ExampleSampler(0, len(job.train_store), 8)).values())).all()
 
 
 @pytest.mark.slow
@@ -351,6 +353,6 @@ def test_batch_norm_and_ensembles_and_sizes_train(make_config: Callable[..., Con
         )
     )
     moving = [v.numpy().copy() for v in job.student.non_trainable_variables]
-    metrics = job.advance(2, ExampleSampler(0, len(job.train), 8))
+    metrics = job.run_steps(2, ExampleSampler(0, len(job.train_store), 8))
     assert np.isfinite(list(metrics.values())).all()
     assert any((a != v.numpy()).any() for a, v in zip(moving, job.student.non_trainable_variables, strict=True))
