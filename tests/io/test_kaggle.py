@@ -285,8 +285,8 @@ def test_a_cut_download_goes_on_where_it_was(server: Server, tmp_path: pathlib.P
     [
         ({"../../../evil": b"1"}, "leads out"),
         ({"/evil": b"1"}, "absolute"),
-        ({"a\\..\\evil": b"1"}, "of Windows"),
-        ({"zeros.npz": bytes(32 << 20)}, "no proportion"),
+        ({"a\\..\\evil": b"1"}, "a Windows path"),
+        ({"zeros.npz": bytes(32 << 20)}, "out of proportion"),
     ],
 )
 def test_hostile_archives_leave_nothing(server: Server, tmp_path: pathlib.Path, content: dict, words: str) -> None:
