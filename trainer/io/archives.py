@@ -1,8 +1,9 @@
 """Unpacks downloaded archives safely: zip, and tar plain or compressed.
 
-An archive is rejected as a whole if any path in it leaves the target folder (absolute, "..", backslashes, drive letters),
-is neither a file nor a folder (links, devices, sparse files) or occurs twice, or if the unpacked size is out of proportion to
-the archive's. Only new plain files below a new folder are written. The folder is deleted if anything is wrong.
+An archive is rejected as a whole if any path in it leaves the target folder (absolute, "..",
+backslashes, drive letters), is neither a file nor a folder (links, devices, sparse files) or
+occurs twice, or if the unpacked size is out of proportion to the archive's. Only new plain files
+below a new folder are written. The folder is deleted if anything is wrong.
 """
 
 from __future__ import annotations
@@ -43,12 +44,15 @@ _DAMAGED = (
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What an archive may hold. The defaults have room for the largest published teacher (BiT-R152x4, 3.8 GB).
+    """What an archive may hold.
+
+    The defaults have room for the largest published teacher (BiT-R152x4, 3.8 GB).
 
     Attributes:
         total: most bytes of all files together.
         files: most files and folders.
-        ratio: most unpacked bytes per byte of the archive. Weights compress by a tenth, text to a tenth.
+        ratio: most unpacked bytes per byte of the archive. Weights compress by a tenth, text to a
+            tenth.
         floor: unpacked bytes that are allowed whatever the ratio.
     """
 
@@ -70,7 +74,8 @@ def extract(path: str, target: str, where: str, limits: Limits | None = None) ->
     """Unpacks an archive into a new folder, all of it or nothing.
 
     Args:
-        path: a zip or tar (plain, gzip, bzip2, xz) on this machine's disk; its first bytes decide, not its name.
+        path: a zip or tar (plain, gzip, bzip2, xz) on this machine's disk; its first bytes decide,
+            not its name.
         target: a folder that does not exist yet; it is created for this user alone.
         where: what the archive is called in errors.
         limits: None: the defaults.
@@ -79,7 +84,8 @@ def extract(path: str, target: str, where: str, limits: Limits | None = None) ->
         The files' paths in `target`, with slashes, sorted.
 
     Raises:
-        DataError: it is no archive, damaged or unsafe, or the disk is full; `target` does not exist then.
+        DataError: it is no archive, damaged or unsafe, or the disk is full; `target` does not
+            exist then.
     """
     limits = limits or Limits()
     os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
@@ -122,7 +128,8 @@ def _unpack(path: str, target: str, limits: Limits) -> list[str]:
             tar = lzma.LZMAFile(file)  # noqa: SIM115  `file` itself is closed by `with`
         elif head[257:262] != b"ustar":
             raise _Rejected("it is neither a zip nor a tar (plain, gzip, bzip2 or xz)")
-        # Folders, headers and padding come on top of the files: a tar has 1 KiB for each entry and 10 KiB at its end.
+        # Folders, headers and padding come on top of the files: a tar has 1 KiB for each entry and
+        # 10 KiB at its end.
         bound = checks.allowed + 4096 * limits.files
         return _untar(_BoundedStream(tar, bound), target, checks)
 
@@ -179,7 +186,7 @@ def _too_much(allowed: int) -> str:
 
 
 def safe_name(name: str) -> str:
-    """A name in an archive as a relative path with slashes and without "." parts; "" for the folder itself.
+    """A name in an archive as a relative path with slashes; "" for the folder itself.
 
     Raises:
         ValueError: it leaves the folder, or would on some system; the text says how.
@@ -207,7 +214,7 @@ def _write(source: IO[bytes], target: str, path: str, size: int, checks: _EntryC
     """Copies an entry to a new file and flushes it to the disk."""
     full = os.path.join(target, *path.split("/"))
     os.makedirs(os.path.dirname(full), exist_ok=True)
-    with open(full, "xb") as file:  # "x": no file is overwritten, also where names differ in case only
+    with open(full, "xb") as file:  # never over another file, also where case is ignored
         while part := source.read(_CHUNK):
             checks.count(len(part))
             file.write(part)
@@ -300,7 +307,8 @@ def _untar(file: _BoundedStream, target: str, checks: _EntryChecks) -> list[str]
             with source:
                 _write(source, target, path, member.size, checks)
             names.append(path)
-        # tarfile accepts an archive that was cut between two members, and does not read a checksum after the last one.
+        # tarfile accepts an archive that was cut between two members, and does not read a checksum
+        # after the last one.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it stops before its end")
@@ -310,7 +318,7 @@ def _untar(file: _BoundedStream, target: str, checks: _EntryChecks) -> list[str]
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members one by one, without keeping them, so that a million empty entries cost no memory."""
+    """The members one by one. None is kept: a million empty ones must cost no memory."""
     while member := archive.next():
         yield member
         archive.members = []  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """Objects in a bucket: conditional writes, retries with a time limit, errors as one line.
 
-The only module that calls google-cloud-storage. Another kind of bucket is a class with the methods of `GcsBucket` and a
-row in `_CLASSES`. (TensorFlow's own client, for training, is in files.py and gcs_client.py.)
+The only module that calls google-cloud-storage. Another kind of bucket is a class with the methods
+of `GcsBucket` and a row in `_CLASSES`. (TensorFlow's own client, for training, is in files.py and
+gcs_client.py.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, BinaryIO
 from trainer.core.errors import DataError
 from trainer.io import files
 
-# Bytes of an upload that are held in memory by each thread, and sent again when a connection breaks.
+# Bytes of an upload that are held in memory by each thread, and sent again when a connection
+# breaks.
 CHUNK_BYTES = 8 << 20
 _READ_WRITE = "https://www.googleapis.com/auth/devstorage.read_write"
 
@@ -94,7 +96,10 @@ def open_bucket(path: str, flag: str, request_seconds: float, retry_seconds: flo
 
 
 class GcsBucket:
-    """A bucket of Google Cloud Storage, for several threads. Credentials are the application's default ones."""
+    """A bucket of Google Cloud Storage, for several threads.
+
+    Credentials are the application's default ones.
+    """
 
     def __init__(self, name: str, request_seconds: float, retry_seconds: float) -> None:
         """
@@ -146,7 +151,8 @@ class GcsBucket:
             generation: 0: there must be no object.
 
         Raises:
-            Conflict: the object has another generation. Also where an earlier try was served and its answer was lost.
+            Conflict: the object has another generation. Also where an earlier try was served and
+                its answer was lost.
             Unavailable: it cannot be written, or the bucket has other bytes than were sent.
         """
         import google_crc32c
@@ -161,7 +167,8 @@ class GcsBucket:
             name: of the object.
             content: seekable, at its start.
             size: bytes.
-            crc32c: of the content. The bucket refuses other bytes: a damaged object never becomes visible.
+            crc32c: of the content. The bucket refuses other bytes: a damaged object never becomes
+                visible.
             generation: see `write`.
 
         Raises:
@@ -245,7 +252,7 @@ class GcsBucket:
         return f"gs://{self._name}/{name}"
 
     def _blob(self, name: str, chunk_size: int | None = None) -> Any:
-        """A new one for each request: a blob that knows its generation asks for that generation alone."""
+        """A blob for one request: once it knows a generation, it requests that one alone."""
         return self._client().bucket(self._name).blob(name, chunk_size=chunk_size)
 
     def _client(self) -> Any:
@@ -253,7 +260,8 @@ class GcsBucket:
         if not hasattr(self._threads, "client"):
             from google.cloud import storage
 
-            # Objects belong to buckets; no project is ever needed. Without credentials, the client takes an emulator's.
+            # Objects belong to buckets; no project is ever needed. Without credentials, the client
+            # takes an emulator's.
             self._threads.client = storage.Client(project="unused", credentials=self._credentials)
         return self._threads.client
 

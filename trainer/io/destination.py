@@ -1,8 +1,8 @@
 """Where a data set is written: a local folder, or a bucket. The same steps for both.
 
-An upload to a bucket is resumable; the server gets the CRC32C first and refuses other bytes. An object is only replaced
-if it still has the generation that was listed when the destination was opened, so that a second writer is noticed and
-two data sets do not mix.
+An upload to a bucket is resumable; the server gets the CRC32C first and refuses other bytes. An
+object is only replaced if it still has the generation that was listed when the destination was
+opened, so that a second writer is noticed and two data sets do not mix.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.io import bucket, files
 REQUEST_SECONDS = 60.0  # how long one request to a bucket may be without an answer
 RETRY_SECONDS = 600.0  # how long one request to a bucket is repeated
 _BLOCK_BYTES = 8 << 20
-_SHARDS = "funmatch-shards-"  # begins the names of local folders of shards that wait for their upload
+_SHARDS = "funmatch-shards-"  # begins the names of local folders of shards to upload
 
 
 def open_destination(folder: str) -> Destination:
@@ -36,7 +36,7 @@ def open_destination(folder: str) -> Destination:
 
 
 class Destination(abc.ABC):
-    """A place for shards and small files, named relative to it. One process writes to it at a time.
+    """A place for shards and small files. One process writes to it at a time.
 
     Attributes:
         folder: as the user named it.
@@ -105,7 +105,7 @@ class Destination(abc.ABC):
 
     @abc.abstractmethod
     def changed(self, shards: dict[str, tuple[int, int]]) -> list[str]:
-        """Of these names with lengths and CRC32Cs, those that do not exist so (any more)."""
+        """Of these names with lengths and CRC32Cs, those that do not exist so."""
 
 
 class LocalDestination(Destination):
@@ -223,7 +223,8 @@ class BucketDestination(Destination):
         self._bucket.write(probe, b"", 0)
         self._bucket.delete(probe)
         _remove_abandoned()
-        # Locked before it has the name that other processes look for, so that none of them takes it for abandoned.
+        # Locked before it has the name that other processes look for, so that none of them takes
+        # it for abandoned.
         unlocked = tempfile.mkdtemp(prefix="funmatch-")
         self._lock = _lock_folder(unlocked)
         name = _SHARDS + os.path.basename(unlocked).removeprefix("funmatch-")
@@ -237,7 +238,7 @@ class BucketDestination(Destination):
         self._lock = _unlock(self._lock)
 
     def names(self) -> dict[str, str]:
-        """The objects that existed when the destination was opened, each with a text that changes when it does."""
+        """The objects as they were at the start, each with a text that changes when it does."""
         return {name: str(info.generation) for name, info in self._objects.items() if not name.endswith("/")}
 
     def holds(self, name: str, size: int, crc32c: int) -> bool:
@@ -312,7 +313,7 @@ class BucketDestination(Destination):
             self.remove(path)
 
     def changed(self, shards: dict[str, tuple[int, int]]) -> list[str]:
-        """Of these names with lengths and CRC32Cs, those that the bucket does not hold so (any more)."""
+        """Of these names with lengths and CRC32Cs, those that the bucket does not hold so."""
         objects = self._list()
         return [name for name, (size, crc32c) in shards.items() if not _matches(objects.get(name), size, crc32c)]
 
@@ -343,7 +344,7 @@ def _matches(info: bucket.ObjectInfo | None, size: int, crc32c: int) -> bool:
 
 
 def _lock_folder(folder: str) -> int:
-    """Locks a local folder until the handle that it returns is closed, or the process ends, however it does.
+    """Locks a local folder until the returned handle is closed or the process ends.
 
     Returns:
         The handle; -1 where the file system has no locks.
@@ -382,7 +383,10 @@ def _remove_abandoned() -> None:
 
 
 def tree(folder: str) -> list[tuple[tuple[str, ...], str]]:
-    """All files under `folder`, sorted: the parts of each relative path, and a text that changes when the file does.
+    """All files under `folder`, sorted.
+
+    Returns:
+        For each the parts of its relative path, and a text that changes when the file does.
 
     Raises:
         DataError: the folder does not exist, or cannot be listed.
@@ -401,7 +405,7 @@ def tree(folder: str) -> list[tuple[tuple[str, ...], str]]:
 
 
 def mark(path: str) -> str:
-    """A text that changes when a local file does; empty for other files, and for one that does not exist."""
+    """A text that changes when a local file does; empty for remote and missing files."""
     if files.is_remote(path):
         return ""
     try:

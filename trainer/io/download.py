@@ -35,10 +35,11 @@ def checksum(path: str, role: str) -> str:
 
 
 def local_copy(path: str, role: str) -> str:
-    """A file on this machine's disk with the content of `path`: `path` itself, or a copy in the cache, which is made once.
+    """A file on this machine's disk with the content of `path`: itself, or a copy in the cache.
 
     Args:
-        path: on a disk, in a bucket or https://. The cache knows a copy by its address and the version at the server.
+        path: on a disk, in a bucket or https://. The cache knows a copy by its address and the
+            version at the server.
         role: the flag that names the file, without dashes, for errors.
 
     Raises:

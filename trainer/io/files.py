@@ -1,7 +1,7 @@
-"""Files on a disk and in a bucket alike (tf.io.gfile): whole reads, atomic whole writes, errors as one line.
+"""Files on a disk and in a bucket alike (tf.io.gfile): reads, atomic writes, errors as one line.
 
-`scheme` is the one function that tells kinds of storage apart. What is peculiar to TensorFlow's client of one kind stands
-in `_CLIENTS`.
+`scheme` is the one function that tells kinds of storage apart. What is peculiar to TensorFlow's
+client of one kind stands in `_CLIENTS`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp|\.write-probe-[0-9a-f]{8}")
 
 
 def scheme(path: str) -> str:
-    """The kind of storage that `path` is in: "gs" for gs://..., "https" for https://...; empty for a local disk."""
+    """The kind of storage: "gs" for gs://..., "https" for https://...; empty for a local disk."""
     head, separator, _ = path.partition("://")
     return head if separator else ""
 
@@ -53,8 +53,8 @@ def join(folder: str, *parts: str) -> str:
 def attempt(work: Callable[[], T], path: str, definite: tuple[type[Exception], ...] = ()) -> T:
     """Calls `work`, up to twice more if a bucket refuses it.
 
-    TensorFlow's client itself repeats what the network or the server failed at, but not what the server refused. A refusal
-    may pass: a new permission takes a while to reach all servers.
+    TensorFlow's client itself repeats what the network or the server failed at, but not what the
+    server refused. A refusal may pass: a new permission takes a while to reach all servers.
 
     Args:
         work: one operation on `path`, which can be repeated.
@@ -107,8 +107,9 @@ def read(path: str, what: str) -> bytes:
 def write(path: str, content: bytes, what: str) -> None:
     """Makes `path` hold `content`, whole or not at all, also if the machine crashes.
 
-    On a disk: a temporary file is flushed and then renamed over `path`. In a bucket an object becomes visible only when its
-    upload is complete, so it is written directly (a rename there is copy plus delete).
+    On a disk: a temporary file is flushed and then renamed over `path`. In a bucket an object
+    becomes visible only when its upload is complete, so it is written directly (a rename there is
+    copy plus delete).
 
     Args:
         path: on a disk or in a bucket.
@@ -134,8 +135,9 @@ def _upload(path: str, content: bytes) -> None:
         file.write(content)
         file.close()
     except tf.errors.OpError:
-        # GFile's destructor retries a failed upload twice. That triples the time until the error is raised, and can write
-        # after another job has taken the lease over. The extra reference keeps the destructor from running.
+        # GFile's destructor retries a failed upload twice. That triples the time until the error
+        # is raised, and can write after another job has taken the lease over. The extra reference
+        # keeps the destructor from running.
         if (inner := getattr(file, "_writable_file", None)) is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(inner))
         raise
@@ -143,7 +145,7 @@ def _upload(path: str, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str, what: str) -> Iterator[BinaryIO]:
-    """A new local file to write in pieces. It replaces `path` at the end, or is deleted if an error is raised.
+    """A new local file. It replaces `path` at the end, or is deleted if an error is raised.
 
     Args:
         path: on a disk.
@@ -193,19 +195,19 @@ def make_folder(path: str, what: str) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is a temporary one of `replacing` or `require_writable`, which a crash leaves behind."""
+    """Whether `replacing` or `require_writable` make temporary files of such names."""
     return bool(_TEMPORARY.fullmatch(name))
 
 
 def remove_temporary(folder: str) -> None:
-    """Deletes the temporary files that crashes left in a folder; only for a folder's one writer."""
+    """Deletes the temporary files that crashes left; only for a folder's one writer."""
     for name in names(folder):
         if is_temporary(name):
             remove(join(folder, name))
 
 
 def require_writable(folder: str, what: str) -> None:
-    """Writes, reads back and deletes a small file in `folder`, so that a job fails before its work and not after.
+    """Writes, reads back and deletes a small file, so that a job fails before its work.
 
     Raises:
         DataError: one of these failed.
@@ -218,7 +220,7 @@ def require_writable(folder: str, what: str) -> None:
             raise DataError("what was written is not what is read back")
         attempt(lambda: tf.io.gfile.remove(probe), probe)
     except (tf.errors.OpError, DataError) as error:
-        cause = error.__cause__ if isinstance(error, DataError) else error  # whose text does not name the probe
+        cause = error.__cause__ if isinstance(error, DataError) else error  # without the probe
         message = reason(cause, folder) if cause else str(error)
         raise DataError(
             f"{what} {folder} is not writable: {message}; choose another or change its permissions"
@@ -257,12 +259,13 @@ def exists(path: str) -> bool:
         raise DataError(f"cannot look at {path}: {reason(error, path)}") from error
 
 
-# Seconds after which "not found" of a list can only be the end of the client's tries. Trying once more would double them.
+# Seconds after which "not found" of a list can only be the end of the client's tries. Trying once
+# more would double them.
 _LIST_SECONDS = 30.0
 
 
 def names(folder: str) -> list[str]:
-    """Names directly in `folder`, sorted, without trailing slashes; empty if the folder does not exist.
+    """Names directly in `folder`, sorted, without trailing slashes; none if it does not exist.
 
     Raises:
         DataError: it cannot be listed.
@@ -282,8 +285,9 @@ def _list(folder: str) -> set[str]:
     except tf.errors.NotFoundError:
         if not is_remote(folder):
             raise
-        # listdir raises "not found" also where the bucket refuses or does not answer. A run would conclude that it has no
-        # checkpoints and start again. glob raises the right error. It also lists subfolders, so it is only the second try.
+        # listdir raises "not found" also where the bucket refuses or does not answer. A run would
+        # conclude that it has no checkpoints and start again. glob raises the right error. It also
+        # lists subfolders, so it is only the second try.
         if time.monotonic() > started + _LIST_SECONDS:
             raise tf.errors.UnavailableError(None, None, "no answer to a list") from None
         prefix = folder.rstrip("/") + "/"
@@ -305,7 +309,7 @@ def remove(path: str) -> None:
 
 
 def cache_folder() -> str:
-    """Where downloads are kept: $FUNMATCH_CACHE, else ~/.cache/funmatch, else a temporary folder."""
+    """For downloads: $FUNMATCH_CACHE, else ~/.cache/funmatch, else a temporary folder."""
     home = os.environ.get("FUNMATCH_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "funmatch")
     try:
         os.makedirs(home, exist_ok=True)
@@ -325,7 +329,7 @@ def _temporary_folder() -> str:
 
 
 def reason(error: BaseException, path: str = "") -> str:
-    """The first line of an error, without TensorFlow's wrapping; with a `path` in a bucket, also what to do about it."""
+    """The first line of an error; with a `path` in a bucket, also what to do about it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(getattr(error, "message", None) or str(error) or type(error).__name__)

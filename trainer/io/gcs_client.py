@@ -1,9 +1,11 @@
-"""Settings of TensorFlow's gs:// client, and its errors as one line. No TensorFlow here: it reads the settings only once.
+"""Settings of TensorFlow's gs:// client, and its errors as one line.
 
-By default the client retries for more than three minutes and waits an hour for an answer. With these settings a bucket that
-does not answer is an error within a minute: 5 tries with 1, 2, 4 and 4 seconds between them (plus up to one second at random),
-each with at most 6 seconds of silence. Nothing is lost by that: the same command resumes. A variable that is set already is
-not changed.
+No TensorFlow is imported here, because it reads the settings only once.
+
+By default the client retries for more than three minutes and waits an hour for an answer. With
+these settings a bucket that does not answer is an error within a minute: 5 tries with 1, 2, 4 and
+4 seconds between them (plus up to one second at random), each with at most 6 seconds of silence.
+Nothing is lost by that: the same command resumes. A variable that is set already is not changed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ DEFAULTS = {
     "GCS_RETRY_CONFIG_MAX_DELAY_TIME_US": "4000000",
     "GCS_REQUEST_CONNECTION_TIMEOUT_SECS": "6",
     "GCS_REQUEST_IDLE_TIMEOUT_SECS": "6",
-    # A job reads the sizes of objects that it has just written; a cache of some seconds would give the old ones.
+    # A job reads the sizes of objects that it has just written; a cache of some seconds would give
+    # the old ones.
     "GCS_STAT_CACHE_MAX_AGE": "0",
 }
 REFUSAL_PAUSES = (0.5, 1.5)  # seconds before each more try of a request that was refused
@@ -28,7 +31,7 @@ _TRIES = re.compile(r"All (\d+) retry attempts failed")
 
 
 def set_defaults() -> None:
-    """Sets `DEFAULTS` where the user has set nothing; to be called before TensorFlow is imported."""
+    """Sets `DEFAULTS` where the user has set nothing. Call it before importing TensorFlow."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
 
@@ -37,7 +40,8 @@ def explain(text: str, path: str) -> str:
     """An error of the client as one line: the answer of the server, and what to do.
 
     Args:
-        text: TensorFlow's message, which may hold an HTTP status and a JSON body, or curl's message.
+        text: TensorFlow's message, which may hold an HTTP status and a JSON body, or curl's
+            message.
         path: gs://BUCKET/NAME.
     """
     bucket = path.partition("://")[2].partition("/")[0]

@@ -1,11 +1,12 @@
-"""Files from Kaggle: downloaded by the `kaggle` package, unpacked by archives.py, kept in the cache.
+"""Files from Kaggle: downloaded by the `kaggle` package, unpacked by archives.py, cached.
 
     CACHE/kaggle/NAME/download/      the partial archive, and what the client needs to resume it
     CACHE/kaggle/NAME/content/       its files, renamed into place when all are unpacked
-    CACHE/kaggle/NAME/complete.json  written last: names and lengths of all files; without it `content` is made again
+    CACHE/kaggle/NAME/complete.json  written last: all files' names and lengths
 
-The client is isolated: importing it looks for credentials and may exit the process, its verbose mode prints the request
-headers, and it only warns of a key that others can read. No message here contains a key or a signed URL.
+The client is isolated: importing it looks for credentials and may exit the process, its verbose
+mode prints the request headers, and it only warns of a key that others can read. No message here
+contains a key or a signed URL.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from trainer.core.console import Console, SilentConsole
 from trainer.core.errors import ConfigError, DataError
 from trainer.io import archives, files
 
-STALL_SECONDS = 180.0  # without a new byte until a download fails; the client waits at most 32 before its next try
+# Without a new byte until a download fails. The client waits at most 32 seconds before a retry.
+STALL_SECONDS = 180.0
 _FORMS = "kaggle:OWNER/DATASET[/VERSION][:FILE] or kaggle:OWNER/MODEL/FRAMEWORK/VARIATION[/VERSION][:FILE]"
 _SET_CREDENTIALS = (
     "set KAGGLE_API_TOKEN, or KAGGLE_USERNAME and KAGGLE_KEY, or put the kaggle.json of your account's page into "
@@ -94,7 +96,8 @@ def fetch(text: str, role: str, console: Console | None = None) -> tuple[str, st
         console: shows the progress of the download; None: nothing is shown.
 
     Returns:
-        The model's kind ("saved_model", "keras" or "bit"), and its path as that kind's flag takes it.
+        The model's kind ("saved_model", "keras" or "bit"), and its path as that kind's flag takes
+        it.
 
     Raises:
         ConfigError: see `parse`.
@@ -205,7 +208,7 @@ class Credentials:
 
 
 def credentials(where: str) -> Credentials:
-    """Finds credentials in the client's order: a token, a user's key, a login of `kaggle auth login`.
+    """Finds credentials in the client's order: a token, a key, a login of `kaggle auth login`.
 
     Args:
         where: flag and value, for errors.
@@ -271,13 +274,13 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
 
 
 def _client(login: Credentials, folder: str) -> Any:
-    """An authenticated client. It gets credentials by the environment alone: its configuration folder is `folder`."""
+    """An authenticated client, with `folder` for its configuration."""
     quiet = {"KAGGLE_CONFIG_DIR": folder, "VERBOSE": "", "VERBOSE_OUTPUT": ""}
     with _environment(quiet | login.variables):
         from kaggle.api.kaggle_api_extended import KaggleApi
 
         api = KaggleApi()
-        api.args = [flag for flag in api.args if flag not in ("--verbose", "-v")]  # these print all headers
+        api.args = [flag for flag in api.args if flag not in ("--verbose", "-v")]  # prints headers
         api.config_values = {}
         if login.source:
             api.authenticate()
@@ -285,7 +288,7 @@ def _client(login: Credentials, folder: str) -> Any:
 
 
 def _download(address: Address, folder: str, where: str, console: Console) -> str:
-    """Returns the archive's path in `folder`. Resumes what an earlier process left there, if it is of the same archive."""
+    """Downloads the archive into `folder`, or resumes, and returns its path."""
     login = credentials(where)
     os.makedirs(folder, exist_ok=True)
     message = ""
@@ -311,7 +314,8 @@ def _download(address: Address, folder: str, where: str, console: Console) -> st
         message = f"Kaggle does not accept the credentials of {login.source}: {_SET_CREDENTIALS}"
     except Exception as error:
         message = _reason(error, address, login)
-    if message:  # raised outside of `except`, so that no traceback shows the client's error, which may contain secrets
+    # Raised outside of `except`, so that no traceback shows the client's error and its secrets.
+    if message:
         raise DataError(f"{where}: {message}")
     if not os.path.isfile(target):
         raise DataError(f"{where}: Kaggle's client ended without {os.path.basename(target)}")
@@ -319,7 +323,7 @@ def _download(address: Address, folder: str, where: str, console: Console) -> st
 
 
 def _watch(request: Callable[[], object], target: str, where: str, console: Console) -> None:
-    """Runs `request` in a thread, shows its progress, and raises if no byte arrives for `STALL_SECONDS`."""
+    """Runs `request` in a thread and shows its progress, until no byte arrives for too long."""
     errors: list[BaseException] = []
 
     def run() -> None:

@@ -1,9 +1,10 @@
 """One writer for a workdir: a file lock on a disk, a lease in a bucket.
 
-On a disk the kernel holds the lock (flock) and drops it with the process. A bucket has no locks. There the writer owns an
-object, which it rewrites four times in each lease on the condition that it has not changed (a generation precondition).
-Another job that finds the object watches it for one lease. If it changes, its owner is alive and the job is refused. If
-not, the owner is dead and the job takes the object over, on the same condition. Clocks of two machines are never compared.
+On a disk the kernel holds the lock (flock) and drops it with the process. A bucket has no locks.
+There the writer owns an object, which it rewrites four times in each lease on the condition that
+it has not changed (a generation precondition). Another job that finds the object watches it for
+one lease. If it changes, its owner is alive and the job is refused. If not, the owner is dead and
+the job takes the object over, on the same condition. Clocks of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from trainer.io.bucket import Conflict, NoCredentials, Unavailable
 NAME = ".lock"
 _RENEWALS = 4  # per lease
 _POLL_SECONDS = 2.0
-# Limits of one request and of its repetitions: a renewal that fails must fail well within the lease.
+# Limits of one request and of its repetitions: a renewal that fails must fail well within the
+# lease.
 _REQUEST_SECONDS, _RETRY_SECONDS = 10.0, 20.0
 
 
@@ -53,8 +55,10 @@ def hold_workdir(workdir: str, console: Console, lease: float = 60.0) -> Iterato
 
     Args:
         workdir: on a disk or in a bucket.
-        console: gets a line when a lease of another job is waited for, and a warning when there is no lock.
-        lease: in a bucket, seconds without a renewal after which another job may take over; 0: no lock.
+        console: gets a line when a lease of another job is waited for, and a warning when there is
+            no lock.
+        lease: in a bucket, seconds without a renewal after which another job may take over; 0: no
+            lock.
 
     Yields:
         The lock. It is released at the end.
@@ -117,7 +121,8 @@ class _FileLock:
             )
 
     def release(self) -> None:
-        # Removed before it is unlocked: a process that then gets the lock sees that the file is not at its path.
+        # Removed before it is unlocked: a process that then gets the lock sees that the file is
+        # not at its path.
         with contextlib.suppress(OSError):
             if _is_at(self._path, self._handle):
                 os.unlink(self._path)
@@ -152,7 +157,7 @@ def _lock_file(path: str, console: Console) -> WorkdirLock:
         if _is_at(path, handle):  # otherwise its owner removed it between the two calls
             break
         os.close(handle)
-    with contextlib.suppress(OSError):  # a full disk must not stop a job that has little left to write
+    with contextlib.suppress(OSError):  # a full disk must not stop a finished job
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(_owner()).encode(), 0)
     return _FileLock(path, handle)
@@ -191,7 +196,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
 
     def acquire(self, console: Console) -> Lease:
-        """Creates the object, or takes over a dead owner's after `seconds`, and starts to renew it.
+        """Creates the object, or takes over a dead owner's, and starts to renew it.
 
         Raises:
             DataError: the owner is alive, or the bucket does not answer.
@@ -235,7 +240,7 @@ class Lease:
         """See `WorkdirLock`."""
         self._stop.set()
         if self._failure:
-            return  # The bucket does not answer. A delete would wait for it again; the lease lapses without one.
+            return  # a delete would fail as slowly; the lease lapses without one
         self._thread.join()
         if self._lost is None:
             with contextlib.suppress(Conflict, Unavailable):
@@ -266,7 +271,8 @@ class Lease:
         try:
             self._generation = self._store.write(self._name, content, generation)
         except Conflict:
-            # The client repeats a request whose answer was lost. Then the object holds what was just written.
+            # The client repeats a request whose answer was lost. Then the object holds what was
+            # just written.
             current, stored = self._store.read(self._name)
             if stored != content:
                 raise
