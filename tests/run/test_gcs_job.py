@@ -198,7 +198,7 @@ def killed(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
                 return f"the same command again ended with {code}: {told[-1500:]}"
             if "Traceback" in told:
                 return f"showed a traceback: {told[-1500:]}"
-            waited = "its owner is given 5 s to show that it lives" in told
+            waited = "waiting 5 s to see whether its owner is alive" in told
             if waited != bool(there and "finished: nothing to do" not in told):
                 return f"a lease was {'' if there else 'not '}there, and {'' if waited else 'not '}waited for"
             if name == "the result was written":  # nobody writes to a finished run, so nobody takes its lease away

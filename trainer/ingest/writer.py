@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainer.data.dataset import Dataset
     from trainer.data.records import ImageRecord
     from trainer.ingest.sources import Source, SourceSplit
-    from trainer.io.destination import LocalDestination
+    from trainer.io.destination import Destination
 
 
 _SHARD_BYTES = 128 << 20
@@ -117,7 +117,7 @@ def write_dataset(
         place.close()
 
 
-def acquire(place: LocalDestination, plan: dict[str, Any], overwrite: bool) -> None:
+def acquire(place: Destination, plan: dict[str, Any], overwrite: bool) -> None:
     """Notes whose work lies at the place from now on, so that two data sets do not mix."""
     name, content = f"{_MAKING}/plan.json", _noted_plan(plan)
     if place.write(name, content, new=True) or (there := place.read(name)) == content:
@@ -142,14 +142,14 @@ def _complete(plan: dict[str, Any], index: bytes) -> bytes:
     return hashlib.sha256(_noted_plan(plan) + index).hexdigest().encode()
 
 
-def clean_up(place: LocalDestination, index: bytes, earlier: set[str]) -> None:
+def clean_up(place: Destination, index: bytes, earlier: set[str]) -> None:
     """Removes shards of before that the data set with this index does not name, and the notes."""
     for name in earlier - _shard_files(index):
         place.remove(name)
     place.remove_folder(_MAKING, last=posixpath.basename(_COMPLETE))
 
 
-def _noted_shards(place: LocalDestination) -> set[str]:
+def _noted_shards(place: Destination) -> set[str]:
     """Names of shards that unfinished work here made, or was about to make."""
     try:
         return set(map(str, json.loads(place.read(_SHARDS) or b"[]")))
@@ -157,7 +157,7 @@ def _noted_shards(place: LocalDestination) -> set[str]:
         return set()
 
 
-def _note_shards(place: LocalDestination, names: set[str]) -> None:
+def _note_shards(place: Destination, names: set[str]) -> None:
     place.write(_SHARDS, json.dumps(sorted(names)).encode())
 
 
@@ -166,7 +166,7 @@ class _Writer:
 
     def __init__(
         self,
-        place: LocalDestination,
+        place: Destination,
         source: Source,
         plan: dict[str, Any],
         progress: Progress,
