@@ -88,12 +88,12 @@ def write_dataset(
     Raises:
         DataError: `out` is taken or cannot be written, or pictures cannot be used and `skip_bad` is false.
     """
-    from trainer.data.dataset import INDEX, Dataset
+    from trainer.data.dataset import INDEX_FILE, Dataset
     from trainer.io import destination
 
     place = destination.open_destination(out)
     try:
-        old = place.read(INDEX)
+        old = place.read(INDEX_FILE)
         if old is not None and not overwrite:
             if place.read(_COMPLETE) == _complete(plan, old):
                 # This very command was killed when all was done but for the clearing up.
@@ -107,7 +107,7 @@ def write_dataset(
             if earlier:
                 _note_shards(place, earlier)  # else nobody would know of them after a kill
             # From here on there is no data set at `out` until the new one is complete.
-            place.remove(INDEX)
+            place.remove(INDEX_FILE)
             return _Writer(
                 place, source, plan, progress, workers or os.cpu_count() or 1, skip_bad, console or SilentConsole()
             ).run(earlier)
@@ -296,7 +296,7 @@ class _Writer:
 
     def _finish(self, made: dict[str, list[ShardRecord]], earlier: set[str]) -> Dataset:
         """Writes dataset.json, if every shard is still what was made, and clears up."""
-        from trainer.data.dataset import INDEX, Dataset, Shard, Split
+        from trainer.data.dataset import INDEX_FILE, Dataset, Shard, Split
 
         every = [one for ones in made.values() for one in ones if one.examples]
         splits = {
@@ -329,9 +329,9 @@ class _Writer:
             },
             self._source.facts | {name: count for name, count in facts.items() if count},
         )
-        index = dataset.index()
+        index = dataset.to_json()
         self._place.write(_COMPLETE, _complete(self._plan, index))
-        self._place.write(INDEX, index)
+        self._place.write(INDEX_FILE, index)
         clean_up(self._place, index, earlier)
         return dataset
 
