@@ -49,7 +49,7 @@ def test_many_shards_hold_all_in_order(tmp_path: pathlib.Path, monkeypatch: pyte
         EncodedSplit(whole, whole.splits["train"]),
         EncodedSplit(parts, parts.splits["train"]),
     )
-    assert [one.picture(i) for i in range(7)] == [many.picture(i) for i in range(7)]
+    assert [one.record(i) for i in range(7)] == [many.record(i) for i in range(7)]
 
 
 def test_bad_numbers() -> None:
@@ -119,7 +119,7 @@ def test_folder_takes_every_kind_of_image(tmp_path: pathlib.Path) -> None:
     made = prepare.folder(str(tmp_path / "in"), str(tmp_path / "out"), silent)
     assert made.classes == ("a", "b")
     split = EncodedSplit(made, made.splits["train"])
-    by_name = {split.picture(i).filename: split.picture(i) for i in range(len(split))}
+    by_name = {split.record(i).filename: split.record(i) for i in range(len(split))}
     assert len(by_name) == 14
     for name, encoded in kept.items():
         assert by_name[f"train/{name}"].encoded == encoded, f"{name} did not keep its bytes"

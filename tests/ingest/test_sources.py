@@ -40,7 +40,7 @@ def refused(tmp_path: pathlib.Path, dataset: str, *flags: str, code: int = 3) ->
 
 def contents(made: Dataset, split: str) -> list[tuple[str, int]]:
     encoded = EncodedSplit(made, made.splits[split])
-    return [(encoded.picture(i).filename, encoded.picture(i).label) for i in range(len(encoded))]
+    return [(encoded.record(i).filename, encoded.record(i).label) for i in range(len(encoded))]
 
 
 # -- folders
@@ -171,7 +171,7 @@ def test_shares_depend_on_bytes_and_seed_and_not_on_names(tmp_path: pathlib.Path
         found = {}
         for split in made.splits.values():
             encoded = EncodedSplit(made, split)
-            found |= {encoded.picture(i).encoded: split.name for i in range(len(encoded))}
+            found |= {encoded.record(i).encoded: split.name for i in range(len(encoded))}
         return found
 
     one = split_of("one")
@@ -270,8 +270,8 @@ def test_shards_of_the_notebooks(tmp_path: pathlib.Path, flags: list[str]) -> No
     assert made.classes == tuple(map(str, range(37)))
     encoded = EncodedSplit(made, made.splits["train"])
     assert encoded.labels.tolist() == [3, 0, 36]
-    assert [encoded.picture(i).encoded for i in range(3)] == [image(i) for i in range(3)]
-    assert encoded.picture(1).filename == "train_pets37-0-3.tfrec#1"
+    assert [encoded.record(i).encoded for i in range(3)] == [image(i) for i in range(3)]
+    assert encoded.record(1).filename == "train_pets37-0-3.tfrec#1"
     assert encoded.sizes.tolist() == [[7, 9]] * 3
 
 
@@ -393,11 +393,11 @@ def test_exif_rotation_is_told_and_obeyed_on_demand(tmp_path: pathlib.Path) -> N
     assert (first.encoded, first.height, first.width) == (turned(), 24, 40)
     made = run(tmp_path, f"folder:{tmp_path}/in", "--exif=upright", out="up")
     split = EncodedSplit(made, made.splits["train"])
-    assert (split.picture(0).height, split.picture(0).width) == (40, 24)
-    upright = records.decode(tf.constant(split.picture(0).encoded)).numpy()
+    assert (split.record(0).height, split.record(0).width) == (40, 24)
+    upright = records.decode(tf.constant(split.record(0).encoded)).numpy()
     stored = np.asarray(Image.open(io.BytesIO(turned())))
     assert np.array_equal(upright, np.rot90(stored, -1))
-    assert split.picture(1).encoded == image(1)
+    assert split.record(1).encoded == image(1)
 
 
 # -- the work itself
@@ -455,7 +455,7 @@ def test_a_changed_picture_makes_its_shard_again(tmp_path: pathlib.Path, monkeyp
         (tmp_path / f"in/train/a/{number:02}.jpg").write_bytes(image(99))
     made = run(tmp_path, f"folder:{tmp_path}/in")
     split = EncodedSplit(made, made.splits["train"])
-    assert [split.picture(i).encoded == image(99) for i in range(20)] == [True] + [False] * 18 + [True]
+    assert [split.record(i).encoded == image(99) for i in range(20)] == [True] + [False] * 18 + [True]
 
 
 def test_another_unfinished_data_set_is_not_mixed_with(tmp_path: pathlib.Path) -> None:

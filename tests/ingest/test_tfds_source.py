@@ -136,7 +136,7 @@ def refused(tmp_path: pathlib.Path, name: str, data_dir: str, *flags: str, code:
 
 def contents(made: Dataset, split: str) -> dict[str, tuple[bytes, int]]:
     encoded = EncodedSplit(made, made.splits[split])
-    every = [encoded.picture(i) for i in range(len(encoded))]
+    every = [encoded.record(i) for i in range(len(encoded))]
     return {picture.filename: (picture.encoded, picture.label) for picture in every}
 
 

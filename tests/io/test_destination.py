@@ -255,7 +255,7 @@ def test_a_folder_and_a_table_in_a_bucket(gcs_here: fake_gcs.Server, tmp_path: p
     dataset = Dataset.load(data)
     split = records.EncodedSplit(dataset, dataset.splits["validation"])
     for number in range(6):
-        gcs_here.put("bucket", f"raw/{'ab'[number % 2]}/{number}.jpg", split.picture(number).encoded)
+        gcs_here.put("bucket", f"raw/{'ab'[number % 2]}/{number}.jpg", split.record(number).encoded)
     lines = [f"gs://bucket/raw/{'ab'[number % 2]}/{number}.jpg,{number % 2}" for number in range(6)]
     gcs_here.put("bucket", "lists/all.csv", "\n".join(lines).encode())
     for kind, count in (("folder:gs://bucket/raw", 2), ("csv:gs://bucket/lists/all.csv", 2)):
@@ -266,7 +266,7 @@ def test_a_folder_and_a_table_in_a_bucket(gcs_here: fake_gcs.Server, tmp_path: p
         assert made.splits["train"].examples == 6
         assert len(made.classes) == count
         again = records.EncodedSplit(made, made.splits["train"])
-        assert sorted(again.picture(i).encoded for i in range(6)) == sorted(split.picture(i).encoded for i in range(6))
+        assert sorted(again.record(i).encoded for i in range(6)) == sorted(split.record(i).encoded for i in range(6))
 
 
 @pytest.mark.parametrize(
