@@ -43,9 +43,9 @@ class _EpochStream:
         self._cache: dict[int, np.ndarray] = {}
 
     def ids(self, start: int, stop: int) -> np.ndarray:
-        """Returns ids `start` ..
+        """Returns ids [start, stop) of the sequence: int32 [stop - start].
 
-        `stop - 1` of the sequence, int32 [stop - start], in time independent of `start`.
+        Takes time independent of `start`.
         """
         epochs = range(start // self._examples, -(-stop // self._examples))
         self._cache = {

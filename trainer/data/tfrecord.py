@@ -92,5 +92,11 @@ def _next_header(view: memoryview, offset: int) -> int:
 
 
 def location(path: str, number: int, offset: int) -> str:
-    """Describes a record for messages: file, record number, byte offset."""
+    """Describes a record for messages.
+
+    Args:
+        path: of the file.
+        number: of the record in the file, from 0.
+        offset: of the record in the file, in bytes.
+    """
     return f"{path}: record {number} at byte {offset}"
