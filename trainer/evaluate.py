@@ -211,7 +211,7 @@ def _servable_logits(path: str, dataset: Dataset, split: str, console: Console) 
     parts = []
     for start in range(0, len(encoded), _ENCODED_BATCH):
         ids = range(start, min(start + _ENCODED_BATCH, len(encoded)))
-        parts.append(model([encoded.picture(example).encoded for example in ids]))
+        parts.append(model([encoded.record(example).encoded for example in ids]))
         console.progress("evaluate", ids.stop, len(encoded))
     return np.concatenate(parts)
 

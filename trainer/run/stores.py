@@ -8,11 +8,11 @@ import json
 from trainer.core.config import Config
 from trainer.core.console import Console
 from trainer.core.errors import DataError
-from trainer.data.cache import Cache, too_little
+from trainer.data.cache import Cache, describe_shortage
 from trainer.data.dataset import Dataset, Split
 from trainer.data.memory import choose_stores, decoded_bytes, free_memory
 from trainer.data.records import CorruptRecord, CorruptRecordLog
-from trainer.data.store import DiskStore, ImageStore, MemoryStore, SeveralStores
+from trainer.data.store import ConcatenatedStore, DiskStore, ImageStore, MemoryStore
 from trainer.io import files
 from trainer.run.accelerator import Accelerator
 from trainer.run.plan import RunPlan, check_labels
@@ -59,9 +59,9 @@ def open_stores(plan: RunPlan, accelerator: Accelerator, console: Console) -> St
         split = dataset.split(getattr(config, flag), flag)
         corrupt = CorruptRecordLog(dataset, split, config.max_bad_fraction)
         store = _open_split(config, dataset, split, kind, corrupt, console)
-        if corrupt.bad:
+        if corrupt.records:
             name = split.name if len(plan.train_sets) == 1 else f"{dataset.folder}, {split.name}"
-            skipped[name] = corrupt.bad
+            skipped[name] = corrupt.records
         return store
 
     train_stores = [open_split(dataset, "train_split", train_kind) for dataset in plan.train_sets]
@@ -74,7 +74,7 @@ def open_stores(plan: RunPlan, accelerator: Accelerator, console: Console) -> St
     _drop_foreign_labels(plan, train_stores, console)
     if config.max_bad_fraction and config.workdir and not (config.check or config.dry_run):
         require_same_records(config.workdir, skipped)
-    train = train_stores[0] if len(train_stores) == 1 else SeveralStores(train_stores)
+    train = train_stores[0] if len(train_stores) == 1 else ConcatenatedStore(train_stores)
     sizes = [len(store) for store in train_stores]
     return Stores(train, sizes, eval_stores, train_kind == "device", skipped)
 
@@ -90,15 +90,17 @@ def _open_split(
 
     store: ImageStore
     if kind == "disk":
-        store = DiskStore(dataset, split, config.store_size, open_cache(config), progress, damage=corrupt)
+        store = DiskStore(dataset, split, config.store_size, open_cache(config), progress, corrupt=corrupt)
     else:
         store = MemoryStore(dataset, split, config.store_size, progress, corrupt)
-    lines = corrupt.lines()
-    for line in lines[:_MAX_LINES]:
-        console.warning(f"skipped: {line}")
-    if lines:
-        more = f"{len(lines) - _MAX_LINES} more; " if len(lines) > _MAX_LINES else ""
-        console.warning(f"{more}{len(lines)} of {split.examples:,} records of {split.name!r} are corrupt and skipped")
+    messages = corrupt.messages()
+    for message in messages[:_MAX_LINES]:
+        console.warning(f"skipped: {message}")
+    if messages:
+        more = f"{len(messages) - _MAX_LINES} more; " if len(messages) > _MAX_LINES else ""
+        console.warning(
+            f"{more}{len(messages)} of {split.examples:,} records of {split.name!r} are corrupt and skipped"
+        )
     return store
 
 
@@ -156,11 +158,11 @@ def choose_kinds(plan: RunPlan, accelerator: Accelerator, console: Console) -> t
     on_disk = (train if kinds[0] == "disk" else []) + (others if kinds[1] == "disk" else [])
     if on_disk:
         cache = open_cache(config)
-        need = cache.need(on_disk)
-        if need.copies > need.room:
+        space = cache.space(on_disk)
+        if space.required > space.available:
             raise DataError(
                 f"the images take {(train_bytes + eval_bytes) / 2**30:.2f} GiB decoded at {config.store_size} pixels, "
-                f"which is not in memory (--store={config.store}), and {too_little(need, cache.folder)}"
+                f"which is not in memory (--store={config.store}), and {describe_shortage(space, cache.folder)}"
             )
     if kinds != ("device", "host"):
         console.info(
