@@ -90,7 +90,9 @@ def test_mixups_coefficient_is_betas(mixup: str) -> None:
     config = Config(image_size=8, mixup_alpha=0.1, mixup=mixup, batch_size=32, steps=9).resolve(64)
     images, sizes = tf.zeros([33, 16, 16, 3], tf.uint8), tf.ones([33, 2]) * 16
     rows = views.BatchRows.of(0, 1, 32, "roll")
-    made = [views.training_views(config, images, sizes, rows, tf.constant(s), ()).mixup_ratios.numpy() for s in range(40)]
+    made = [
+        views.training_views(config, images, sizes, rows, tf.constant(s), ()).mixup_ratios.numpy() for s in range(40)
+    ]
     shares = np.array(made)[:, :, 0]
     assert shares.shape == (40, 32)
     assert (np.ptp(shares, axis=1) == 0).all() == (mixup == "batch")
