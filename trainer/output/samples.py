@@ -27,9 +27,9 @@ def train_samples(job: Job, count: int = 16) -> list[Sample]:
     count = min(count, config.batch_size)
     batch = views.BatchRows.of(0, 1, config.batch_size, views.mixup_partner(config))
     # Only the first rows, each with its mixup partner, in the layout of "reverse" whatever the partner is.
-    pairs = [part[:count] for part in batch.split(batch.numbers)]
+    pairs = [part[:count] for part in batch.split_partners(batch.rows)]
     rows = views.BatchRows(tf.concat(pairs, 0), "reverse") if batch.partner else views.BatchRows(pairs[0], "")
-    ids = job.sampler.batches(step, 1)[0][rows.numbers.numpy()]
+    ids = job.sampler.batches(step, 1)[0][rows.rows.numpy()]
     made = views.training_views(
         config,
         tf.constant(job.train_store.take(ids)),
@@ -38,7 +38,7 @@ def train_samples(job: Job, count: int = 16) -> list[Sample]:
         tf.constant(step),
         () if job.targets else tuple({teacher.size: None for teacher in job.teachers}),
     )
-    image_ids, partner_ids = rows.split(ids)
+    image_ids, partner_ids = rows.split_partners(ids)
     classes = job.eval_stores[config.final_split].classes
     student = _top_classes(job.student(to_range(made.student, config.student_range), training=False), classes)
     teacher: list[list[tuple[str, float]]] = [[] for _ in student]
@@ -52,7 +52,7 @@ def train_samples(job: Job, count: int = 16) -> list[Sample]:
     def caption(share: float, image: int, partner: int) -> str:
         return f"{share:.0%} of image {image}, the rest of image {partner}" if rows.partner else f"image {image}"
 
-    shares = made.share.numpy()[:, 0]
+    shares = made.mixup_ratios.numpy()[:, 0]
     columns = zip(_pixels(made.student), shares, image_ids, partner_ids, teacher, student, strict=True)
     return [Sample(pixels, caption(share, a, b), t, s, None) for pixels, share, a, b, t, s in columns]
 

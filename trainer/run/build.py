@@ -65,7 +65,7 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
     # Synchronized batch normalization reduces over replicas, which a program compiled for one cannot.
     compiled = jit_compile and not any(layer.synchronized for layer in students.batch_norms(student))
     train_loop = step.make_train_loop(
-        config, strategy, student, loaded, optimizer, resident, jit_compile=compiled, local=local
+        config, strategy, student, loaded, optimizer, resident, jit_compile=compiled, local_replicas=local
     )
     streamed = None if resident else stores.train
     return Job(

@@ -24,7 +24,7 @@ from trainer.run.evaluator import Evaluator
 from trainer.run.plan import RunPlan
 
 # What to try, by the first value that was not finite.
-REMEDY = {step.CAUSES[0]: "check the teacher's file, --teacher_range and --teacher_precision"}
+REMEDY = {step.FINITE_CHECKS[0]: "check the teacher's file, --teacher_range and --teacher_precision"}
 
 
 @dataclasses.dataclass
@@ -90,7 +90,7 @@ class Job:
         """Steps from `step` to the next log, evaluation or checkpoint, capped by `steps_per_loop`; 0 at the end."""
         config = self.config
         intervals = (config.log_every, config.eval_every, config.checkpoint_every)
-        cap = min(config.steps_per_loop, self.prefetcher.most_steps or config.steps_per_loop)
+        cap = min(config.steps_per_loop, self.prefetcher.max_steps or config.steps_per_loop)
         return max(0, min(config.steps - step, cap, *(every - step % every for every in intervals)))
 
     def run_steps(self, steps: int, sampler: ExampleSampler | None = None) -> dict[str, float]:
@@ -111,13 +111,13 @@ class Job:
         ids, streamed = self.prefetcher.take(first, steps, sampler)
         if next_steps := self.steps_to_next_event(first + steps):
             # Decodes on the host while the device runs this loop.
-            self.prefetcher.ahead(first + steps, next_steps, sampler)
+            self.prefetcher.prefetch(first + steps, next_steps, sampler)
         outputs = self.train_loop(ids, tf.constant(first, tf.int64), *([streamed] if streamed else []))
         metrics = {name: float(outputs[name]) for name in step.METRICS}
-        bad_step = int(outputs["bad_step"])
+        bad_step = int(outputs["non_finite_step"])
         if bad_step >= 0 or not all(math.isfinite(value) for value in metrics.values()):
             where = f"in step {bad_step + 1}" if bad_step >= 0 else f"between steps {first} and {first + steps}"
-            cause = step.cause(outputs["faults"].numpy())
+            cause = step.first_non_finite(outputs["non_finite"].numpy())
             remedy = REMEDY.get(cause, "try a lower --learning_rate, a longer --warmup_steps or --precision=float32")
             raise Diverged(
                 f"not finite {where} of {self.config.steps}: {cause}. The last good checkpoint is kept; {remedy}"

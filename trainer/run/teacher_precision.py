@@ -71,7 +71,7 @@ def training_views(config: Config, store: ImageStore, size: int, images: int, fi
 
     batches = []
     for step in range(first, first + -(-images // _BATCH)):
-        ids = sampler.batches(step, 1)[0][rows.numbers.numpy()]
+        ids = sampler.batches(step, 1)[0][rows.rows.numpy()]
         batch = make(tf.constant(store.take(ids)), tf.constant(store.sizes[ids]), ids, tf.constant(step))
         batches.append(batch.numpy())
     return batches
