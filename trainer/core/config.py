@@ -11,9 +11,8 @@ import json
 import math
 from typing import Any
 
-from trainer.core import config_checks
 from trainer.core.errors import ConfigError
-from trainer.core.options import DataOptions, MethodOptions, RunOptions, StudentOptions, TeacherOptions
+from trainer.core.options import DataOptions, MethodOptions, RunOptions, StudentOptions, TeacherOptions, require
 
 GROUPS = (DataOptions, TeacherOptions, StudentOptions, MethodOptions, RunOptions)
 
@@ -40,7 +39,20 @@ class Config(RunOptions, MethodOptions, StudentOptions, TeacherOptions, DataOpti
                     raise ConfigError(f"--{field.name}={item}: it must be one of {' | '.join(choices)}")
         for group in GROUPS:
             group.validate(self)
-        config_checks.check_combinations(self)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Checks options of one group against those of others."""
+        fits = self.resize_size == 0 or self.resize_size >= self.image_size
+        require(self, "resize_size", fits, "it must be 0 or at least --image_size")
+        if self.keep_best in ("agreement_top1", "kl") and self.distance == "labels":
+            raise ConfigError(f"--keep_best={self.keep_best} compares with a teacher; --distance=labels has none")
+        if self.distance == "labels" and self.teacher:
+            raise ConfigError(f"--distance=labels uses no teacher, yet --teacher={self.teacher[0]} is given: drop one")
+        if self.distance in ("l2", "euclidean") and self.ensemble == "mean_probabilities":
+            raise ConfigError(
+                f"--ensemble=mean_probabilities gives no logits, which --distance={self.distance} compares"
+            )
 
     @property
     def held_out(self) -> str:

@@ -25,7 +25,7 @@ from trainer.run.fixed_targets import fixed_targets
 from trainer.run.job import Job
 from trainer.run.metric_writer import MetricWriter
 from trainer.run.plan import RunPlan, check_teachers
-from trainer.run.stores import Stores, open_stores
+from trainer.run.stores import Stores, choose_kinds, open_stores
 
 
 def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
@@ -44,9 +44,10 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
     config, strategy = plan.config, accelerator.strategy
     if config.workdir:
         open_checkpoints(plan).require_same_run()
+    kinds = choose_kinds(plan, accelerator, console)  # fails at once where there is no room
     loaded, student = _load_models(plan, accelerator, console)
     check_teachers(plan, loaded)
-    stores = open_stores(plan, accelerator, console)
+    stores = open_stores(plan, kinds, console)
     jit_compile = accelerator.jit_compile(config.jit_compile)
     with strategy.scope():
         loaded = teacher_precision.convert_teachers(
@@ -60,7 +61,7 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
     targets = fixed_targets(plan, accelerator, stores.train, loaded, console)
     with strategy.scope():
         optimizer = optim.build(config, student.trainable_variables)
-    resident = _copy_to_device(stores, targets, accelerator) if stores.on_device else None
+    resident = _copy_to_device(stores, targets, accelerator) if kinds[0] == "device" else None
     local = accelerator.local_replicas()
     # Synchronized batch normalization reduces over replicas, which a program compiled for one cannot.
     compiled = jit_compile and not any(layer.synchronized for layer in students.batch_norms(student))

@@ -28,23 +28,21 @@ class Stores:
         train: training images of all sets.
         train_sizes: number of images of each set, in the order of `--data`.
         eval: images of the evaluation and the final split, by the split's name.
-        on_device: the training images are to be copied to the accelerator.
         skipped: corrupt records that the run does without, by split.
     """
 
     train: ImageStore
     train_sizes: list[int]
     eval: dict[str, ImageStore]
-    on_device: bool
     skipped: dict[str, list[CorruptRecord]]
 
 
-def open_stores(plan: RunPlan, accelerator: Accelerator, console: Console) -> Stores:
+def open_stores(plan: RunPlan, kinds: tuple[str, str], console: Console) -> Stores:
     """Reads and checks every record, and decodes the images that are kept in memory.
 
     Args:
         plan: of the run.
-        accelerator: whose memory may hold the images.
+        kinds: of training and evaluation, from `choose_kinds`.
         console: shows progress and skipped records.
 
     Raises:
@@ -52,7 +50,7 @@ def open_stores(plan: RunPlan, accelerator: Accelerator, console: Console) -> St
         DataError: a record is corrupt, a label is missing where it is needed, or there is no room.
     """
     config = plan.config
-    train_kind, eval_kind = choose_kinds(plan, accelerator, console)
+    train_kind, eval_kind = kinds
     skipped: dict[str, list[CorruptRecord]] = {}
 
     def open_split(dataset: Dataset, flag: str, kind: str) -> ImageStore:
@@ -76,7 +74,7 @@ def open_stores(plan: RunPlan, accelerator: Accelerator, console: Console) -> St
         require_same_records(config.workdir, skipped)
     train = train_stores[0] if len(train_stores) == 1 else ConcatenatedStore(train_stores)
     sizes = [len(store) for store in train_stores]
-    return Stores(train, sizes, eval_stores, train_kind == "device", skipped)
+    return Stores(train, sizes, eval_stores, skipped)
 
 
 def _open_split(
