@@ -34,10 +34,19 @@ EXTRAS = {
     "datasets": ["tensorflow-datasets>=4.9.9", "tensorflow-metadata<1.18", "scipy"],
     "kaggle": ["kaggle>=2.2,<3"],
     "report": ["jinja2>=3.1", "matplotlib>=3.8"],
-    # Compiles for a TPU without one, with private interfaces of these very builds. Not together
-    # with `tpu`, which needs another libtpu.
-    "preflight": ["jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.52"],
-    "dev": ["cryptography>=42", "hypothesis", "mypy", "pip-tools", "pytest>=8", "pytest-timeout", "ruff", "scipy"],
+    # Job specs are YAML (deploy/).
+    "deploy": ["pyyaml>=6"],
+    "dev": [
+        "cryptography>=42",
+        "hypothesis",
+        "mypy",
+        "pip-tools",
+        "pytest>=8",
+        "pytest-timeout",
+        "pyyaml>=6",
+        "ruff",
+        "scipy",
+    ],
 }
 
 setup(
