@@ -1,4 +1,4 @@
-"""The images: made of the locks alone, run as nobody in particular, need only a workdir, and hold no secret.
+"""The images hold what the locks name, run as any user, need only a workdir, and hold no secret.
 
 The GPU image is not built here: with CUDA's libraries it is several times larger. Its lock is tested in test_supply.py.
 
@@ -106,10 +106,10 @@ def engine() -> Iterator[Engine]:
         assert own.stdin is not None
         assert own.stdout is not None
         try:
-            said = dict(own.stdout.readline().strip().partition("=")[::2] for _ in range(2))
-            if set(said) != {"DOCKER_HOST", "BASE"}:
+            values = dict(own.stdout.readline().strip().partition("=")[::2] for _ in range(2))
+            if set(values) != {"DOCKER_HOST", "BASE"}:
                 pytest.fail("container_engine.sh started no engine; it says why above")
-            yield Engine(environment | {"DOCKER_HOST": said["DOCKER_HOST"]}, said["BASE"])
+            yield Engine(environment | {"DOCKER_HOST": values["DOCKER_HOST"]}, values["BASE"])
         finally:
             own.stdin.close()
             own.wait(timeout=120)
@@ -131,7 +131,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def images(engine: Engine, context: Path) -> Iterator[dict[str, str]]:
-    """The images by flavour, made as `make image` makes them. The stages that they share are made once."""
+    """The images by flavour, built by `make image`. Stages that they share are built once."""
     arguments = {name: os.environ[name] for name in PIP_VARIABLES if name in os.environ}
     arguments["PIP_TRUSTED_HOST"] = f"{arguments.get('PIP_TRUSTED_HOST', '')} {CANARY}".strip()
     flags = " ".join(f"--build-arg '{name}={value}'" for name, value in arguments.items())
@@ -163,7 +163,7 @@ def in_image(engine: Engine, image: str, python: str, *flags: str) -> subprocess
     return engine.run("docker", "run", "--rm", *LOCKED_DOWN, *flags, "--entrypoint=python", image, "-c", python)
 
 
-def test_image_is_small_and_says_what_it_is(
+def test_image_is_small_and_labelled(
     engine: Engine, image: str, flavour: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (seen,) = json.loads(engine.run("docker", "inspect", image).stdout)
@@ -216,11 +216,11 @@ print(json.dumps([{d.name: d.version for d in m.distributions()}, bill, sorted(f
 
 
 def test_nothing_of_the_building_machine_is_left(engine: Engine, image: str) -> None:
-    told = engine.run("docker", "history", "--no-trunc", image).stdout
-    told += engine.run("docker", "inspect", image).stdout
+    output = engine.run("docker", "history", "--no-trunc", image).stdout
+    output += engine.run("docker", "inspect", image).stdout
     # The official base image has a PYTHON_PIP_VERSION of its own.
-    assert not re.search(r"(?<!PYTHON_)PIP_", told)
-    assert CANARY not in told
+    assert not re.search(r"(?<!PYTHON_)PIP_", output)
+    assert CANARY not in output
     # Each layer, not only the files that are seen at the end. `docker save` does not compress.
     with subprocess.Popen(["docker", "save", image], env=engine.environment, stdout=subprocess.PIPE) as saving:
         assert saving.stdout is not None
@@ -283,7 +283,7 @@ def test_the_whole_job_runs_locked_down(engine: Engine, image: str, tmp_path: Pa
     assert (tmp_path / "model" / "saved_model.pb").exists()
 
 
-def test_without_a_tpu_the_tpu_image_says_so(engine: Engine, images: dict[str, str], tmp_path: Path) -> None:
+def test_without_a_tpu_the_tpu_image_names_the_cause(engine: Engine, images: dict[str, str], tmp_path: Path) -> None:
     """Soon, in one line, and libtpu's interface is the version that TensorFlow was built for."""
     tmp_path.chmod(0o777)
     locked = ("docker", "run", "--rm", *LOCKED_DOWN, f"--volume={tmp_path}:/work", "--env=TF_CPP_MIN_LOG_LEVEL=0")
