@@ -27,7 +27,8 @@ EXTRAS = {
     "gpu": [f"tensorflow[and-cuda]{TENSORFLOW}"],
     # Exact, because a TPU wheel and its libtpu must match to the build.
     "tpu": ["tensorflow-tpu==2.19.1", "libtpu==0.0.10"],
-    # Only to wait for a named TPU node. Not for Vertex AI: it hides TensorFlow's own, newer client.
+    # Only to wait for a named TPU node. Not for Vertex AI: it hides TensorFlow's own, newer
+    # client.
     "tpu-client": ["cloud-tpu-client"],
     # tensorflow-metadata 1.21 needs protobuf 6.31 without saying so; TensorFlow 2.19 needs 5.
     # It reads oxford_flowers102 with scipy and does not require it.

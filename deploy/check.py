@@ -1,8 +1,9 @@
 """Checks a job spec before a machine is paid for.
 
-gcloud sends a mistyped key or a machine that does not exist unchanged (tried with 528). This module checks names and types of
-the fields (schema.json), hardware that does not fit together (deploy/hardware.py), and fields that exclude or need each
-other. The trainer's arguments are checked in deploy/trainer_flags.py.
+gcloud sends a mistyped key or a machine that does not exist unchanged (tried with 528). This
+module checks names and types of the fields (schema.json), hardware that does not fit together
+(deploy/hardware.py), and fields that exclude or need each other. The trainer's arguments are
+checked in deploy/trainer_flags.py.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def custom_job(spec: Any, region: str) -> Iterator[str]:
 
 
 def tuning_job(job: Any, region: str) -> Iterator[str]:
-    """The mistakes in a HyperparameterTuningJob, whose trials are CustomJobSpecs, for this region, a line each."""
+    """The mistakes in a HyperparameterTuningJob for this region, a line each."""
     errors = list(_fields(job, "HyperparameterTuningJob", ""))
     yield from errors
     if errors:
@@ -203,7 +204,7 @@ def _scheduling(scheduling: dict[str, Any], path: str, tpu: bool) -> Iterator[st
 
 
 def notes(spec: dict[str, Any], region: str) -> Iterator[str]:
-    """What the user should know of a valid CustomJobSpec, a line each. None of it refuses the job."""
+    """Notes on a valid CustomJobSpec, a line each. None of them refuses the job."""
     lines: list[str] = []
     for pool in spec.get("workerPoolSpecs", []):
         lines += hardware.machine_notes(pool.get("machineSpec", {}), region)

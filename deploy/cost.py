@@ -1,9 +1,12 @@
-"""What a run costs at a price that you give. Prices differ by region, contract and week, so none is written here.
+"""What a run costs at a price that you give.
+
+Prices differ by region, contract and week, so none is written here.
 
     python3 -m deploy.cost --chips=4 --price=1.20 --hours=10
     python3 -m deploy.cost --chips=4 --price=1.20 --steps=64000 --batch_size=512 --images_per_second=9000
 
-The speed is that of metrics.jsonl (`images_per_second`) or of `trainer.task --dry_run` on the same hardware.
+The speed is that of metrics.jsonl (`images_per_second`) or of `trainer.task --dry_run` on the
+same hardware.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from deploy import hardware
 
 
 def units(job: dict[str, Any]) -> tuple[int, str]:
-    """What a CustomJobSpec uses at once: a count, and of what ("chip", "GPU", or "machine" without either)."""
+    """The hardware that a CustomJobSpec uses at once: a count of "chip", "GPU" or "machine"."""
     cores_per_chip = {tpu.accelerator: tpu.cores_per_chip or 1 for tpu in hardware.TPUS.values() if tpu.accelerator}
     counts: dict[str, int] = {}
     for pool in job["workerPoolSpecs"]:

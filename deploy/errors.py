@@ -1,4 +1,4 @@
-"""The two ways in which a command of deploy/ fails. Each is one line on standard error, and an exit code."""
+"""The two errors of the commands in deploy/: a line on standard error, and an exit code."""
 
 from __future__ import annotations
 

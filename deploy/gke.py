@@ -10,7 +10,7 @@ from deploy.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns an exit code: 0, or 2 for a mistake. The Job is printed as JSON, which kubectl reads too."""
+    """Prints the Job as JSON, which kubectl reads too. Returns 0, or 2 for a mistake."""
     arguments, extra = submit.split_arguments(sys.argv[1:] if argv is None else argv)
     parser = submit.Parser(
         prog="deploy/gke.sh",

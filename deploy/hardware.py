@@ -1,7 +1,8 @@
 """Google Cloud's machines, in one table: job specs are checked against it and filled in from it.
 
-Every row names the page that it was taken from and the date on which that page was read. A machine type without a row is
-not refused: `machine_notes` reports that it was not checked. To support another machine, add its row here.
+Every row names the page that it was taken from and the date on which that page was read. A
+machine type without a row is not refused: `machine_notes` reports that it was not checked. To
+support another machine, add its row here.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Tpu(NamedTuple):
         cores_per_chip: TensorFlow replicas on a chip; None where unknown.
         accelerator: `acceleratorType` beside the machine type cloud-tpu, whose count is in cores.
         chips_per_machine: chips of one cloud-tpu machine.
-        tensorflow: whether Vertex AI trains TensorFlow models on it; None where its documentation lists no machine.
+        tensorflow: whether Vertex AI trains TensorFlow models on it; None where its documentation
+            lists no machine.
         vm_accelerator: accelerator type of a TPU VM, before the number of chips.
         vm_runtime: software version of a TPU VM.
         gke_accelerator: value of the node label cloud.google.com/gke-tpu-accelerator.
@@ -72,7 +74,8 @@ TPUS = {
             sources=(VERTEX_MACHINES, TPU_ZONES, TPU_HARDWARE, TPU_VM, GKE),
         ),
         Tpu("v5p", "", 2, "", None, None, "", "", "", ("us-central1", "us-east5"), (TPU_ZONES, TPU_HARDWARE)),
-        # configure-compute names the nightly TensorFlow for v6e, training-with-tpu-vm excludes TensorFlow from it on.
+        # configure-compute names the nightly TensorFlow for v6e, training-with-tpu-vm excludes
+        # TensorFlow from it on.
         Tpu(
             *("v6e", "ct6e-", 1, "", None, False, "", "", ""),
             regions=("us-central1", "us-east1", "us-east5"),
@@ -90,7 +93,8 @@ class TpuMachine(NamedTuple):
         machine_type: its name.
         tpu: its generation, a key of TPUS.
         chips: chips of one machine.
-        topologies: values of `tpuTopology`. A topology with more chips than `chips` is several machines.
+        topologies: values of `tpuTopology`. A topology with more chips than `chips` is several
+            machines.
         source: where the row is from.
     """
 
@@ -159,7 +163,7 @@ GPU_MACHINES = {
 
 
 class Family(NamedTuple):
-    """A machine family without GPUs of its own, the GPUs that can be attached to it, and how many."""
+    """A machine family without GPUs of its own, and the GPUs that can be attached to it."""
 
     name: str
     gpus: tuple[str, ...]
@@ -185,7 +189,8 @@ FAMILIES = {
         Family("m3", (), (), UNRECORDED),
     )
 }
-# The N1 machine that specs use for so many T4. N1 machines and GPUs are combined freely, so this is our choice.
+# The N1 machine that specs use for so many T4. N1 machines and GPUs are combined freely, so this
+# is our choice.
 N1_FOR_T4 = {1: "n1-standard-8", 2: "n1-standard-16", 4: "n1-standard-32"}
 
 _MACHINE_TYPE = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)+", re.ASCII)
@@ -195,7 +200,7 @@ def near(word: str, candidates: Iterable[str]) -> str:
     """`; did you mean X?` with the candidate most like the word, or an empty text."""
     names = list(candidates)
     matches = difflib.get_close_matches(word, names, 1, 0.55)
-    if not matches:  # tpu_topology and TPU-topology differ from tpuTopology in case and separators only
+    if not matches:  # tpu_topology differs from tpuTopology in case and separators only
         by_letters = {_letters(name): name for name in names}
         matches = [by_letters[_letters(word)]] if _letters(word) in by_letters else []
     return f"; did you mean {matches[0]}?" if matches else ""
@@ -214,7 +219,7 @@ def chips_of(topology: str) -> int:
 
 
 def tpu_of(machine_type: str) -> Tpu | None:
-    """The generation that a machine type belongs to; v2 for cloud-tpu, where the accelerator decides."""
+    """The generation of a machine type; v2 for cloud-tpu, where the accelerator decides."""
     for tpu in TPUS.values():
         if tpu.machine_prefix and machine_type.startswith(tpu.machine_prefix):
             return tpu
@@ -325,7 +330,10 @@ def _gpu_errors(machine: dict[str, Any], path: str) -> Iterator[str]:
 
 
 def _series(machine_type: str) -> str:
-    """The machine type without its size: a2-highgpu of a2-highgpu-1g. The table has every size of the series in it."""
+    """The machine type without its size: a2-highgpu of a2-highgpu-1g.
+
+    Of a series in the table, every size is.
+    """
     return machine_type.rpartition("-")[0]
 
 

@@ -1,9 +1,10 @@
-"""Writes deploy/schema.json: the fields of a custom job, as the installed gcloud's own message classes have them.
+"""Writes deploy/schema.json: the fields of a custom job, as the installed gcloud's own message
+classes have them.
 
     python3 -m deploy.make_schema > deploy/schema.json
 
-gcloud sends unknown keys to the server unchanged, so the checker needs the names. This script parses the source of the
-classes for names, types and enumerations. None of gcloud's code runs.
+gcloud sends unknown keys to the server unchanged, so the checker needs the names. This script
+parses the source of the classes for names, types and enumerations. None of gcloud's code runs.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def schema(root: pathlib.Path) -> dict[str, Any]:
 def _fields(message: ast.ClassDef) -> dict[str, Any]:
     """The types of a message's fields, without the fields that only the server sets.
 
-    A type is string, integer, number, boolean, map, the name of another message, or {"enum": values}; in a list if repeated.
+    A type is string, integer, number, boolean, map, the name of another message, or {"enum":
+    values}; in a list if repeated.
     """
     nested = {node.name: node for node in message.body if isinstance(node, ast.ClassDef)}
     set_by_server = set(

@@ -1,4 +1,4 @@
-"""Creates what a project needs once. See deploy/setup.sh. docs/deploy.md gives the reason for each role."""
+"""Creates what a project needs once. See deploy/setup.sh; docs/deploy.md explains the roles."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def accounts(settings: specs.Settings) -> tuple[str, str]:
-    """The accounts of jobs and of builds: those of the settings, or else funmatch-job and funmatch-build.
+    """The accounts of jobs and of builds: those of the settings, or else funmatch-job and
+    funmatch-build.
 
     Raises:
         UserError: an account belongs to another project.
@@ -117,7 +118,8 @@ def commands(settings: specs.Settings, user: str) -> list[list[str]]:
 
 
 def _run(command: list[str]) -> None:
-    """Runs a command. What exists already is not a failure. A new account may take a while to be known, so that is retried.
+    """Runs a command. What exists already is not a failure. A new account may take a while to be
+    known, so that is retried.
 
     Raises:
         CloudError: it failed for another reason.
@@ -132,7 +134,8 @@ def _run(command: list[str]) -> None:
         message = " ".join(done.stderr.split())
         if done.returncode == 0:
             return
-        # "already own" is the answer for a bucket of one's own, "not available" for one of another project.
+        # "already own" is the answer for a bucket of one's own, "not available" for one of
+        # another project.
         if re.search(r"already exists|ALREADY_EXISTS|already own", message) and "not available" not in message:
             print("setup: exists already", file=sys.stderr)
             return

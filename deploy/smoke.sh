@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the whole job on drawn images on this machine's CPU, without account or network: in the container image if a Docker
-# engine answers, otherwise in plain Python.
+# Runs the whole job on drawn images on this machine's CPU, without account or network: in the
+# container image if a Docker engine answers, otherwise in plain Python.
 #
 #     deploy/smoke.sh [--docker|--python] [--out=smoke] [SMOKE FLAGS, such as --preset=tiny]
 #

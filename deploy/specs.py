@@ -1,8 +1,10 @@
-"""Settings, and the specs that they fill in: `specs/NAME.yaml` and a few values make the job that gcloud sends.
+"""Settings, and the specs that they fill in: `specs/NAME.yaml` and a few values make the job that
+gcloud sends.
 
-A spec holds `defaults` (values for settings) and `job`. `${name}` in a string is replaced by a setting. If it is the whole
-string, the value keeps its type, and a field whose setting is empty is left out. `${trainer}` in a list becomes the trainer's
-arguments. Values are put into the parsed spec, never into its text, so no value can change its structure.
+A spec holds `defaults` (values for settings) and `job`. `${name}` in a string is replaced by a
+setting. If it is the whole string, the value keeps its type, and a field whose setting is empty
+is left out. `${trainer}` in a list becomes the trainer's arguments. Values are put into the
+parsed spec, never into its text, so no value can change its structure.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ class Setting(NamedTuple):
 
     Attributes:
         pattern: regular expression that its text must match; each word of it if it is a list.
-        default: its value if it is not set, and its type: str, int, bool, or list (separated by spaces). None: a string that
-            must be set.
+        default: its value if it is not set, and its type: str, int, bool, or list (separated by
+            spaces). None: a string that must be set.
         help: what it means.
     """
 
@@ -82,7 +84,8 @@ def names() -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    """A spec, `{"defaults": ..., "job": ...}`, by its name or from a file, which may also hold a plain CustomJobSpec.
+    """A spec, `{"defaults": ..., "job": ...}`, by its name or from a file, which may also hold a
+    plain CustomJobSpec.
 
     Raises:
         UserError: there is no such spec or file, or it has another form.
@@ -132,7 +135,8 @@ def resolve(
 
     Args:
         spec: as `load` returns it. Its defaults have the lowest priority.
-        sources: (name of the source, its values), later ones override earlier ones. An empty text leaves a setting unset.
+        sources: (name of the source, its values), later ones override earlier ones. An empty text
+            leaves a setting unset.
         required: settings that must be set although the spec does not use them.
 
     Raises:
@@ -245,12 +249,15 @@ def _used(node: Any) -> list[str]:
 
 
 def trainer_arguments(settings: Settings, extra: list[str], fixed: list[str]) -> list[str]:
-    """The trainer's command line from the settings and the user. The caller puts the spec's own arguments before it.
+    """The trainer's command line from the settings and the user. The caller puts the spec's own
+    arguments before it.
 
     Args:
         settings: as `resolve` returns them.
-        extra: the user's arguments, after `--` on the command line. They override those of the settings.
-        fixed: the arguments beside `${trainer}` in the spec. They override those of the settings too.
+        extra: the user's arguments, after `--` on the command line. They override those of the
+            settings.
+        fixed: the arguments beside `${trainer}` in the spec. They override those of the settings
+            too.
     """
     overridden = {flag_name(argument) for argument in [*extra, *fixed]}
     teachers = settings["teacher"] if isinstance(settings["teacher"], list) else []

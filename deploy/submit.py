@@ -1,6 +1,7 @@
 """Renders a job spec, checks it, and submits it to Vertex AI with gcloud. See deploy/submit.sh.
 
-Exit codes: 0 submitted, or printed with --dry-run; 1 Google Cloud refused; 2 a mistake in settings, flags or spec.
+Exit codes: 0 submitted, or printed with --dry-run; 1 Google Cloud refused; 2 a mistake in
+settings, flags or spec.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments before `--`, which are the script's, and those after it, which are the trainer's."""
+    """The arguments before `--`, for the script, and those after it, for the trainer."""
     cut = argv.index("--") if "--" in argv else len(argv)
     return argv[:cut], argv[cut + 1 :]
 

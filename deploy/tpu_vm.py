@@ -20,7 +20,8 @@ set -u
 gcloud auth configure-docker {host} --quiet
 docker pull --quiet {image}
 docker rm --force funmatch 2>/dev/null
-# A TPU's devices belong to root. There is no restart on failure: exit codes 2, 3 and 4 would fail again.
+# A TPU's devices belong to root. There is no restart on failure: exit codes 2, 3 and 4 would fail
+# again.
 docker run --detach --name funmatch --privileged --network host --user 0:0 {image} {arguments}
 """
 

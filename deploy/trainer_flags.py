@@ -1,7 +1,8 @@
 """Checks the trainer's command line before a job is submitted.
 
-Names, types and choices come from the source of trainer/core/options.py, so a laptop without the trainer's requirements
-can check them. Where absl is installed, `configuration_errors` also runs the trainer's own checks.
+Names, types and choices come from the source of trainer/core/options.py, so a laptop without the
+trainer's requirements can check them. Where absl is installed, `configuration_errors` also runs
+the trainer's own checks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ COMMON_FLAGS = {"log_format": Flag(str, ("auto", "text", "json"))}
 
 
 def task_flags(source: pathlib.Path = OPTIONS) -> dict[str, Flag]:
-    """The flags of trainer.task: the fields of the `...Options` classes in a source file that are assigned a call."""
+    """The flags of trainer.task: the fields of the `...Options` classes in a source file."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
     constants: dict[str, tuple[str, ...]] = {}
     for node in tree.body:
@@ -51,7 +52,7 @@ def task_flags(source: pathlib.Path = OPTIONS) -> dict[str, Flag]:
 
 
 def _strings(node: ast.expr, constants: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The strings in a tuple of strings and *NAMES, or in a NAME. Empty for another expression: no value is refused then."""
+    """The strings in a tuple of strings and *NAMES, or in a NAME; none for another expression."""
     if isinstance(node, ast.Name):
         return constants.get(node.id, ())
     strings: tuple[str, ...] = ()
@@ -72,8 +73,8 @@ def argument_errors(arguments: list[str]) -> Iterator[str]:
     """The mistakes in the trainer's command line, a line each.
 
     Args:
-        arguments: `--name=value`, or `--name` and `--noname` for a boolean. Paths must be gs:// or https://, because another
-            machine reads them.
+        arguments: `--name=value`, or `--name` and `--noname` for a boolean. Paths must be gs://
+            or https://, because another machine reads them.
     """
     flags = task_flags() | COMMON_FLAGS
     names = {flag_name(argument) for argument in arguments}
@@ -114,7 +115,7 @@ def _value_errors(name: str, flag: Flag, value: str) -> Iterator[str]:
 
 
 def _is_local(name: str, value: str) -> bool:
-    """Whether a flag's value is a path on this machine. Vertex AI mounts buckets under /gcs/, to read from."""
+    """Whether a flag's value is a path on this machine. Vertex AI mounts buckets under /gcs/."""
     if name in ("data", "eval_data"):
         return not value.startswith(("gs://", "/gcs/"))
     if name == "workdir":
@@ -128,7 +129,10 @@ def _is_local(name: str, value: str) -> bool:
 
 
 def study_errors(study: dict[str, Any], arguments: list[str]) -> Iterator[str]:
-    """Contradictions between a study's parameters and the trainer's flags: a parameter arrives as `--parameterId=value`."""
+    """Contradictions between a study's parameters and the trainer's flags, a line each.
+
+    Vertex AI passes a parameter as `--parameterId=value`.
+    """
     flags = task_flags() | COMMON_FLAGS
     names = {flag_name(argument) for argument in arguments}
     for parameter in study["parameters"]:
@@ -147,7 +151,7 @@ def study_errors(study: dict[str, Any], arguments: list[str]) -> Iterator[str]:
 
 
 def _corners(study: dict[str, Any]) -> Iterator[list[str]]:
-    """The arguments with every parameter at its least value, then at its greatest. Two empty lists without a study."""
+    """The arguments with every parameter at its least value, then at its greatest."""
     for end in (0, -1):
         arguments = []
         for parameter in study.get("parameters", []):
@@ -188,7 +192,8 @@ def configuration_errors(arguments: list[str], study: dict[str, Any]) -> Iterato
 
 
 def errors(arguments: list[str], study: dict[str, Any] | None = None) -> list[str]:
-    """All mistakes in a job's trainer arguments, those of the trainer's own checks only if there is no other.
+    """All mistakes in a job's trainer arguments, those of the trainer's own checks only if there
+    is no other.
 
     Args:
         arguments: the trainer's command line.

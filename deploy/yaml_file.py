@@ -24,7 +24,8 @@ def load(path: pathlib.Path, name: str) -> Any:
         name: its name in messages.
 
     Raises:
-        UserError: the file cannot be read, is neither YAML nor JSON, or has a key twice; or PyYAML is missing.
+        UserError: the file cannot be read, is neither YAML nor JSON, or has a key twice; or
+            PyYAML is missing.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,8 +1,10 @@
-"""Looks up known vulnerabilities of the packages in the locks: python requirements/audit.py [--or-say-so] LOCK...
+"""Looks up known vulnerabilities of the packages in the locks: python requirements/audit.py
+[--or-say-so] LOCK...
 
-pip-audit looks each package up at the index's advisory service, and reports success even if it could look none up. This
-script reports that as not done. Exit codes: 0 all were looked up and none has a known vulnerability; 1 some have; 3 some could
-not be looked up, which `--or-say-so` turns into 0 and a line of output. Needs pip-audit (`make audit` installs it, locked).
+pip-audit looks each package up at the index's advisory service, and reports success even if it
+could look none up. This script reports that as not done. Exit codes: 0 all were looked up and
+none has a known vulnerability; 1 some have; 3 some could not be looked up, which `--or-say-so`
+turns into 0 and a line of output. Needs pip-audit (`make audit` installs it, locked).
 """
 
 from __future__ import annotations

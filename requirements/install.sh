@@ -1,9 +1,13 @@
 #!/bin/sh
-# Installs a part of a lock for an image, and deletes what an image does not need. The Dockerfile runs it, in the stages with pip.
+# Installs a part of a lock for an image, and deletes what an image does not need. The Dockerfile
+# runs it, in the stages with pip.
 #
-#     install.sh common cpu.txt         all but TensorFlow and its flavour's packages, into /opt/venv: the same for each flavour
-#     install.sh flavour tpu.txt        the rest, into /opt/flavour, laid out to be copied over /opt/venv
+#     install.sh common cpu.txt         all but the flavour's packages, into /opt/venv
+#     install.sh flavour tpu.txt        TensorFlow and its libraries, into /opt/flavour
 #     install.sh select PART LOCKFILE   only prints the part of a lock
+#
+# The common part is the same for each flavour. /opt/flavour is laid out to be copied over
+# /opt/venv.
 set -eu
 usage="usage: install.sh [select] common|flavour LOCK"
 
@@ -29,9 +33,10 @@ select_part "$part" "$lock" >/tmp/part.txt
 pip="/opt/venv/bin/python -m pip"
 $pip install --no-build-isolation --no-compile --no-deps --require-hashes --prefix="$prefix" -r /tmp/part.txt
 
-# A fifth of the environment is only for building against it: C++ headers, static libraries, symbol tables, libclang (of
-# TensorFlow's documentation tools) and the packages' own tests. Only TensorFlow's own libraries are stripped: stripping breaks
-# those that wheel repair tools have patched (NumPy's), and libtpu and CUDA come stripped.
+# A fifth of the environment is only for building against it: C++ headers, static libraries,
+# symbol tables, libclang (of TensorFlow's documentation tools) and the packages' own tests. Only
+# TensorFlow's own libraries are stripped: stripping breaks those that wheel repair tools have
+# patched (NumPy's), and libtpu and CUDA come stripped.
 site=$(echo "$prefix"/lib/python3*/site-packages)
 rm -rf "$site"/tensorflow/include "$site"/clang/native
 find "$site" -type d -name tests -prune -exec rm -rf {} +
@@ -40,8 +45,9 @@ find "$prefix" -type d -name __pycache__ -prune -exec rm -rf {} +
 [ "$part" = flavour ] || exit 0
 strip --strip-unneeded "$site"/tensorflow/*.so.2
 
-# Compiles the modules that every start imports, which halves the time of a start, and shows that nothing needed was deleted.
-# TPU_LOAD_LIBRARY=0: without it, libtpu waits for a TPU's metadata server, which a building machine does not have.
+# Compiles the modules that every start imports, which halves the time of a start, and shows that
+# nothing needed was deleted. TPU_LOAD_LIBRARY=0: without it, libtpu waits for a TPU's metadata
+# server, which a building machine does not have.
 touch /tmp/before
 export PYTHONPATH="$site"
 $pip check

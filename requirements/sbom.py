@@ -1,7 +1,8 @@
-"""A bill of materials (CycloneDX 1.5, JSON) from locks: python requirements/sbom.py requirements/tpu.txt > sbom.cdx.json
+"""A bill of materials (CycloneDX 1.5, JSON) from locks: python requirements/sbom.py
+requirements/tpu.txt > sbom.cdx.json
 
-A lock names every Python package of an image, with its hashes, so the bill is complete for those. It does not list the base
-image's own packages: an image scanner does. Standard library only.
+A lock names every Python package of an image, with its hashes, so the bill is complete for those.
+It does not list the base image's own packages: an image scanner does. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 def components(text: str) -> dict[str, dict[str, object]]:
     """The components that a lock pins, by package URL.
 
-    A lock names the hashes of all files (wheels of other systems, sources) that pip would accept. CycloneDX's `hashes` are of
-    one file, so these are properties.
+    A lock names the hashes of all files (wheels of other systems, sources) that pip would accept.
+    CycloneDX's `hashes` are of one file, so these are properties.
     """
     parts: dict[str, dict[str, object]] = {}
     accepted: list[dict[str, str]] = []

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of deploy/: the real gcloud against a stub of Google's services, and stand-ins for programs."""
+"""Fixtures: the real gcloud against a stub of Google's services, and stand-ins for programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def service() -> Iterator[Stub]:
 
 @pytest.fixture
 def vertex(service: Stub, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
-    """The stub. gcloud calls it and nothing else, with an empty configuration and a dummy token."""
+    """The stub, which gcloud calls with an empty configuration and a dummy token."""
     assert shutil.which("gcloud"), "gcloud is missing: install the Google Cloud CLI (Debian: google-cloud-cli)"
     (tmp_path / "token").write_text("no-token")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "config"))
@@ -51,7 +51,8 @@ def no_gcloud(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 FAKE = """#!/bin/sh
-# Stands in for a program: appends its arguments to $CALLS, and fails with the message $STDERR if they match $FAIL.
+# Stands in for a program: appends its arguments to $CALLS, and fails with the message $STDERR if
+# they match $FAIL.
 echo "$(basename "$0") $*" >> "$CALLS"
 case "$*" in $FAIL) echo "ERROR: $STDERR" >&2; exit 1 ;; esac
 case "$*" in *RepoDigests*) echo "host/p/funmatch@sha256:$(printf '0%.0s' $(seq 64))" ;; esac

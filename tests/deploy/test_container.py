@@ -1,6 +1,7 @@
 """The images hold what the locks name, run as any user, need only a workdir, and hold no secret.
 
-The GPU image is not built here: with CUDA's libraries it is several times larger. Its lock is tested in test_supply.py.
+The GPU image is not built here: with CUDA's libraries it is several times larger. Its lock is
+tested in test_supply.py.
 
 Uses the Docker engine that answers (DOCKER_HOST or the default one); where none does and
 DOCKER_HOST is not set, it starts one of its own with container_engine.sh and stops it at the end.
@@ -19,9 +20,10 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BASE = "python:3.11-slim-bookworm"
-# What pip may need on this machine. It reaches the build as arguments and must not reach the image.
+# What pip may need on this machine. It reaches the build as arguments and must not reach the
+# image.
 PIP_VARIABLES = [
     "PIP_CERT",
     "PIP_DEFAULT_TIMEOUT",
@@ -29,8 +31,8 @@ PIP_VARIABLES = [
     "PIP_INDEX_URL",
     "PIP_TRUSTED_HOST",
 ]
-# Stands for a secret in those variables (pip only compares host names with it), in files beside the code, and in variables of
-# a running container.
+# Stands for a secret in those variables (pip only compares host names with it), in files beside
+# the code, and in variables of a running container.
 CANARY = "canary-d1f0a7.invalid"
 PLANTED = [
     ".env",
@@ -255,12 +257,13 @@ print("trained and exported")
 """
     # The TPU's wheel has no XLA for a CPU.
     work = work.replace("JIT", str(flavour == "cpu"))
-    # What the program sets before it imports TensorFlow; without it libtpu waits for Google's metadata server.
+    # What the program sets before it imports TensorFlow; without it libtpu waits for Google's
+    # metadata server.
     assert "trained and exported" in in_image(engine, image, work, "--env=TPU_LOAD_LIBRARY=0").stdout
 
 
 def test_the_whole_job_runs_locked_down(engine: Engine, image: str, tmp_path: Path) -> None:
-    """On the CPU, in the TPU's image too, where libtpu would wait for a TPU if it were loaded. Secrets around it stay there."""
+    """On the CPU, in the TPU's image too. Secrets in its environment stay there."""
     tmp_path.chmod(0o777)
     secrets = tmp_path / "secrets"
     secrets.mkdir()
@@ -278,7 +281,8 @@ def test_the_whole_job_runs_locked_down(engine: Engine, image: str, tmp_path: Pa
     shutil.rmtree(secrets)
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [str(path) for path in left if CANARY.encode() in path.read_bytes()]
-    # AIP_... makes it a cloud's container, so each line is a log entry; and the model is where Vertex AI looks for it.
+    # AIP_... makes it a cloud's container, so each line is a log entry; and the model is where
+    # Vertex AI looks for it.
     assert {json.loads(line)["severity"] for line in done.stderr.splitlines()} == {"INFO"}
     assert (tmp_path / "model" / "saved_model.pb").exists()
 

@@ -26,7 +26,8 @@ def test_setup_creates_what_is_missing_and_stops_at_a_failure(
     assert setup.main(SETUP) == 0
     calls = fakes.read_text().splitlines()
     assert "service_account = funmatch-job@my-project.iam.gserviceaccount.com" in capsys.readouterr().err
-    # An account is created before its roles are granted. On the project, the job's account may only write logs.
+    # An account is created before its roles are granted. On the project, the job's account may
+    # only write logs.
     (first,) = [n for n, call in enumerate(calls) if "service-accounts create funmatch-job" in call]
     granted = [n for n, call in enumerate(calls) if "--member=serviceAccount:funmatch-job@" in call]
     assert min(granted) > first

@@ -1,7 +1,7 @@
 """deploy/submit.sh sends the expected job and prints what Google answers.
 
-The real gcloud runs against a Vertex AI stub on this machine. Without gcloud these tests fail, because what it sends is what
-they test.
+The real gcloud runs against a Vertex AI stub on this machine. Without gcloud these tests fail,
+because what it sends is what they test.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def test_every_spec_has_an_expected_job() -> None:
     assert {arguments[0] for arguments, _ in EXPECTED_JOBS.values()} == set(specs.names())
 
 
-# These differ from the others in a setting only. Their jobs are also compared in the dry run below.
+# These differ from the others in a setting only. Their jobs are also compared in the dry run
+# below.
 SLOW = ("v5e, 1 chip", "v5e, 8 chips", "CPU")
 
 
@@ -231,7 +232,7 @@ def test_cost(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def run_without_packages(path: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs deploy.submit with -I -S, so that nothing installed can be imported, and with these folders on sys.path."""
+    """Runs deploy.submit without site-packages (-I -S), and with these folders on sys.path."""
     code = f"import sys; sys.path += {path!r}; from deploy import submit; sys.exit(submit.main(sys.argv[1:]))"
     line = [sys.executable, "-I", "-S", "-c", code, *arguments]
     return subprocess.run(line, capture_output=True, text=True, check=False)

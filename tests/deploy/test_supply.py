@@ -1,4 +1,4 @@
-"""Locks, the bill of materials and the audit: an image holds what was tested, and its bill of materials lists that."""
+"""Locks, bill of materials and audit: an image holds what was tested, and its bill lists it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def blocks(lock: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("flavour", ["tpu", "gpu", "dev"])
 def test_flavours_differ_in_nothing_but_tensorflow(flavour: str) -> None:
-    """The images share a layer that is installed from cpu.txt; and what the tests run on is what is deployed."""
+    """The images share a layer installed from cpu.txt, and the tests run on the same packages."""
     cpu, other = blocks("cpu"), blocks(flavour)
     common = {name: text for name, text in cpu.items() if not FLAVOUR_PACKAGE.match(name)}
     assert len(common) > 80
@@ -76,7 +76,7 @@ def selected(part: str, lock: str) -> str:
 
 @pytest.mark.parametrize("flavour", ["cpu", "tpu", "gpu"])
 def test_the_installer_splits_a_lock_in_two(flavour: str) -> None:
-    """Each package, with its hashes, is in one of the two parts: TensorFlow and its libraries, and all others."""
+    """Each package is in one part, with its hashes: TensorFlow and its libraries, or the rest."""
     parts = [requirements(selected(part, flavour)) for part in ("common", "flavour")]
     assert parts[0] | parts[1] == blocks(flavour)
     assert not parts[0].keys() & parts[1].keys()
@@ -138,7 +138,7 @@ def test_without_pip_audit_the_audit_is_not_done() -> None:
 
 
 def test_every_file_of_the_package_reaches_an_image() -> None:
-    """The build's allowlist of files and the packages of setup.py are lists: a new folder must be in both."""
+    """A new folder must be in the build's allowlist and among the packages of setup.py."""
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     setup = (ROOT / "setup.py").read_text()
     packages = setuptools.find_packages(str(ROOT), include=["trainer", "trainer.*"])

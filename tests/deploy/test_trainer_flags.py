@@ -42,7 +42,7 @@ def test_the_trainers_help_lists_no_flag_that_the_checker_does_not_know() -> Non
 
 @pytest.mark.parametrize("name", EXPECTED_JOBS)
 def test_the_trainer_takes_the_arguments_that_specs_send(name: str) -> None:
-    """As far as can be tested without data and bucket: every flag is known, and none is missing."""
+    """As far as that needs no data and no bucket: every flag is known, and none is missing."""
 
     def errors(arguments: list[str], study: dict[str, Any]) -> list[str]:
         return list(trainer_flags.configuration_errors(arguments, study))
@@ -96,7 +96,7 @@ SMALL = ["--steps=2", "--batch_size=4", "--image_size=24", "--store_size=32", "-
 def at_vertex(
     data: str, teacher_file: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[dict[str, Any]], subprocess.CompletedProcess[str]]:
-    """Runs a job's arguments as Vertex AI would run them, with this machine's paths in place of the bucket's."""
+    """Runs a job's arguments as Vertex AI would, with local paths in place of the bucket's."""
     from conftest import here
 
     local_paths = {

@@ -32,7 +32,7 @@ JOB = [
 def run(
     data: str, teacher_file: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pathlib.Path, list[dict[str, Any]]]:
-    """The folder that Vertex AI would have named, after a trial of a study ran there, and the lines of its log."""
+    """The folder of a study's trial that ran as on Vertex AI, and the lines of its log."""
     base = tmp_path_factory.mktemp("vertex") / "study" / "7"
     home = tmp_path_factory.mktemp("home")
     (home / ".kaggle").mkdir()
@@ -89,8 +89,9 @@ def test_no_secret_comes_out(run: tuple[pathlib.Path, list[dict[str, Any]]]) -> 
 def rest(folder: pathlib.Path, request: str) -> dict[str, Any]:
     """What TensorFlow Serving's REST interface does with a request, by its documentation.
 
-    A JSON object {"b64": TEXT} stands for bytes, in row format (`instances`; the name may be left out for a single input) and in
-    columnar format (`inputs`). An output whose name ends in `_bytes` goes back the same way; other strings as text.
+    A JSON object {"b64": TEXT} stands for bytes, in row format (`instances`; the name may be left
+    out for a single input) and in columnar format (`inputs`). An output whose name ends in
+    `_bytes` goes back the same way; other strings as text.
     """
 
     def decode(value: Any) -> Any:
@@ -119,7 +120,7 @@ def rest(folder: pathlib.Path, request: str) -> dict[str, Any]:
 
 
 def test_the_model_answers_serving_requests(run: tuple[pathlib.Path, list[dict[str, Any]]], data: str) -> None:
-    """As after `gcloud ai models upload --artifact-uri=AIP_MODEL_DIR`: JPEG bytes as base64 in, names and shares out."""
+    """As after `gcloud ai models upload`: JPEG bytes as base64 in, names and probabilities out."""
     model = run[0] / "model"
     dataset = Dataset.load(data)
     encoded = EncodedSplit(dataset, dataset.split("test", "final_split"))
