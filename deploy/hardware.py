@@ -32,56 +32,81 @@ UNRECORDED = Source("no page recorded", "2026-11-24")
 
 
 class Tpu(NamedTuple):
-    """A generation of Cloud TPU. An empty field is one that no source gave.
+    """A generation of Cloud TPU. A field without a value is one that no source gave.
 
     Attributes:
-        name: the generation, as Google writes it.
+        name: the generation, such as v5e.
+        sources: where the row is from.
+        cores_per_chip: TensorFlow replicas on a chip.
         machine_prefix: start of its machine types on Vertex AI.
-        cores_per_chip: TensorFlow replicas on a chip; None where unknown.
         accelerator: `acceleratorType` beside the machine type cloud-tpu, whose count is in cores.
         chips_per_machine: chips of one cloud-tpu machine.
-        tensorflow: whether Vertex AI trains TensorFlow models on it; None where its documentation
-            lists no machine.
+        tensorflow: whether Vertex AI trains TensorFlow models on it.
         vm_accelerator: accelerator type of a TPU VM, before the number of chips.
         vm_runtime: software version of a TPU VM.
         gke_accelerator: value of the node label cloud.google.com/gke-tpu-accelerator.
         regions: regions with a zone of it. Only North America was read.
-        sources: where the row is from.
     """
 
     name: str
-    machine_prefix: str
-    cores_per_chip: int | None
-    accelerator: str
-    chips_per_machine: int | None
-    tensorflow: bool | None
-    vm_accelerator: str
-    vm_runtime: str
-    gke_accelerator: str
-    regions: tuple[str, ...]
     sources: tuple[Source, ...]
+    cores_per_chip: int | None = None
+    machine_prefix: str = ""
+    accelerator: str = ""
+    chips_per_machine: int | None = None
+    tensorflow: bool | None = None
+    vm_accelerator: str = ""
+    vm_runtime: str = ""
+    gke_accelerator: str = ""
+    regions: tuple[str, ...] = ()
 
 
 TPUS = {
     row.name: row
     for row in (
-        Tpu("v2", "cloud-tpu", 2, "TPU_V2", 4, True, "", "", "", (), (VERTEX_MACHINES,)),
-        Tpu("v3", "cloud-tpu", 2, "TPU_V3", 4, True, "", "", "", (), (VERTEX_MACHINES, TPU_HARDWARE)),
-        Tpu("v4", "", 2, "", None, None, "", "", "", ("us-central2",), (TPU_ZONES, TPU_HARDWARE)),
         Tpu(
-            *("v5e", "ct5lp-", 1, "", None, True, "v5litepod-", "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
-            regions=("us-central1", "us-south1", "us-west1", "us-west4"),
+            name="v2",
+            sources=(VERTEX_MACHINES,),
+            cores_per_chip=2,
+            machine_prefix="cloud-tpu",
+            accelerator="TPU_V2",
+            chips_per_machine=4,
+            tensorflow=True,
+        ),
+        Tpu(
+            name="v3",
+            sources=(VERTEX_MACHINES, TPU_HARDWARE),
+            cores_per_chip=2,
+            machine_prefix="cloud-tpu",
+            accelerator="TPU_V3",
+            chips_per_machine=4,
+            tensorflow=True,
+        ),
+        # The page of Vertex AI's machines lists neither v4 nor v5p.
+        Tpu(name="v4", sources=(TPU_ZONES, TPU_HARDWARE), cores_per_chip=2, regions=("us-central2",)),
+        Tpu(
+            name="v5e",
             sources=(VERTEX_MACHINES, TPU_ZONES, TPU_HARDWARE, TPU_VM, GKE),
+            cores_per_chip=1,
+            machine_prefix="ct5lp-",
+            tensorflow=True,
+            vm_accelerator="v5litepod-",
+            vm_runtime="v2-alpha-tpuv5-lite",
+            gke_accelerator="tpu-v5-lite-podslice",
+            regions=("us-central1", "us-south1", "us-west1", "us-west4"),
         ),
-        Tpu("v5p", "", 2, "", None, None, "", "", "", ("us-central1", "us-east5"), (TPU_ZONES, TPU_HARDWARE)),
-        # configure-compute names the nightly TensorFlow for v6e, training-with-tpu-vm excludes
-        # TensorFlow from it on.
+        Tpu(name="v5p", sources=(TPU_ZONES, TPU_HARDWARE), cores_per_chip=2, regions=("us-central1", "us-east5")),
+        # The page of machines names the nightly TensorFlow for v6e. That of TPU training excludes
+        # TensorFlow from v6e on.
         Tpu(
-            *("v6e", "ct6e-", 1, "", None, False, "", "", ""),
-            regions=("us-central1", "us-east1", "us-east5"),
+            name="v6e",
             sources=(VERTEX_TPU, TPU_ZONES, TPU_HARDWARE),
+            cores_per_chip=1,
+            machine_prefix="ct6e-",
+            tensorflow=False,
+            regions=("us-central1", "us-east1", "us-east5"),
         ),
-        Tpu("7x", "tpu7x-", None, "", None, False, "", "", "", (), (VERTEX_MACHINES,)),
+        Tpu(name="7x", sources=(VERTEX_MACHINES, VERTEX_TPU), machine_prefix="tpu7x-", tensorflow=False),
     )
 }
 
@@ -194,6 +219,7 @@ FAMILIES = {
 N1_FOR_T4 = {1: "n1-standard-8", 2: "n1-standard-16", 4: "n1-standard-32"}
 
 _MACHINE_TYPE = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)+", re.ASCII)
+_TOPOLOGY = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*)+", re.ASCII)
 
 
 def near(word: str, candidates: Iterable[str]) -> str:
@@ -261,6 +287,8 @@ def machine_errors(machine: dict[str, Any], path: str) -> Iterator[str]:
         yield f"{path}.machineType: is missing"
     elif not _MACHINE_TYPE.fullmatch(machine_type):
         yield f"{path}.machineType: {machine_type!r} is not a machine type, such as n1-standard-8"
+    elif not _TOPOLOGY.fullmatch(machine.get("tpuTopology", "1x1")):
+        yield f"{path}.tpuTopology: {machine['tpuTopology']} is not a topology, such as 2x4"
     elif tpu := tpu_of(machine_type):
         yield from _tpu_errors(machine, tpu, path)
     else:
@@ -285,9 +313,10 @@ def _tpu_errors(machine: dict[str, Any], tpu: Tpu, path: str) -> Iterator[str]:
         if topology not in row.topologies:
             yield f"{path}.tpuTopology: {machine_type} is {' or '.join(row.topologies)}, not {topology}"
         elif chips_of(topology) > row.chips:
+            usable = [f"{m.machine_type} with {one_machine_topology(m)}" for m in tpu_machines(tpu.name).values()]
             yield (
                 f"{path}.tpuTopology: {topology} is several machines, on which funmatch's image does not run; "
-                f"use {one_machine_topology(row)}, or ct5lp-hightpu-8t with 2x4"
+                f"use {' or '.join(usable)}"
             )
 
 
