@@ -27,17 +27,27 @@ EXTRAS = {
     "gpu": [f"tensorflow[and-cuda]{TENSORFLOW}"],
     # Exact, because a TPU wheel and its libtpu must match to the build.
     "tpu": ["tensorflow-tpu==2.19.1", "libtpu==0.0.10"],
-    # Only to wait for a named TPU node. Not for Vertex AI: it hides TensorFlow's own, newer client.
+    # Only to wait for a named TPU node. Not for Vertex AI: it hides TensorFlow's own, newer
+    # client.
     "tpu-client": ["cloud-tpu-client"],
     # tensorflow-metadata 1.21 needs protobuf 6.31 without saying so; TensorFlow 2.19 needs 5.
     # It reads oxford_flowers102 with scipy and does not require it.
     "datasets": ["tensorflow-datasets>=4.9.9", "tensorflow-metadata<1.18", "scipy"],
     "kaggle": ["kaggle>=2.2,<3"],
     "report": ["jinja2>=3.1", "matplotlib>=3.8"],
-    # Compiles for a TPU without one, with private interfaces of these very builds. Not together
-    # with `tpu`, which needs another libtpu.
-    "preflight": ["jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.52"],
-    "dev": ["cryptography>=42", "hypothesis", "mypy", "pip-tools", "pytest>=8", "pytest-timeout", "ruff", "scipy"],
+    # Job specs are YAML (deploy/).
+    "deploy": ["pyyaml>=6"],
+    "dev": [
+        "cryptography>=42",
+        "hypothesis",
+        "mypy",
+        "pip-tools",
+        "pytest>=8",
+        "pytest-timeout",
+        "pyyaml>=6",
+        "ruff",
+        "scipy",
+    ],
 }
 
 setup(

@@ -1,1 +1,1 @@
-"""Sends the job to Google Cloud: renders and checks job specs and calls gcloud. Needs Python 3.9 and nothing else."""
+"""Renders and checks job specs and calls gcloud. Needs Python 3.9 and PyYAML."""

@@ -12,8 +12,7 @@ import subprocess
 import sys
 
 from deploy import specs, submit
-from deploy.plainyaml import YamlError
-from deploy.specs import SettingError
+from deploy.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGETS = ("cpu", "tpu", "gpu")
@@ -28,26 +27,31 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("target", help="cpu, tpu or gpu")
-    parser.add_argument("--cloud", action="store_true", help="on Cloud Build, not with this machine's Docker")
+    parser.add_argument("--cloud", action="store_true", help="use Cloud Build instead of this machine's Docker")
     parser.add_argument("--dry-run", action="store_true", help="print the commands; call nothing")
     submit.add_settings(parser)
     try:
-        chosen = parser.parse_args(argv)
-        if chosen.target not in TARGETS:
-            raise submit.Mistake(f"there is no target {chosen.target}: cpu, tpu or gpu")
-        spec = {"defaults": {"hardware": chosen.target}, "job": {"image": "${image}"}}
-        settings = specs.settle(spec, list(submit.given(chosen)), needed=("project", "region"))
-        return _build(chosen, settings)
-    except (SettingError, YamlError, submit.Mistake) as error:
+        options = parser.parse_args(argv)
+        if options.target not in TARGETS:
+            raise UserError(f"there is no target {options.target}: must be cpu, tpu or gpu")
+        spec = {"defaults": {"hardware": options.target}, "job": {"image": "${image}"}}
+        settings = specs.resolve(spec, list(submit.setting_sources(options)), required=("project", "region"))
+        return _build(options, settings)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 def commands(target: str, settings: specs.Settings, *, cloud: bool) -> list[list[str]]:
-    """The commands, each as arguments; they run in the project's folder."""
+    """The commands that build and push an image, to be run in the project's folder.
+
+    Args:
+        target: cpu, tpu or gpu.
+        settings: of the project.
+        cloud: whether Cloud Build does it, not Docker.
+    """
     image, region, project = str(settings["image"]), str(settings["region"]), str(settings["project"])
-    version = _version()
-    revision = _revision()
+    version, revision = _version(), _revision()
     if cloud:
         substitutions = f"_IMAGE={image},_TARGET={target},_VERSION={version},_REVISION={revision}"
         account = settings["build_account"]
@@ -70,12 +74,12 @@ def commands(target: str, settings: specs.Settings, *, cloud: bool) -> list[list
 
 
 def _version() -> str:
-    found = re.search(r'__version__ = "([^"]+)"', (ROOT / "trainer/__init__.py").read_text(encoding="utf-8"))
-    return found[1] if found else "unknown"
+    match = re.search(r'__version__ = "([^"]+)"', (ROOT / "trainer/__init__.py").read_text(encoding="utf-8"))
+    return match[1] if match else "unknown"
 
 
 def _revision() -> str:
-    """The commit, with -dirty if the tree differs from it: an image says what it was built from."""
+    """The commit that the image is built from, with -dirty if the tree differs from it."""
     if not shutil.which("git"):
         return "unknown"
     done = subprocess.run(
@@ -88,43 +92,35 @@ def _revision() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _build(chosen: argparse.Namespace, settings: specs.Settings) -> int:
-    for command in commands(chosen.target, settings, cloud=chosen.cloud):
-        if chosen.dry_run:
+def _build(options: argparse.Namespace, settings: specs.Settings) -> int:
+    for command in commands(options.target, settings, cloud=options.cloud):
+        if options.dry_run:
             print(shlex.join(command))
             continue
         if not shutil.which(command[0]):
-            other = "" if chosen.cloud or command[0] != "docker" else "; --cloud builds on Cloud Build"
-            raise submit.Mistake(f"{command[0]} is not on PATH{other}")
+            remedy = "" if options.cloud or command[0] != "docker" else "; --cloud builds on Cloud Build"
+            raise UserError(f"{command[0]} is not on PATH{remedy}")
         print(f"build: {shlex.join(command)}", file=sys.stderr, flush=True)
         done = subprocess.run(command, cwd=ROOT, check=False, env=os.environ | {"DOCKER_BUILDKIT": "1"})
         if done.returncode:
             print(f"error: {' '.join(command[:2])} exited with {done.returncode}", file=sys.stderr)
             return 1
-    if not chosen.dry_run:
-        _say_digest(str(settings["image"]), cloud=chosen.cloud)
+    if not options.dry_run:
+        _print_digest(str(settings["image"]), cloud=options.cloud)
     return 0
 
 
-def _say_digest(image: str, *, cloud: bool) -> None:
-    """The image by digest, from the registry's or the engine's own mouth."""
-    command = (
-        [
-            "gcloud",
-            "artifacts",
-            "docker",
-            "images",
-            "describe",
-            image,
-            "--format=value(image_summary.fully_qualified_digest)",
-        ]
-        if cloud
-        else ["docker", "image", "inspect", "--format={{index .RepoDigests 0}}", image]
-    )
+def _print_digest(image: str, *, cloud: bool) -> None:
+    """Prints the image by digest, as the registry or the Docker engine has it."""
+    if cloud:
+        describe = ["gcloud", "artifacts", "docker", "images", "describe", image]
+        command = [*describe, "--format=value(image_summary.fully_qualified_digest)"]
+    else:
+        command = ["docker", "image", "inspect", "--format={{index .RepoDigests 0}}", image]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0 and "@sha256:" in done.stdout:
         print(f"image = {done.stdout.strip()}")
-        print("build: put that line into deploy/settings.ini, or give it as --set image=...", file=sys.stderr)
+        print("build: put that line into deploy/settings.ini, or pass it as --set image=...", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""What a run costs, by the price that you give: prices differ by region, contract and week, so none is written here.
+"""What a run costs at a price that you give.
+
+Prices differ by region, contract and week, so none is written here.
 
     python3 -m deploy.cost --chips=4 --price=1.20 --hours=10
     python3 -m deploy.cost --chips=4 --price=1.20 --steps=64000 --batch_size=512 --images_per_second=9000
 
-The speed is that of metrics.jsonl (`images_per_second`) or of `trainer.task --dry_run` on the same hardware.
+The speed is that of metrics.jsonl (`images_per_second`) or of `trainer.task --dry_run` on the
+same hardware.
 """
 
 from __future__ import annotations
@@ -13,33 +16,37 @@ import re
 import sys
 from typing import Any
 
-# v2 and v3 are asked for by core and have two on a chip.
-_CORES_A_CHIP = 2
+from deploy import hardware
 
 
 def units(job: dict[str, Any]) -> tuple[int, str]:
-    """What a CustomJobSpec takes at once: a count, and of what (TPU chips, GPUs, or machines without either)."""
-    found: dict[str, int] = {}
+    """The hardware that a CustomJobSpec uses at once: a count of "chip", "GPU" or "machine"."""
+    cores_per_chip = {tpu.accelerator: tpu.cores_per_chip or 1 for tpu in hardware.TPUS.values() if tpu.accelerator}
+    counts: dict[str, int] = {}
     for pool in job["workerPoolSpecs"]:
         machine, replicas = pool.get("machineSpec", {}), pool.get("replicaCount", 1)
         if topology := machine.get("tpuTopology"):
-            count, name = 1, "chip"
-            for side in topology.split("x"):
-                count *= int(side)
-        elif str(machine.get("acceleratorType", "")).startswith("TPU_"):
-            count, name = machine["acceleratorCount"] // _CORES_A_CHIP, "chip"
+            count, name = hardware.chips_of(topology), "chip"
+        elif cores := cores_per_chip.get(machine.get("acceleratorType", "")):
+            count, name = machine["acceleratorCount"] // cores, "chip"
         elif "acceleratorCount" in machine:
             count, name = machine["acceleratorCount"], "GPU"
         else:
             count, name = 1, "machine"
-        found[name] = found.get(name, 0) + count * replicas
-    # Machines beside chips or GPUs are not priced by these.
-    name = max(found, key=lambda kind: (kind != "machine", found[kind]))
-    return found[name], name
+        counts[name] = counts.get(name, 0) + count * replicas
+    # A price for chips or GPUs does not cover machines without them.
+    name = max(counts, key=lambda kind: (kind != "machine", counts[kind]))
+    return counts[name], name
 
 
-def most(job: dict[str, Any], price: float, trials: int = 1) -> str:
-    """The most that a job can cost, from its timeout, in a line; `price` is for one chip, GPU or machine an hour."""
+def maximum(job: dict[str, Any], price: float, trials: int = 1) -> str:
+    """The most that a job can cost within its timeout, as one line of arithmetic.
+
+    Args:
+        job: a CustomJobSpec.
+        price: of one chip, GPU or machine an hour, in any currency.
+        trials: how many times the job may run, for a study.
+    """
     count, name = units(job)
     hours = float(job.get("scheduling", {}).get("timeout", "604800s").rstrip("s")) / 3600
     each = f"{count} {name}{'s' if count > 1 else ''} x {hours:g} h x {price:g} = {count * hours * price:,.2f}"
@@ -57,25 +64,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=0)
     parser.add_argument("--images_per_second", type=float, default=0.0)
-    chosen = parser.parse_args(argv)
-    hours = chosen.hours
+    options = parser.parse_args(argv)
+    hours = options.hours
     if not hours:
-        if not (chosen.steps > 0 and chosen.batch_size > 0 and chosen.images_per_second > 0):
+        if not (options.steps > 0 and options.batch_size > 0 and options.images_per_second > 0):
             print("error: give --hours, or --steps, --batch_size and --images_per_second", file=sys.stderr)
             return 2
-        hours = chosen.steps * chosen.batch_size / chosen.images_per_second / 3600
-    if min(chosen.chips, chosen.price, hours) < 0:
-        print("error: nothing of it can be below 0", file=sys.stderr)
+        hours = options.steps * options.batch_size / options.images_per_second / 3600
+    if min(options.chips, options.price, hours) < 0:
+        print("error: no value may be below 0", file=sys.stderr)
         return 2
-    print(f"{hours:,.2f} h x {chosen.chips} x {chosen.price:g} = {hours * chosen.chips * chosen.price:,.2f}")
+    print(f"{hours:,.2f} h x {options.chips} x {options.price:g} = {hours * options.chips * options.price:,.2f}")
     return 0
 
 
-def price(text: str) -> float:
-    """A price from a command line.
+def parse_price(text: str) -> float:
+    """The price in a command line.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a number, or below 0.
     """
     if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
         raise ValueError(f"--price={text}: must be a number, such as 1.20")

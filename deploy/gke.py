@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import sys
 
-from deploy import check, specs, submit
-from deploy.plainyaml import YamlError
-from deploy.specs import SettingError
+from deploy import specs, submit, trainer_flags
+from deploy.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns an exit code: 0, or 2 for a mistake. The Job is JSON, which kubectl takes as it takes YAML."""
-    arguments = sys.argv[1:] if argv is None else argv
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    """Prints the Job as JSON, which kubectl reads too. Returns 0, or 2 for a mistake."""
+    arguments, extra = submit.split_arguments(sys.argv[1:] if argv is None else argv)
     parser = submit.Parser(
         prog="deploy/gke.sh",
         usage="deploy/gke.sh [--spot] [--set NAME=VALUE]... [-- TRAINER FLAGS] | kubectl apply -f -",
@@ -22,13 +20,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     submit.add_settings(parser)
     try:
-        chosen = parser.parse_args(arguments[:cut])
+        options = parser.parse_args(arguments)
         spec = specs.load(str(specs.HERE / "manifests" / "gke-tpu-v5e.yaml"))
-        job = specs.render(spec, specs.settle(spec, list(submit.given(chosen))), arguments[cut + 1 :])
-        args = job["spec"]["template"]["spec"]["containers"][0]["args"]
-        if wrong := list(check.arguments(args)) or list(check.configuration(args, {})):
-            raise submit.Mistake("\nerror: ".join(wrong))
-    except (SettingError, YamlError, submit.Mistake) as error:
+        job = specs.render(spec, specs.resolve(spec, list(submit.setting_sources(options))), extra)
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        if errors := trainer_flags.errors(container["args"]):
+            raise UserError("\nerror: ".join(errors))
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(job, indent=1))

@@ -1,9 +1,10 @@
-"""Writes deploy/schema.json: the fields of a custom job, as the installed gcloud's own message classes have them.
+"""Writes deploy/schema.json: the fields of a custom job, as the installed gcloud's own message
+classes have them.
 
     python3 -m deploy.make_schema > deploy/schema.json
 
-gcloud passes keys that it does not know through to the server untouched, so the checker needs the names. Names, types and
-enumerations are taken, by reading the classes' source; none of gcloud's code runs.
+gcloud sends unknown keys to the server unchanged, so the checker needs the names. This script
+parses the source of the classes for names, types and enumerations. None of gcloud's code runs.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def gcloud_root() -> pathlib.Path:
     Raises:
         SystemExit: there is none.
     """
-    found = shutil.which("gcloud")
-    if not found:
+    gcloud = shutil.which("gcloud")
+    if not gcloud:
         raise SystemExit("gcloud is not on PATH: install the Google Cloud CLI (Debian: google-cloud-cli)")
-    root = pathlib.Path(os.path.realpath(found)).parent.parent
+    root = pathlib.Path(os.path.realpath(gcloud)).parent.parent
     if not (root / "VERSION").is_file():
-        raise SystemExit(f"{root} holds no VERSION: is {found} the Google Cloud CLI?")
+        raise SystemExit(f"{root} holds no VERSION: is {gcloud} the Google Cloud CLI?")
     return root
 
 
@@ -53,16 +54,16 @@ def schema(root: pathlib.Path) -> dict[str, Any]:
         if isinstance(node, ast.ClassDef)
     }
     types: dict[str, Any] = {}
-    waiting = list(ROOTS)
-    while waiting:
-        name = waiting.pop()
+    pending = list(ROOTS)
+    while pending:
+        name = pending.pop()
         if name in types:
             continue
         types[name] = _fields(classes[PREFIX + name])
         for kind in types[name].values():
             inner = kind[0] if isinstance(kind, list) else kind
             if isinstance(inner, str) and PREFIX + inner in classes:
-                waiting.append(inner)
+                pending.append(inner)
     regions = ast.parse((library / "command_lib/ai/constants.py").read_text(encoding="utf-8"))
     supported = next(
         ast.literal_eval(node.value)
@@ -77,15 +78,16 @@ def schema(root: pathlib.Path) -> dict[str, Any]:
 
 
 def _fields(message: ast.ClassDef) -> dict[str, Any]:
-    """Type by field, without those that only the server sets.
+    """The types of a message's fields, without the fields that only the server sets.
 
-    A type is string, integer, number, boolean, map, the name of another message, or {"enum": values}; in a list if repeated.
+    A type is string, integer, number, boolean, map, the name of another message, or {"enum":
+    values}; in a list if repeated.
     """
     nested = {node.name: node for node in message.body if isinstance(node, ast.ClassDef)}
     set_by_server = set(
         re.findall(r"^ +(\w+): Output only\.", ast.get_docstring(message, clean=False) or "", re.MULTILINE)
     )
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for node in message.body:
         if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
             continue
@@ -98,13 +100,12 @@ def _fields(message: ast.ClassDef) -> dict[str, Any]:
         else:
             target = ast.literal_eval(call.args[0])
             if kind == "EnumField":
-                # A value may carry an underscore that keeps it from being a word of Python.
                 value = {"enum": [ast.unparse(n.targets[0]) for n in nested[target].body if isinstance(n, ast.Assign)]}
             else:
                 value = "map" if target in nested else target.replace(PREFIX, "")
         repeated = any(keyword.arg == "repeated" and ast.literal_eval(keyword.value) for keyword in call.keywords)
-        found[field] = [value] if repeated else value
-    return {name: found[name] for name in sorted(found)}
+        fields[field] = [value] if repeated else value
+    return {name: fields[name] for name in sorted(fields)}
 
 
 if __name__ == "__main__":

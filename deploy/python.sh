@@ -1,5 +1,6 @@
-# Sourced by the scripts beside it: finds a Python for them. The project's own environment knows more about the trainer's
-# flags (their values, not only their names), so it comes first.
+# Sourced by the scripts beside it: finds a Python for them. The project's own environment comes
+# first, because only with its packages are the values of the trainer's flags checked, not only
+# their names.
 # shellcheck shell=bash
 python=
 for candidate in "${PYTHON:-}" "${root:?}/.venv/bin/python" python3 python; do

@@ -1,4 +1,4 @@
-"""Makes what a project needs once. See deploy/setup.sh; docs/deploy.md gives the reason for each role."""
+"""Creates what a project needs once. See deploy/setup.sh; docs/deploy.md explains the roles."""
 
 from __future__ import annotations
 
@@ -12,78 +12,78 @@ import time
 from typing import Any
 
 from deploy import specs, submit
-from deploy.plainyaml import YamlError
-from deploy.specs import SettingError
+from deploy.errors import CloudError, UserError
 
-WAITS = (5.0, 10.0, 20.0)  # seconds between tries
+RETRY_SECONDS = (5.0, 10.0, 20.0)
 SERVICES = ("aiplatform", "artifactregistry", "cloudbuild", "iam", "logging", "storage")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns an exit code: 0, 1 if Google's side refused, 2 for a mistake."""
+    """Returns an exit code: 0, 1 if Google Cloud refused, 2 for a mistake."""
     parser = submit.Parser(
         prog="deploy/setup.sh",
         usage="deploy/setup.sh --user=EMAIL [--dry-run] [--set NAME=VALUE]...",
-        description="Makes bucket, repository and least-privilege accounts for funmatch in a project.",
+        description="Creates bucket, repository and least-privilege accounts for funmatch in a project.",
         allow_abbrev=False,
     )
     parser.add_argument("--user", required=True, help="who will submit jobs: an account's e-mail address")
     parser.add_argument("--dry-run", action="store_true", help="print the commands; call nothing")
     submit.add_settings(parser)
     try:
-        chosen = parser.parse_args(argv)
-        if not re.fullmatch(r"[^@\s]+@[^@\s]+", chosen.user):
-            raise submit.Mistake(f"--user={chosen.user}: must be an e-mail address")
+        options = parser.parse_args(argv)
+        if not re.fullmatch(r"[^@\s]+@[^@\s]+", options.user):
+            raise UserError(f"--user={options.user}: must be an e-mail address")
         spec: dict[str, Any] = {"defaults": {}, "job": {}}
-        settings = specs.settle(spec, list(submit.given(chosen)), needed=("project", "region", "bucket"))
+        settings = specs.resolve(spec, list(submit.setting_sources(options)), required=("project", "region", "bucket"))
         job, build = accounts(settings)
-        for command in commands(settings, chosen.user):
-            if chosen.dry_run:
+        for command in commands(settings, options.user):
+            if options.dry_run:
                 print(shlex.join(command))
             else:
                 _run(command)
-    except (SettingError, YamlError, submit.Mistake) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except submit.Refused as error:
+    except CloudError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    done = "nothing was called" if chosen.dry_run else "everything is there"
-    print(f"{done}. For deploy/settings.ini:", file=sys.stderr)
+    outcome = "nothing was called" if options.dry_run else "everything exists"
+    print(f"{outcome}. For deploy/settings.ini:", file=sys.stderr)
     print(f"service_account = {job}\nbuild_account = {build}", file=sys.stderr)
     return 0
 
 
 def accounts(settings: specs.Settings) -> tuple[str, str]:
-    """The account of jobs and that of builds: those of the settings, which must be the project's own, or funmatch-job and -build.
+    """The accounts of jobs and of builds: those of the settings, or else funmatch-job and
+    funmatch-build.
 
     Raises:
-        SettingError: an account of another project.
+        UserError: an account belongs to another project.
     """
-    home = f"{settings['project']}.iam.gserviceaccount.com"
-    found = []
+    domain = f"{settings['project']}.iam.gserviceaccount.com"
+    emails = []
     for name, short in (("service_account", "funmatch-job"), ("build_account", "funmatch-build")):
-        account = str(settings[name]) or f"{short}@{home}"
-        if account.partition("@")[2] != home:
-            raise SettingError(
-                f"{name} = {account}: is not of the project {settings['project']}, so it is not made here"
+        account = str(settings[name]) or f"{short}@{domain}"
+        if account.partition("@")[2] != domain:
+            raise UserError(
+                f"{name} = {account}: is not in the project {settings['project']}, so it is not created here"
             )
-        found.append(account)
-    return found[0], found[1]
+        emails.append(account)
+    return emails[0], emails[1]
 
 
 def commands(settings: specs.Settings, user: str) -> list[list[str]]:
-    """The gcloud commands, in the order that they need."""
+    """The gcloud commands, in the order in which they must run."""
     project, region, bucket = f"--project={settings['project']}", str(settings["region"]), f"gs://{settings['bucket']}"
     repository = [str(settings["repository"]), project, f"--location={region}"]
     staging = f"gs://{settings['project']}_{region}_cloudbuild"
     job, build = accounts(settings)
     member = "user" if not user.endswith(".gserviceaccount.com") else "serviceAccount"
 
-    def grant(where: list[str], who: str, role: str, *more: str) -> list[str]:
-        return ["gcloud", *where, f"--member={who}", f"--role=roles/{role}", *more, "--format=none"]
+    def grant(binding: list[str], to: str, role: str, *more: str) -> list[str]:
+        return ["gcloud", *binding, f"--member={to}", f"--role=roles/{role}", *more, "--format=none"]
 
-    def bucket_made(name: str) -> list[str]:
+    def create_bucket(name: str) -> list[str]:
         private = ["--uniform-bucket-level-access", "--public-access-prevention"]
         return ["gcloud", "storage", "buckets", "create", name, project, f"--location={region}", *private]
 
@@ -91,18 +91,18 @@ def commands(settings: specs.Settings, user: str) -> list[list[str]]:
         return ["storage", "buckets", "add-iam-policy-binding", name]
 
     on_project = ["projects", "add-iam-policy-binding", str(settings["project"]), "--condition=None"]
-    made = [
+    resources = [
         ["gcloud", "services", "enable", *(f"{name}.googleapis.com" for name in SERVICES), project],
-        bucket_made(bucket),
-        bucket_made(staging),
+        create_bucket(bucket),
+        create_bucket(staging),
         ["gcloud", "artifacts", "repositories", "create", *repository, "--repository-format=docker"],
     ]
     for account in (job, build):
-        made.append(["gcloud", "iam", "service-accounts", "create", account.partition("@")[0], project])
+        resources.append(["gcloud", "iam", "service-accounts", "create", account.partition("@")[0], project])
     jobs, builds, people = f"serviceAccount:{job}", f"serviceAccount:{build}", f"{member}:{user}"
     act_as = ["iam", "service-accounts", "add-iam-policy-binding"]
     return [
-        *made,
+        *resources,
         grant(on_bucket(bucket), jobs, "storage.objectUser"),
         grant(on_bucket(bucket), jobs, "storage.legacyBucketReader"),
         grant(on_project, jobs, "logging.logWriter"),
@@ -118,27 +118,29 @@ def commands(settings: specs.Settings, user: str) -> list[list[str]]:
 
 
 def _run(command: list[str]) -> None:
-    """Runs one; what is there already is no failure, and an account that was just made may take a while to be known.
+    """Runs a command. What exists already is not a failure. A new account may take a while to be
+    known, so that is retried.
 
     Raises:
-        Refused: it failed otherwise.
+        CloudError: it failed for another reason.
     """
     program = shutil.which("gcloud")
     if not program:
-        raise submit.Refused("gcloud is not on PATH: install the Google Cloud CLI, or see the commands with --dry-run")
+        raise CloudError("gcloud is not on PATH: install the Google Cloud CLI, or print the commands with --dry-run")
     print(f"setup: {shlex.join(command)}", file=sys.stderr, flush=True)
     environment = os.environ | {"CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
-    for wait in (*WAITS, None):
+    for wait in (*RETRY_SECONDS, None):
         done = subprocess.run([program, *command[1:]], capture_output=True, text=True, check=False, env=environment)
-        told = " ".join(done.stderr.split())
+        message = " ".join(done.stderr.split())
         if done.returncode == 0:
             return
-        # A bucket's name may be taken by another project ("not available"); of one's own the service says "already own".
-        if re.search(r"already exists|ALREADY_EXISTS|already own", told) and "not available" not in told:
-            print("setup: is there already", file=sys.stderr)
+        # "already own" is the answer for a bucket of one's own, "not available" for one of
+        # another project.
+        if re.search(r"already exists|ALREADY_EXISTS|already own", message) and "not available" not in message:
+            print("setup: exists already", file=sys.stderr)
             return
-        if wait is None or not re.search(r"[Ss]ervice account \S+ does not exist", told):
-            raise submit.Refused(told)
+        if wait is None or not re.search(r"[Ss]ervice account \S+ does not exist", message):
+            raise CloudError(message)
         time.sleep(wait)
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole job on drawn pictures on this machine's CPU, without account or network: in the image where a Docker engine answers,
-# in plain Python otherwise.
+# Runs the whole job on drawn images on this machine's CPU, without account or network: in the
+# container image if a Docker engine answers, otherwise in plain Python.
 #
 #     deploy/smoke.sh [--docker|--python] [--out=smoke] [SMOKE FLAGS, such as --preset=tiny]
 #
-# IMAGE names the image (funmatch:cpu); it is built if it is not there.
+# IMAGE names the container image (funmatch:cpu), which is built if it does not exist.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 image=${IMAGE:-funmatch:cpu}
@@ -16,7 +16,7 @@ for argument in "$@"; do
     --docker | --python) how=${argument#--} ;;
     --out=*) out=${argument#--out=} ;;
     --workdir | --workdir=*)
-        echo "error: $argument: the folder of this script's results is --out=FOLDER" >&2
+        echo "error: $argument: set the folder of the results with --out=FOLDER" >&2
         exit 2
         ;;
     *) flags+=("$argument") ;;
@@ -35,7 +35,7 @@ if [ "$how" = docker ]; then
         docker build --target cpu --tag "$image" "$root"
     fi
     echo "smoke: in $image, without network; results in $out"
-    # The image's own user may not write into a folder of yours, so it runs as you.
+    # The image's own user may not write into your folder, so the container runs as you.
     exec docker run --rm --read-only --network none --cap-drop ALL --security-opt no-new-privileges --tmpfs /tmp \
         --user "$(id -u):$(id -g)" --volume "$out:/work" --entrypoint python "$image" \
         -m trainer.smoke --workdir=/work ${flags[@]+"${flags[@]}"}

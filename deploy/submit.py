@@ -1,6 +1,7 @@
-"""Renders a job spec, checks it, and has gcloud submit it to Vertex AI. See deploy/submit.sh.
+"""Renders a job spec, checks it, and submits it to Vertex AI with gcloud. See deploy/submit.sh.
 
-Exit codes: 0 submitted, or printed with --dry-run; 1 Google's side refused; 2 a mistake in what was given.
+Exit codes: 0 submitted, or printed with --dry-run; 1 Google Cloud refused; 2 a mistake in
+settings, flags or spec.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from deploy import check, cost, plainyaml, specs
-from deploy.plainyaml import YamlError
-from deploy.specs import SettingError
+from deploy import check, cost, specs, trainer_flags, yaml_file
+from deploy.errors import CloudError, UserError
+from deploy.hardware import near
 
 HERE = pathlib.Path(__file__).resolve().parent
 SETTINGS_FILE = HERE / "settings.ini"
 ACTIVE = ("QUEUED", "PENDING", "RUNNING", "UPDATING", "PAUSED", "CANCELLING")
-# (what Google's answer holds, what to do about it); the first that fits.
+# (pattern of Google's answer, what to do about it); the first match counts.
 ADVICE = (
     (r"SERVICE_DISABLED|has not been used in project|it is disabled",
      "enable the service: gcloud services enable aiplatform.googleapis.com --project={project}"),
@@ -35,55 +36,53 @@ ADVICE = (
     (r"PERMISSION_DENIED|\b403\b|does not have permission",
      "you lack a role on {project}: submitting needs roles/aiplatform.user (docs/deploy.md)"),
     (r"RESOURCE_EXHAUSTED|\b429\b|[Qq]uota",
-     "not enough quota in {region}: ask for the named quota on the console's page IAM & Admin > Quotas, or take another region"),
+     "not enough quota in {region}: request the named quota on the console's page IAM & Admin > Quotas, or use another region"),
     (r"NOT_FOUND|\b404\b", "project, region, service account or TensorBoard does not exist under that name"),
     (r"active account|gcloud auth login|[Rr]eauthentication|UNAUTHENTICATED|\b401\b|invalid_grant",
      "log in first: gcloud auth login"),
     (r"\b50[0-9]\b|INTERNAL|UNAVAILABLE",
-     "Google's side failed, and gcloud tried again by itself: look whether a job came of it before you submit again: "
+     "Google Cloud failed, and gcloud retried. See whether a job exists before you submit again: "
      "gcloud ai custom-jobs list --project={project} --region={region}"),
-    (r"INVALID_ARGUMENT|\b400\b", "the service refuses a value that looks right here; its message names the field"),
+    (r"INVALID_ARGUMENT|\b400\b", "the service refuses a value that passed the checks here; its message names the field"),
 )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns an exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, extra = split_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        return _main(_parser().parse_args(arguments[:cut]), arguments[cut + 1 :])
-    except (SettingError, YamlError, Mistake) as error:
+        return _main(_parser().parse_args(arguments), extra)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Refused as error:
+    except CloudError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-class Mistake(ValueError):
-    """Something is wrong in what was given."""
-
-
-class Refused(Exception):
-    """Google's side refused, or gcloud did not work."""
+def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments before `--`, for the script, and those after it, for the trainer."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return argv[:cut], argv[cut + 1 :]
 
 
 class Parser(argparse.ArgumentParser):
-    """Says mistakes in a line, with the nearest option, and leaves the exit to the caller."""
+    """Raises mistakes as one line with the nearest option. The caller decides about the exit."""
 
     def error(self, message: str) -> NoReturn:
         """
         Raises:
-            Mistake: always.
+            UserError: always.
         """
         if match := re.search(r"unrecognized arguments: (--?([\w-]+)\S*)", message):
-            if match[2].replace("-", "_") in specs.SETTINGS:
-                message = f"{match[1]} is a setting: write --set {match[2].replace('-', '_')}=..."
-            elif match[2] in check.trainer_flags() | check.EVERY_VERBS:
-                message = f"{match[1]} is a flag of the trainer: write it after --"
+            option, name = match[1], match[2]
+            if name.replace("-", "_") in specs.SETTINGS:
+                message = f"{option} is a setting: write --set {name.replace('-', '_')}=..."
+            elif name in trainer_flags.task_flags() | trainer_flags.COMMON_FLAGS:
+                message = f"{option} is a flag of the trainer: write it after --"
             else:
-                message = f"there is no {match[1]}{check.near(match[2], [o.lstrip('-') for o in self._option_string_actions])}"
-        raise Mistake(message)
+                message = f"there is no {option}{near(name, [o.lstrip('-') for o in self._option_string_actions])}"
+        raise UserError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,86 +93,82 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="deploy/submit.sh",
         usage="deploy/submit.sh SPEC [--dry-run] [--set NAME=VALUE]... [-- TRAINER FLAGS]",
-        description="Renders a spec, checks it, and submits it with gcloud. The same command with the same run goes on with it.",
+        description="Renders a spec, checks it, and submits it with gcloud. The same command with the same run resumes it.",
         epilog=f"specs: {', '.join(specs.names())}, or a file\nstudies: {', '.join(_studies())}, or a file\n\n"
         f"settings:\n{settings}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("spec", metavar="SPEC", help="a name of deploy/specs, or a file")
+    parser.add_argument("spec", metavar="SPEC", help="a name in deploy/specs, or a file")
     parser.add_argument("--dry-run", action="store_true", help="print the job and the command; call nothing")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting; over those of the file"
-    )
-    parser.add_argument("--settings", metavar="FILE", help="file of settings [deploy/settings.ini, if it is there]")
-    parser.add_argument("--spot", action="store_true", help="the same as --set spot=true")
-    parser.add_argument("--study", metavar="STUDY", help="search hyperparameters: a name of deploy/studies, or a file")
-    parser.add_argument("--price", help="of a chip, GPU or machine an hour, to say what the job may cost")
+    add_settings(parser)
+    parser.add_argument("--study", metavar="STUDY", help="search hyperparameters: a name in deploy/studies, or a file")
+    parser.add_argument("--price", help="of a chip, GPU or machine an hour; prints what the job may cost")
     parser.add_argument("--beside", action="store_true", help="submit even if a job of this run is active")
     return parser
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The options that settings come from."""
+    """Adds the options that `setting_sources` reads."""
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting; over those of the file"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting; overrides the file's"
     )
-    parser.add_argument("--settings", metavar="FILE", help="file of settings [deploy/settings.ini, if it is there]")
+    parser.add_argument("--settings", metavar="FILE", help="file of settings [deploy/settings.ini, if it exists]")
     parser.add_argument("--spot", action="store_true", help="the same as --set spot=true")
 
 
-def _main(chosen: argparse.Namespace, extra: list[str]) -> int:
+def _main(options: argparse.Namespace, extra: list[str]) -> int:
     try:
-        price = cost.price(chosen.price) if chosen.price else 0.0
+        price = cost.parse_price(options.price) if options.price else 0.0
     except ValueError as error:
-        raise Mistake(str(error)) from None
-    spec = specs.load(chosen.spec)
-    settings = specs.settle(spec, list(given(chosen)))
-    kind, job = _job(chosen, spec, settings, extra)
-    trial = job["trialJobSpec"] if kind == "hp-tuning-jobs" else job
-    if wrong := list(_wrong(kind, job, settings)):
-        raise Mistake("\nerror: ".join(wrong))
+        raise UserError(str(error)) from None
+    spec = specs.load(options.spec)
+    settings = specs.resolve(spec, list(setting_sources(options)))
+    kind, job = _job(options, spec, settings, extra)
+    if errors := list(_errors(kind, job, settings)):
+        raise UserError("\nerror: ".join(errors))
+    trial = _custom_job(job)
     for note in check.notes(trial, str(settings["region"])):
-        _say(f"note: {note}")
+        _print_error(f"note: {note}")
     if price:
-        _say(f"cost: {cost.most(trial, price, int(job.get('maxTrialCount', 1)))}")
-    if chosen.dry_run:
+        _print_error(f"cost: {cost.maximum(trial, price, int(job.get('maxTrialCount', 1)))}")
+    if options.dry_run:
         print(json.dumps(job, indent=1))
-        _say(f"would run: {shlex.join(create(kind, settings, 'JOB.json'))}")
-        _say("nothing was submitted")
+        _print_error(f"would run: {shlex.join(create(kind, settings, 'JOB.json'))}")
+        _print_error("nothing was submitted")
         return 0
-    if not chosen.beside:
-        _require_no_other(kind, settings)
+    if not options.beside:
+        _require_no_active_job(kind, settings)
     _report(kind, settings, _submit(kind, job, settings))
     return 0
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def given(chosen: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
-    """Settings of the file, then those of the command line, for `specs.settle`.
+def setting_sources(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
+    """The settings of the file, then those of the command line, as `specs.resolve` takes them.
 
     Raises:
-        SettingError: a file that cannot be read, or no NAME=VALUE.
+        UserError: the file cannot be read, or an argument is not NAME=VALUE.
     """
-    path = pathlib.Path(chosen.settings) if chosen.settings else SETTINGS_FILE
-    if chosen.settings or path.is_file():
+    path = pathlib.Path(options.settings) if options.settings else SETTINGS_FILE
+    if options.settings or path.is_file():
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise SettingError(f"--settings={path}: cannot be read: {error}") from None
+            raise UserError(f"--settings={path}: cannot be read: {error}") from None
         yield str(path), specs.read_settings(text, str(path))
-    pairs: dict[str, str] = {}
-    for text in chosen.set:
-        name, equals, value = text.partition("=")
+    values: dict[str, str] = {}
+    for argument in options.set:
+        name, equals, value = argument.partition("=")
         if not equals:
-            raise SettingError(f"--set {text}: must be NAME=VALUE")
-        pairs[name] = value
-    if chosen.spot:
-        pairs["spot"] = "true"
-    yield "--set", pairs
+            raise UserError(f"--set {argument}: must be NAME=VALUE")
+        values[name] = value
+    if options.spot:
+        values["spot"] = "true"
+    yield "--set", values
 
 
 def _studies() -> list[str]:
@@ -181,45 +176,50 @@ def _studies() -> list[str]:
 
 
 def _job(
-    chosen: argparse.Namespace, spec: dict[str, Any], settings: specs.Settings, extra: list[str]
+    options: argparse.Namespace, spec: dict[str, Any], settings: specs.Settings, extra: list[str]
 ) -> tuple[str, dict[str, Any]]:
     """The kind of job, as gcloud names it, and the job itself."""
-    if not chosen.study:
+    if not options.study:
         return "custom-jobs", specs.render(spec, settings, extra)
-    own = chosen.study.endswith((".yaml", ".yml", ".json")) or "/" in chosen.study
-    path = pathlib.Path(chosen.study) if own else HERE / "studies" / f"{chosen.study}.yaml"
+    is_file = options.study.endswith((".yaml", ".yml", ".json")) or "/" in options.study
+    path = pathlib.Path(options.study) if is_file else HERE / "studies" / f"{options.study}.yaml"
     if not path.is_file():
-        raise SettingError(f"there is no study {chosen.study}{check.near(chosen.study, _studies())}")
-    study = plainyaml.load(path.read_text(encoding="utf-8"), path.name)
+        raise UserError(f"there is no study {options.study}{near(options.study, _studies())}")
+    study = yaml_file.load(path, path.name)
     if not isinstance(study, dict) or "trialJobSpec" in study:
-        raise SettingError(
+        raise UserError(
             f"{path}: must hold studySpec, maxTrialCount and parallelTrialCount; the spec is the trial's job"
         )
-    with contextlib.suppress(KeyError, IndexError, TypeError):  # of a study that the checker will refuse
+    with contextlib.suppress(KeyError, IndexError, TypeError):  # the checker refuses such a study
         extra = [*extra, f"--hp_metric={study['studySpec']['metrics'][0]['metricId']}"]
     return "hp-tuning-jobs", study | {"trialJobSpec": specs.render(spec, settings, extra)}
 
 
-def _wrong(kind: str, job: dict[str, Any], settings: specs.Settings) -> Iterator[str]:
-    region = str(settings["region"])
-    found = list((check.custom_job if kind == "custom-jobs" else check.tuning_job)(job, region))
-    yield from found
-    if found:
+def _custom_job(job: dict[str, Any]) -> dict[str, Any]:
+    """The CustomJobSpec: that of a study's trials, or the job itself."""
+    trial: dict[str, Any] = job.get("trialJobSpec", job)
+    return trial
+
+
+def _errors(kind: str, job: dict[str, Any], settings: specs.Settings) -> Iterator[str]:
+    check_job = check.custom_job if kind == "custom-jobs" else check.tuning_job
+    errors = list(check_job(job, str(settings["region"])))
+    yield from errors
+    if errors:
         return
-    trial = job if kind == "custom-jobs" else job["trialJobSpec"]
-    for args in {
-        tuple(pool["containerSpec"].get("args", [])) for pool in trial["workerPoolSpecs"] if "containerSpec" in pool
-    }:
-        wrong = list(check.arguments(list(args)))
-        if kind == "hp-tuning-jobs":
-            wrong += check.study_flags(job["studySpec"], list(args))
-        yield from wrong
-        if not wrong:
-            yield from check.configuration(list(args), job.get("studySpec", {}))
+    pools = _custom_job(job)["workerPoolSpecs"]
+    for arguments in {tuple(pool["containerSpec"].get("args", [])) for pool in pools if "containerSpec" in pool}:
+        yield from trainer_flags.errors(list(arguments), job.get("studySpec"))
 
 
 def create(kind: str, settings: specs.Settings, path: str) -> list[str]:
-    """The command that submits the job in a file."""
+    """The command that submits a job.
+
+    Args:
+        kind: custom-jobs or hp-tuning-jobs.
+        settings: of the run.
+        path: the file that holds the job.
+    """
     labels = {"program": "funmatch", "run": settings["run"]} | (
         {"recipe": settings["recipe"]} if settings["recipe"] else {}
     )
@@ -232,15 +232,22 @@ def create(kind: str, settings: specs.Settings, path: str) -> list[str]:
     ]
 
 
-def gcloud(command: list[str], settings: specs.Settings) -> str:
-    """What gcloud says on stdout.
+def run_gcloud(command: list[str], settings: specs.Settings) -> str:
+    """Runs a gcloud command.
+
+    Args:
+        command: `gcloud` and its arguments.
+        settings: for the advice in an error.
+
+    Returns:
+        Its standard output, without surrounding white space.
 
     Raises:
-        Refused: with its own words, and what to do.
+        CloudError: with gcloud's message and advice.
     """
     program = shutil.which("gcloud")
     if not program:
-        raise Refused("gcloud is not on PATH: install the Google Cloud CLI, or see the job with --dry-run")
+        raise CloudError("gcloud is not on PATH: install the Google Cloud CLI, or print the job with --dry-run")
     done = subprocess.run(
         [program, *command[1:]],
         capture_output=True,
@@ -250,18 +257,18 @@ def gcloud(command: list[str], settings: specs.Settings) -> str:
     )
     if done.returncode == 0:
         return done.stdout.strip()
-    told = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip() and not line.startswith("Using "))
-    told = told.removeprefix("ERROR: ") or f"gcloud exited with {done.returncode}"
-    if inner := re.search(r"HttpError accessing.*content <(\{.*\})>", told):
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and not line.startswith("Using ")]
+    message = " ".join(lines).removeprefix("ERROR: ") or f"gcloud exited with {done.returncode}"
+    if content := re.search(r"HttpError accessing.*content <(\{.*\})>", message):
         with contextlib.suppress(ValueError, KeyError):
-            answer = json.loads(inner[1])["error"]
-            told = f"{answer['status']} ({answer['code']}): {answer['message']}"
-    advice = next((text for pattern, text in ADVICE if re.search(pattern, told)), "")
-    raise Refused(told + ("\nhint: " + advice.format(**settings) if advice else ""))
+            answer = json.loads(content[1])["error"]
+            message = f"{answer['status']} ({answer['code']}): {answer['message']}"
+    advice = next((text for pattern, text in ADVICE if re.search(pattern, message)), "")
+    raise CloudError(message + ("\nhint: " + advice.format(**settings) if advice else ""))
 
 
 def active(kind: str, settings: specs.Settings) -> list[str]:
-    """The command that lists the jobs of this run which have not ended."""
+    """The command that lists the jobs of this run that have not ended."""
     states = " ".join(f"JOB_STATE_{state}" for state in ACTIVE)
     return [
         *("gcloud", "ai", kind, "list", f"--project={settings['project']}", f"--region={settings['region']}"),
@@ -271,7 +278,13 @@ def active(kind: str, settings: specs.Settings) -> list[str]:
 
 
 def followers(kind: str, settings: specs.Settings, name: str) -> list[tuple[str, list[str]]]:
-    """What a submitted job can be followed with."""
+    """Labelled commands that follow a submitted job.
+
+    Args:
+        kind: custom-jobs or hp-tuning-jobs.
+        settings: of the run.
+        name: resource name of the job.
+    """
     where = [f"--project={settings['project']}", f"--region={settings['region']}"]
     return [
         ("logs", ["gcloud", "ai", kind, "stream-logs", name]),
@@ -282,36 +295,37 @@ def followers(kind: str, settings: specs.Settings, name: str) -> list[tuple[str,
     ]
 
 
-def _require_no_other(kind: str, settings: specs.Settings) -> None:
-    """Two jobs that write one run's checkpoints would spoil each other's.
+def _require_no_active_job(kind: str, settings: specs.Settings) -> None:
+    """Refuses a second job of a run: two jobs would overwrite each other's checkpoints.
 
     Raises:
-        Refused: a job of this name has not ended.
+        CloudError: a job of this name has not ended.
     """
-    if found := gcloud(active(kind, settings), settings):
-        name, _, state = found.splitlines()[0].partition("\t")
-        raise Refused(
+    if jobs := run_gcloud(active(kind, settings), settings):
+        name, _, state = jobs.splitlines()[0].partition("\t")
+        raise CloudError(
             f"the run {settings['run']} has a job already ({name}, {state}): wait for it, cancel it "
-            f"(gcloud ai {kind} cancel {name}), or choose another run"
+            f"(gcloud ai {kind} cancel {name}), or use another run"
         )
 
 
 def _submit(kind: str, job: dict[str, Any], settings: specs.Settings) -> str:
     """The new job's name."""
     with tempfile.TemporaryDirectory() as folder:
-        # JSON is YAML in which nothing can be read in two ways.
         path = os.path.join(folder, f"{settings['run']}.json")
         with open(path, "w", encoding="utf-8") as file:
             json.dump(job, file)
-        return gcloud(create(kind, settings, path), settings)
+        return run_gcloud(create(kind, settings, path), settings)
 
 
 def _report(kind: str, settings: specs.Settings, name: str) -> None:
     print(name)
-    _say(f"submitted {name}")
-    for what, line in followers(kind, settings, name):
-        _say(f"  {what:8} {shlex.join(line)}")
-    _say(f"The same command with run = {settings['run']} goes on from its last checkpoint, after an end of any kind.")
+    _print_error(f"submitted {name}")
+    for label, command in followers(kind, settings, name):
+        _print_error(f"  {label:8} {shlex.join(command)}")
+    _print_error(
+        f"The same command with run = {settings['run']} resumes from the last checkpoint, however this job ends."
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The job on a TPU VM of your own. See deploy/tpu_vm.sh."""
+"""Runs the job on a TPU VM of your own. See deploy/tpu_vm.sh."""
 
 from __future__ import annotations
 
@@ -10,28 +10,25 @@ import subprocess
 import sys
 import tempfile
 
-from deploy import check, specs, submit
-from deploy.plainyaml import YamlError
-from deploy.specs import SettingError
+from deploy import hardware, specs, submit, trainer_flags
+from deploy.errors import CloudError, UserError
 
 ACTIONS = ("create", "state", "logs", "delete")
-# What Cloud TPU calls one v5e machine and its system (docs.cloud.google.com/tpu/docs/create-tpu-vm).
-RUNTIME = "v2-alpha-tpuv5-lite"
 STARTUP = """#!/bin/bash
-# Runs at each start of the machine. On a finished run the trainer says so and ends.
+# Runs at each start of the machine. If the run is finished, the trainer reports that and ends.
 set -u
 gcloud auth configure-docker {host} --quiet
 docker pull --quiet {image}
 docker rm --force funmatch 2>/dev/null
-# A TPU's devices belong to root. There is no restart on failure: exit codes 2, 3 and 4 would fail again.
+# A TPU's devices belong to root. There is no restart on failure: exit codes 2, 3 and 4 would fail
+# again.
 docker run --detach --name funmatch --privileged --network host --user 0:0 {image} {arguments}
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns an exit code: 0, 1 if Google's side refused, 2 for a mistake."""
-    arguments = sys.argv[1:] if argv is None else argv
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    """Returns an exit code: 0, 1 if Google Cloud refused, 2 for a mistake."""
+    arguments, extra = submit.split_arguments(sys.argv[1:] if argv is None else argv)
     parser = submit.Parser(
         prog="deploy/tpu_vm.sh",
         usage="deploy/tpu_vm.sh create|state|logs|delete --zone=ZONE [--dry-run] [--set NAME=VALUE]... [-- TRAINER FLAGS]",
@@ -43,64 +40,70 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print; call nothing")
     submit.add_settings(parser)
     try:
-        return _main(parser.parse_args(arguments[:cut]), arguments[cut + 1 :])
-    except (SettingError, YamlError, submit.Mistake) as error:
+        return _main(parser.parse_args(arguments), extra)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except submit.Refused as error:
+    except CloudError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def _main(chosen: argparse.Namespace, extra: list[str]) -> int:
-    if chosen.action not in ACTIONS:
-        raise submit.Mistake(
-            f"there is no {chosen.action}{check.near(chosen.action, ACTIONS)}; there are {', '.join(ACTIONS)}"
+def _main(options: argparse.Namespace, extra: list[str]) -> int:
+    if options.action not in ACTIONS:
+        raise UserError(
+            f"there is no action {options.action}{hardware.near(options.action, ACTIONS)}; there are {', '.join(ACTIONS)}"
         )
     spec = specs.load("vertex-tpu-v5e")
-    given = list(submit.given(chosen))
-    region = chosen.zone.rpartition("-")[0]
-    given.insert(0, ("--zone", {"region": region}))
-    if chosen.action != "create":
-        settings = specs.settle(spec | {"job": {}}, given, needed=("project", "run"))
-        return _other(chosen, settings)
-    settings = specs.settle(spec, given)
+    region = options.zone.rpartition("-")[0]
+    sources = [("--zone", {"region": region}), *submit.setting_sources(options)]
+    if options.action != "create":
+        settings = specs.resolve(spec | {"job": {}}, sources, required=("project", "run"))
+        return _follow(options, settings)
+    settings = specs.resolve(spec, sources)
     if settings["region"] != region:
-        raise submit.Mistake(f"--zone={chosen.zone} is not in region = {settings['region']}: the data would travel")
+        raise UserError(f"--zone={options.zone} is not in region = {settings['region']}, where the data is")
     container = specs.render(spec, settings, extra)["workerPoolSpecs"][0]["containerSpec"]
-    wrong = list(check.arguments(container["args"])) or list(check.configuration(container["args"], {}))
-    if wrong:
-        raise submit.Mistake("\nerror: ".join(wrong))
+    if errors := trainer_flags.errors(container["args"]):
+        raise UserError("\nerror: ".join(errors))
+    for note in hardware.region_notes(str(settings["tpu"]), region):
+        print(f"note: {note}", file=sys.stderr)
     script = startup(container["imageUri"], container["args"])
-    command = create(settings, chosen.zone, "STARTUP.sh")
-    if chosen.dry_run:
+    if options.dry_run:
         print(script)
-        print(f"would run: {shlex.join(command)}", file=sys.stderr)
+        print(f"would run: {shlex.join(create(settings, options.zone, 'STARTUP.sh'))}", file=sys.stderr)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "startup.sh")
         with open(path, "w", encoding="utf-8") as file:
             file.write(script)
-        submit.gcloud(create(settings, chosen.zone, path), settings)
-    again = f"--zone={chosen.zone} --set run={settings['run']}"
-    print(f"asked for {settings['run']}; it is billed from when it is there until it is deleted", file=sys.stderr)
+        submit.run_gcloud(create(settings, options.zone, path), settings)
+    print(f"requested {settings['run']}; it is billed from its creation until it is deleted", file=sys.stderr)
     for action in ACTIONS[1:]:
-        print(f"  {action:8} deploy/tpu_vm.sh {action} {again}", file=sys.stderr)
+        print(
+            f"  {action:8} deploy/tpu_vm.sh {action} --zone={options.zone} --set run={settings['run']}", file=sys.stderr
+        )
     return 0
 
 
 def startup(image: str, arguments: list[str]) -> str:
-    """The machine's start-up script."""
+    """The machine's start-up script, which runs an image with the trainer's arguments."""
     return STARTUP.format(host=image.partition("/")[0], image=shlex.quote(image), arguments=shlex.join(arguments))
 
 
 def create(settings: specs.Settings, zone: str, script: str) -> list[str]:
-    """The command that asks for the machine."""
-    account = settings["service_account"]
+    """The command that requests the machine.
+
+    Args:
+        settings: of the run.
+        zone: where the machine is to be.
+        script: path of the start-up script.
+    """
+    account, tpu = settings["service_account"], hardware.TPUS[str(settings["tpu"])]
     return [
         *("gcloud", "compute", "tpus", "queued-resources", "create", str(settings["run"])),
         *(f"--project={settings['project']}", f"--zone={zone}", f"--node-id={settings['run']}"),
-        *(f"--accelerator-type=v5litepod-{settings['chips']}", f"--runtime-version={RUNTIME}"),
+        *(f"--accelerator-type={tpu.vm_accelerator}{settings['chips']}", f"--runtime-version={tpu.vm_runtime}"),
         *(["--spot"] if settings["spot"] else []),
         *([f"--service-account={account}"] if account else []),
         *("--scopes=https://www.googleapis.com/auth/cloud-platform", f"--valid-until-duration={settings['hours']}h"),
@@ -108,8 +111,14 @@ def create(settings: specs.Settings, zone: str, script: str) -> list[str]:
     ]
 
 
-def other(action: str, settings: specs.Settings, zone: str) -> list[str]:
-    """The command for another action than create."""
+def follow(action: str, settings: specs.Settings, zone: str) -> list[str]:
+    """The command for an action other than create.
+
+    Args:
+        action: state, logs or delete.
+        settings: of the run.
+        zone: where the machine is.
+    """
     run, where = str(settings["run"]), [f"--project={settings['project']}", f"--zone={zone}"]
     tpus = ["gcloud", "compute", "tpus"]
     return {
@@ -119,13 +128,13 @@ def other(action: str, settings: specs.Settings, zone: str) -> list[str]:
     }[action]
 
 
-def _other(chosen: argparse.Namespace, settings: specs.Settings) -> int:
-    command = other(chosen.action, settings, chosen.zone)
-    if chosen.dry_run:
+def _follow(options: argparse.Namespace, settings: specs.Settings) -> int:
+    command = follow(options.action, settings, options.zone)
+    if options.dry_run:
         print(shlex.join(command))
         return 0
     if not shutil.which("gcloud"):
-        raise submit.Refused("gcloud is not on PATH: install the Google Cloud CLI, or see the command with --dry-run")
+        raise CloudError("gcloud is not on PATH: install the Google Cloud CLI, or print the command with --dry-run")
     return 1 if subprocess.run(command, check=False).returncode else 0
 
 

@@ -4,7 +4,8 @@
 #     deploy/tpu_vm.sh create --zone=ZONE [--dry-run] [--spot] [--set NAME=VALUE]... [-- TRAINER FLAGS]
 #     deploy/tpu_vm.sh state|logs|delete --zone=ZONE [--dry-run] [--set NAME=VALUE]...
 #
-# The machine starts the image at each of its starts, so that a restart goes on with the run. It is billed until it is deleted.
+# The machine runs the image at each of its starts, so a restart resumes the run. It is billed
+# until it is deleted.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=deploy/python.sh

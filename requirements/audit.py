@@ -1,8 +1,10 @@
-"""Asks whether what the locks name has known vulnerabilities: python requirements/audit.py [--or-say-so] LOCK...
+"""Looks up known vulnerabilities of the packages in the locks: python requirements/audit.py
+[--or-say-so] LOCK...
 
-pip-audit looks each package up at the index's advisory service, and calls a run in which it could look nothing up a clean one.
-This calls it what it is. Exit codes: 0 all were looked up and none has a known vulnerability; 1 some have; 3 some could not be
-looked up, which `--or-say-so` turns into 0 and a line that says so. Needs pip-audit (`make audit` installs it, locked).
+pip-audit looks each package up at the index's advisory service, and reports success even if it
+could look none up. This script reports that as not done. Exit codes: 0 all were looked up and
+none has a known vulnerability; 1 some have; 3 some could not be looked up, which `--or-say-so`
+turns into 0 and a line of output. Needs pip-audit (`make audit` installs it, locked).
 """
 
 from __future__ import annotations
@@ -16,18 +18,22 @@ CLEAN, VULNERABLE, UNKNOWN = 0, 1, 3
 
 
 def verdict(dependencies: list[dict[str, Any]]) -> tuple[int, list[str]]:
-    """The exit code, and the lines to print, for what pip-audit's JSON says of the packages."""
+    """The exit code and the lines to print.
+
+    Args:
+        dependencies: the packages in pip-audit's JSON.
+    """
     lines = [
-        f"{one['name']} {one['version']}: {bad['id']}"
-        + (f", mended in {', '.join(bad['fix_versions'])}" if bad.get("fix_versions") else "")
-        for one in dependencies
-        for bad in one.get("vulns", [])
+        f"{package['name']} {package['version']}: {vulnerability['id']}"
+        + (f", fixed in {', '.join(vulnerability['fix_versions'])}" if vulnerability.get("fix_versions") else "")
+        for package in dependencies
+        for vulnerability in package.get("vulns", [])
     ]
-    skipped = [one for one in dependencies if "skip_reason" in one]
+    skipped = [package for package in dependencies if "skip_reason" in package]
     code = VULNERABLE if lines else CLEAN
     if skipped or not dependencies:
-        why = f": {skipped[0]['skip_reason']}" if skipped else ""
-        lines.append(f"NOT DONE for {len(skipped)} of {len(dependencies)} packages{why}")
+        reason = f": {skipped[0]['skip_reason']}" if skipped else ""
+        lines.append(f"NOT DONE for {len(skipped)} of {len(dependencies)} packages{reason}")
         code = code or UNKNOWN
     if code == CLEAN:
         lines.append(f"{len(dependencies)} packages looked up, no known vulnerability")
@@ -52,8 +58,8 @@ def main() -> int:
     try:
         code, lines = verdict(json.loads(done.stdout)["dependencies"])
     except (ValueError, KeyError):
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        code, lines = UNKNOWN, [f"NOT DONE, pip-audit ended with {done.returncode}: {said[-1]}"]
+        output = done.stderr.strip().splitlines() or ["no output"]
+        code, lines = UNKNOWN, [f"NOT DONE, pip-audit ended with {done.returncode}: {output[-1]}"]
     for line in lines:
         print(f"audit: {line}")
     return CLEAN if code == UNKNOWN and "--or-say-so" in sys.argv else code

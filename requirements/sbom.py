@@ -1,7 +1,8 @@
-"""A bill of materials (CycloneDX 1.5, JSON) from locks: python requirements/sbom.py requirements/tpu.txt > sbom.cdx.json
+"""A bill of materials (CycloneDX 1.5, JSON) from locks: python requirements/sbom.py
+requirements/tpu.txt > sbom.cdx.json
 
-A lock names everything that pip may install, with the hashes that it must have, so the bill is complete for what Python
-packages an image holds. It does not list the base image's own packages: a scanner of images does. Standard library only.
+A lock names every Python package of an image, with its hashes, so the bill is complete for those.
+It does not list the base image's own packages: an image scanner does. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 def components(text: str) -> dict[str, dict[str, object]]:
     """The components that a lock pins, by package URL.
 
-    A lock names the hashes of all the files (wheels of other systems, sources) that pip would accept. CycloneDX's `hashes`
-    are of one file, so they stand as properties.
+    A lock names the hashes of all files (wheels of other systems, sources) that pip would accept.
+    CycloneDX's `hashes` are of one file, so these are properties.
     """
-    found: dict[str, dict[str, object]] = {}
+    parts: dict[str, dict[str, object]] = {}
     accepted: list[dict[str, str]] = []
     for line in text.splitlines():
         if pin := _PIN.match(line):
             name = re.sub(r"[-_.]+", "-", pin[1]).lower()
             purl = f"pkg:pypi/{name}@{pin[2]}"
             accepted = []
-            found[purl] = {
+            parts[purl] = {
                 "type": "library",
                 "bom-ref": purl,
                 "name": name,
@@ -37,7 +38,7 @@ def components(text: str) -> dict[str, dict[str, object]]:
                 "properties": accepted,
             }
         accepted += [{"name": "funmatch:accepted-sha256", "value": digest} for digest in _HASH.findall(line)]
-    return found
+    return parts
 
 
 def bill(texts: list[str]) -> dict[str, object]:

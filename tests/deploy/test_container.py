@@ -1,6 +1,7 @@
-"""The images: made of the locks alone, run as nobody in particular, need only a workdir, and hold no secret.
+"""The images hold what the locks name, run as any user, need only a workdir, and hold no secret.
 
-The GPU image is not built here: with CUDA's libraries it is several times larger. Its lock is tested in test_supply.py.
+The GPU image is not built here: with CUDA's libraries it is several times larger. Its lock is
+tested in test_supply.py.
 
 Uses the Docker engine that answers (DOCKER_HOST or the default one); where none does and
 DOCKER_HOST is not set, it starts one of its own with container_engine.sh and stops it at the end.
@@ -19,9 +20,10 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BASE = "python:3.11-slim-bookworm"
-# What pip may need on this machine. It reaches the build as arguments and must not reach the image.
+# What pip may need on this machine. It reaches the build as arguments and must not reach the
+# image.
 PIP_VARIABLES = [
     "PIP_CERT",
     "PIP_DEFAULT_TIMEOUT",
@@ -29,8 +31,8 @@ PIP_VARIABLES = [
     "PIP_INDEX_URL",
     "PIP_TRUSTED_HOST",
 ]
-# Stands for a secret in those variables (pip only compares host names with it), in files beside the code, and in variables of
-# a running container.
+# Stands for a secret in those variables (pip only compares host names with it), in files beside
+# the code, and in variables of a running container.
 CANARY = "canary-d1f0a7.invalid"
 PLANTED = [
     ".env",
@@ -106,10 +108,10 @@ def engine() -> Iterator[Engine]:
         assert own.stdin is not None
         assert own.stdout is not None
         try:
-            said = dict(own.stdout.readline().strip().partition("=")[::2] for _ in range(2))
-            if set(said) != {"DOCKER_HOST", "BASE"}:
+            values = dict(own.stdout.readline().strip().partition("=")[::2] for _ in range(2))
+            if set(values) != {"DOCKER_HOST", "BASE"}:
                 pytest.fail("container_engine.sh started no engine; it says why above")
-            yield Engine(environment | {"DOCKER_HOST": said["DOCKER_HOST"]}, said["BASE"])
+            yield Engine(environment | {"DOCKER_HOST": values["DOCKER_HOST"]}, values["BASE"])
         finally:
             own.stdin.close()
             own.wait(timeout=120)
@@ -131,7 +133,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def images(engine: Engine, context: Path) -> Iterator[dict[str, str]]:
-    """The images by flavour, made as `make image` makes them. The stages that they share are made once."""
+    """The images by flavour, built by `make image`. Stages that they share are built once."""
     arguments = {name: os.environ[name] for name in PIP_VARIABLES if name in os.environ}
     arguments["PIP_TRUSTED_HOST"] = f"{arguments.get('PIP_TRUSTED_HOST', '')} {CANARY}".strip()
     flags = " ".join(f"--build-arg '{name}={value}'" for name, value in arguments.items())
@@ -163,7 +165,7 @@ def in_image(engine: Engine, image: str, python: str, *flags: str) -> subprocess
     return engine.run("docker", "run", "--rm", *LOCKED_DOWN, *flags, "--entrypoint=python", image, "-c", python)
 
 
-def test_image_is_small_and_says_what_it_is(
+def test_image_is_small_and_labelled(
     engine: Engine, image: str, flavour: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (seen,) = json.loads(engine.run("docker", "inspect", image).stdout)
@@ -216,11 +218,11 @@ print(json.dumps([{d.name: d.version for d in m.distributions()}, bill, sorted(f
 
 
 def test_nothing_of_the_building_machine_is_left(engine: Engine, image: str) -> None:
-    told = engine.run("docker", "history", "--no-trunc", image).stdout
-    told += engine.run("docker", "inspect", image).stdout
+    output = engine.run("docker", "history", "--no-trunc", image).stdout
+    output += engine.run("docker", "inspect", image).stdout
     # The official base image has a PYTHON_PIP_VERSION of its own.
-    assert not re.search(r"(?<!PYTHON_)PIP_", told)
-    assert CANARY not in told
+    assert not re.search(r"(?<!PYTHON_)PIP_", output)
+    assert CANARY not in output
     # Each layer, not only the files that are seen at the end. `docker save` does not compress.
     with subprocess.Popen(["docker", "save", image], env=engine.environment, stdout=subprocess.PIPE) as saving:
         assert saving.stdout is not None
@@ -255,12 +257,13 @@ print("trained and exported")
 """
     # The TPU's wheel has no XLA for a CPU.
     work = work.replace("JIT", str(flavour == "cpu"))
-    # What the program sets before it imports TensorFlow; without it libtpu waits for Google's metadata server.
+    # What the program sets before it imports TensorFlow; without it libtpu waits for Google's
+    # metadata server.
     assert "trained and exported" in in_image(engine, image, work, "--env=TPU_LOAD_LIBRARY=0").stdout
 
 
 def test_the_whole_job_runs_locked_down(engine: Engine, image: str, tmp_path: Path) -> None:
-    """On the CPU, in the TPU's image too, where libtpu would wait for a TPU if it were loaded. Secrets around it stay there."""
+    """On the CPU, in the TPU's image too. Secrets in its environment stay there."""
     tmp_path.chmod(0o777)
     secrets = tmp_path / "secrets"
     secrets.mkdir()
@@ -278,12 +281,13 @@ def test_the_whole_job_runs_locked_down(engine: Engine, image: str, tmp_path: Pa
     shutil.rmtree(secrets)
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [str(path) for path in left if CANARY.encode() in path.read_bytes()]
-    # AIP_... makes it a cloud's container, so each line is a log entry; and the model is where Vertex AI looks for it.
+    # AIP_... makes it a cloud's container, so each line is a log entry; and the model is where
+    # Vertex AI looks for it.
     assert {json.loads(line)["severity"] for line in done.stderr.splitlines()} == {"INFO"}
     assert (tmp_path / "model" / "saved_model.pb").exists()
 
 
-def test_without_a_tpu_the_tpu_image_says_so(engine: Engine, images: dict[str, str], tmp_path: Path) -> None:
+def test_without_a_tpu_the_tpu_image_names_the_cause(engine: Engine, images: dict[str, str], tmp_path: Path) -> None:
     """Soon, in one line, and libtpu's interface is the version that TensorFlow was built for."""
     tmp_path.chmod(0o777)
     locked = ("docker", "run", "--rm", *LOCKED_DOWN, f"--volume={tmp_path}:/work", "--env=TF_CPP_MIN_LOG_LEVEL=0")

@@ -1,4 +1,4 @@
-"""Locks, the bill of materials and the audit: what an image is made of is what was tested, and is said truly."""
+"""Locks, bill of materials and audit: an image holds what was tested, and its bill lists it."""
 
 from __future__ import annotations
 
@@ -17,31 +17,36 @@ import audit
 import sbom
 
 LOCKS = ROOT / "requirements"
-# What install.sh calls the flavour's own.
-OWN = re.compile(r"^(tensorflow|tensorflow-tpu|libtpu|nvidia-[a-z0-9-]+)$")
+# Packages that differ between flavours. An image installs them after all others.
+FLAVOUR_PACKAGE = re.compile(r"^(tensorflow|tensorflow-tpu|libtpu|nvidia-[a-z0-9-]+)$")
 
 
-def blocks(lock: str) -> dict[str, str]:
-    """What a lock says of each package: its version and hashes."""
-    found: dict[str, str] = {}
+def requirements(text: str) -> dict[str, str]:
+    """The version and hashes of each package in the text of a lock."""
+    packages: dict[str, str] = {}
     name = ""
-    for line in (LOCKS / f"{lock}.txt").read_text().splitlines():
+    for line in text.splitlines():
         if pin := re.match(r"^([a-z0-9.-]+)==", line):
             name = pin[1]
         if name and line.strip() and not line.lstrip().startswith("#"):
-            found[name] = found.get(name, "") + line + "\n"
-    return found
+            packages[name] = packages.get(name, "") + line + "\n"
+    return packages
+
+
+def blocks(lock: str) -> dict[str, str]:
+    """The version and hashes of each package in a lock."""
+    return requirements((LOCKS / f"{lock}.txt").read_text())
 
 
 @pytest.mark.parametrize("flavour", ["tpu", "gpu", "dev"])
 def test_flavours_differ_in_nothing_but_tensorflow(flavour: str) -> None:
-    """The images share a layer that is installed from cpu.txt; and what the tests run on is what is deployed."""
+    """The images share a layer installed from cpu.txt, and the tests run on the same packages."""
     cpu, other = blocks("cpu"), blocks(flavour)
-    common = {name: text for name, text in cpu.items() if not OWN.match(name)}
+    common = {name: text for name, text in cpu.items() if not FLAVOUR_PACKAGE.match(name)}
     assert len(common) > 80
     assert {name: other.get(name) for name in common} == common
     if flavour != "dev":
-        assert all(OWN.match(name) for name in other.keys() - common.keys())
+        assert all(FLAVOUR_PACKAGE.match(name) for name in other.keys() - common.keys())
 
 
 def test_each_flavour_has_its_tensorflow() -> None:
@@ -63,30 +68,37 @@ def test_every_pin_has_a_hash() -> None:
             assert "--hash=sha256:" in text, f"{lock.name}: {name}"
 
 
-def test_the_installer_parts_a_lock_in_two(tmp_path: pathlib.Path) -> None:
-    """The very awk program of install.sh: each package is in one of the two parts."""
-    script = (LOCKS / "install.sh").read_text()
-    (flavour,) = re.findall(r"flavour='(.+)'$", script, re.MULTILINE)
-    assert flavour == OWN.pattern.removesuffix("$") + "=="
-    parts = []
-    for pattern in (f"keep = !/{flavour}/", f"keep = /{flavour}/"):
-        (program,) = re.findall(r'awk "(.+)" "\$lock"', script)
-        text = subprocess.check_output(
-            ["awk", program.replace("$pattern", pattern), LOCKS / "tpu.txt"], text=True, cwd=tmp_path
-        )
-        parts.append(set(re.findall(r"^([a-z0-9.-]+)==", text, re.MULTILINE)))
-    assert parts[0] | parts[1] == blocks("tpu").keys()
-    assert not parts[0] & parts[1]
-    assert parts[1] == {"tensorflow-tpu", "libtpu"}
+def selected(part: str, lock: str) -> str:
+    """The requirements of a lock that install.sh installs for a part of an image."""
+    command = ["sh", LOCKS / "install.sh", "select", part, LOCKS / f"{lock}.txt"]
+    return subprocess.check_output(command, text=True)
+
+
+@pytest.mark.parametrize("flavour", ["cpu", "tpu", "gpu"])
+def test_the_installer_splits_a_lock_in_two(flavour: str) -> None:
+    """Each package is in one part, with its hashes: TensorFlow and its libraries, or the rest."""
+    parts = [requirements(selected(part, flavour)) for part in ("common", "flavour")]
+    assert parts[0] | parts[1] == blocks(flavour)
+    assert not parts[0].keys() & parts[1].keys()
+    assert parts[1].keys() == {name for name in blocks(flavour) if FLAVOUR_PACKAGE.match(name)}
+    assert parts[0] == requirements(selected("common", "cpu"))
+
+
+def test_the_installer_refuses_an_unknown_part() -> None:
+    for arguments in (["tensorflow", "cpu.txt"], ["common"], []):
+        command = ["sh", LOCKS / "install.sh", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("usage: install.sh")
 
 
 def test_the_bill_of_materials_is_of_the_lock() -> None:
-    made = [
+    outputs = [
         subprocess.check_output([sys.executable, LOCKS / "sbom.py", LOCKS / "build.txt", LOCKS / "tpu.txt"], text=True)
         for _ in range(2)
     ]
-    assert made[0] == made[1]
-    bill = json.loads(made[0])
+    assert outputs[0] == outputs[1]
+    bill = json.loads(outputs[0])
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
     assert re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", bill["serialNumber"])
     listed = {part["name"]: part for part in bill["components"]}
@@ -105,19 +117,19 @@ def test_a_bill_of_nothing_is_refused(tmp_path: pathlib.Path) -> None:
         assert done.returncode == 1
 
 
-def test_an_audit_that_could_not_look_is_not_clean() -> None:
+def test_an_audit_that_could_not_look_packages_up_is_not_clean() -> None:
     fine = {"name": "a", "version": "1", "vulns": []}
     bad = {"name": "b", "version": "2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["3"]}]}
     unknown = {"name": "c", "skip_reason": "not found"}
     assert audit.verdict([fine]) == (0, ["1 packages looked up, no known vulnerability"])
-    assert audit.verdict([fine, bad]) == (1, ["b 2: PYSEC-1, mended in 3"])
+    assert audit.verdict([fine, bad]) == (1, ["b 2: PYSEC-1, fixed in 3"])
     assert audit.verdict([fine, unknown]) == (3, ["NOT DONE for 1 of 2 packages: not found"])
     assert audit.verdict([bad, unknown])[0] == 1
     assert audit.verdict([])[0] == 3
 
 
-def test_without_pip_audit_the_audit_says_so() -> None:
-    """This environment has none."""
+def test_without_pip_audit_the_audit_is_not_done() -> None:
+    """pip-audit is not in the environment of the tests."""
     command = [sys.executable, LOCKS / "audit.py", LOCKS / "build.txt"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3
@@ -126,7 +138,7 @@ def test_without_pip_audit_the_audit_says_so() -> None:
 
 
 def test_every_file_of_the_package_reaches_an_image() -> None:
-    """What the build may see, and what setup.py installs, are lists: a new folder must be in both."""
+    """A new folder must be in the build's allowlist and among the packages of setup.py."""
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     setup = (ROOT / "setup.py").read_text()
     packages = setuptools.find_packages(str(ROOT), include=["trainer", "trainer.*"])

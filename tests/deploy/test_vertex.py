@@ -1,4 +1,4 @@
-"""One job as Vertex AI starts it, and what `--check` and the served model say to those who ask."""
+"""One job as Vertex AI starts it, `--check`, and the exported model behind a serving interface."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ JOB = [
 def run(
     data: str, teacher_file: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[pathlib.Path, list[dict[str, Any]]]:
-    """The folder that Vertex AI would have named, after a trial of a study ran there, and the lines of its log."""
+    """The folder of a study's trial that ran as on Vertex AI, and the lines of its log."""
     base = tmp_path_factory.mktemp("vertex") / "study" / "7"
     home = tmp_path_factory.mktemp("home")
     (home / ".kaggle").mkdir()
@@ -89,8 +89,9 @@ def test_no_secret_comes_out(run: tuple[pathlib.Path, list[dict[str, Any]]]) -> 
 def rest(folder: pathlib.Path, request: str) -> dict[str, Any]:
     """What TensorFlow Serving's REST interface does with a request, by its documentation.
 
-    A JSON object {"b64": TEXT} stands for bytes, in row format (`instances`; the name may be left out for a single input) and in
-    columnar format (`inputs`). An output whose name ends in `_bytes` goes back the same way; other strings as text.
+    A JSON object {"b64": TEXT} stands for bytes, in row format (`instances`; the name may be left
+    out for a single input) and in columnar format (`inputs`). An output whose name ends in
+    `_bytes` goes back the same way; other strings as text.
     """
 
     def decode(value: Any) -> Any:
@@ -105,11 +106,11 @@ def rest(folder: pathlib.Path, request: str) -> dict[str, Any]:
         given = [decode(row[name]) for row in rows]
     else:
         given = [decode(value) for value in body["inputs"][name]]
-    found = {key: value.numpy() for key, value in signature(**{name: tf.constant(given)}).items()}
-    assert not [key for key in found if key.endswith("_bytes")]
+    outputs = {key: value.numpy() for key, value in signature(**{name: tf.constant(given)}).items()}
+    assert not [key for key in outputs if key.endswith("_bytes")]
     plain = {
         key: np.vectorize(bytes.decode, otypes=[object])(value).tolist() if value.dtype == object else value.tolist()
-        for key, value in found.items()
+        for key, value in outputs.items()
     }
     if "inputs" in body:
         return json.loads(json.dumps({"outputs": plain}))
@@ -119,7 +120,7 @@ def rest(folder: pathlib.Path, request: str) -> dict[str, Any]:
 
 
 def test_the_model_answers_serving_requests(run: tuple[pathlib.Path, list[dict[str, Any]]], data: str) -> None:
-    """As after `gcloud ai models upload --artifact-uri=AIP_MODEL_DIR`: JPEG bytes as base64 in, names and shares out."""
+    """As after `gcloud ai models upload`: JPEG bytes as base64 in, names and probabilities out."""
     model = run[0] / "model"
     dataset = Dataset.load(data)
     encoded = EncodedSplit(dataset, dataset.split("test", "final_split"))
@@ -178,9 +179,9 @@ def checked(data: str, teacher_file: str, workdir: str) -> tuple[int, str]:
 
 
 def test_check_tells_what_a_job_depends_on(data: str, teacher_file: str, tmp_path: pathlib.Path) -> None:
-    code, told = checked(data, teacher_file, str(tmp_path / "r"))
-    assert code == 0, told
-    rows = {words[0]: line for line in told.splitlines() if line.startswith("  ") and (words := line.split())}
+    code, output = checked(data, teacher_file, str(tmp_path / "r"))
+    assert code == 0, output
+    rows = {words[0]: line for line in output.splitlines() if line.startswith("  ") and (words := line.split())}
     assert rows.keys() == {"versions", "user", "workdir", "accelerator", "data", "teacher", "disk"}
     assert f"TensorFlow {tf.__version__}" in rows["versions"]
     assert "libtpu not installed" in rows["versions"]
@@ -188,19 +189,19 @@ def test_check_tells_what_a_job_depends_on(data: str, teacher_file: str, tmp_pat
     assert "CPU, 1 replica" in rows["accelerator"]
     assert "40 images to train on" in rows["data"]
     assert "SHA-256" in rows["teacher"]
-    assert "first step: loss" in told
+    assert "first step: loss" in output
     assert list((tmp_path / "r").iterdir()) == []
 
 
 @pytest.mark.usefixtures("gcs_here")
 def test_check_tries_a_bucket(data: str, teacher_file: str) -> None:
-    code, told = checked(data, teacher_file, "gs://bucket/runs/1")
-    assert code == 0, told
-    assert "gs://bucket/runs/1: wrote, read back and deleted" in told
+    code, output = checked(data, teacher_file, "gs://bucket/runs/1")
+    assert code == 0, output
+    assert "gs://bucket/runs/1: wrote, read back and deleted" in output
     assert files.names("gs://bucket/runs/1") == []
-    code, told = checked(data, teacher_file, "gs://no-such-bucket/runs/1")
+    code, output = checked(data, teacher_file, "gs://no-such-bucket/runs/1")
     assert code == 3
-    assert "gs://no-such-bucket/runs/1" in next(line for line in told.splitlines() if line.startswith("error: "))
+    assert "gs://no-such-bucket/runs/1" in next(line for line in output.splitlines() if line.startswith("error: "))
 
 
 def test_a_workdir_that_reads_back_something_else(
@@ -208,15 +209,15 @@ def test_a_workdir_that_reads_back_something_else(
 ) -> None:
     read = files.read
     monkeypatch.setattr(files, "read", lambda path, what: b"old" if "probe" in path else read(path, what))
-    code, told = checked(data, teacher_file, str(tmp_path / "r"))
+    code, output = checked(data, teacher_file, str(tmp_path / "r"))
     assert code == 3
-    assert "not what is read back" in told
+    assert "not what is read back" in output
 
 
 def test_a_disk_without_room(
     data: str, teacher_file: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    code, told = checked(data, teacher_file, str(tmp_path / "r"))
+    code, output = checked(data, teacher_file, str(tmp_path / "r"))
     assert code == 3
-    assert "--keep_checkpoints" in told
+    assert "--keep_checkpoints" in output
