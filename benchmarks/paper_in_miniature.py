@@ -360,8 +360,9 @@ def main() -> None:
     seeds = "1 seed" if len(plan.seeds) == 1 else f"{len(plan.seeds)} seeds: mean ± standard deviation"
     notes = (
         f"\nTest top-1 in percent, {seeds}. Teachers: {teacher_accuracies}. {TRAIN} images of {CLASSES} species, "
-        f"batches of {BATCH}, {IMAGE_SIZE} px, T = {TEMPERATURE:g}.\n{len(runs.rows)} runs, {minutes:.0f} minutes in them; {processor()}, "
-        f"{os.cpu_count()} cores, TensorFlow {tf.__version__}, Python {platform.python_version()}.\n"
+        f"batches of {BATCH}, {IMAGE_SIZE} px, T = {TEMPERATURE:g}.\n{len(runs.rows)} runs, {minutes:.0f} minutes in "
+        f"them; {processor()}, {os.cpu_count()} cores, TensorFlow {tf.__version__}, Python "
+        f"{platform.python_version()}.\n"
     )
     text = table(results, plan, rates) + notes
     (out / "table.md").write_text(text)
