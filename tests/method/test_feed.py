@@ -23,7 +23,7 @@ from trainer.data.order import ExampleSampler
 from trainer.data.records import EncodedSplit
 from trainer.data.store import DiskStore, ImageStore, MemoryStore, SeveralStores
 from trainer.method import views
-from trainer.method.feed import BatchPrefetcher, table_rows
+from trainer.method.feed import BatchPrefetcher, streamed_rows
 from trainer.run import build
 
 PARTNERS = {"roll": {}, "reverse": {"compat": ("mixup",)}, "": {"views": "same/ic"}}
@@ -93,7 +93,7 @@ def test_one_replica_reads_each_row_once(train: MemoryStore) -> None:
     given = BatchPrefetcher(settings(), 1, (0,), watched).take(0, 2, order)[1]
     assert (watched.asked[0] == order.batches(0, 2).ravel()).all()
     assert given[0][0].shape == (2, 8, SIDE, SIDE, 3)
-    assert table_rows(0, 1, 8, "roll").tolist() == list(range(8))
+    assert streamed_rows(0, 1, 8, "roll").tolist() == list(range(8))
 
 
 def test_the_next_loop_is_made_while_this_one_is_used(train: MemoryStore) -> None:
@@ -108,7 +108,7 @@ def test_the_next_loop_is_made_while_this_one_is_used(train: MemoryStore) -> Non
 
     held, order = Gated(train), ExampleSampler(0, TRAIN, 8)
     feed = BatchPrefetcher(settings(), 1, (0,), held)
-    feed.ahead(2, 1, order)  # returns at once, with the gate closed
+    feed.prefetch(2, 1, order)  # returns at once, with the gate closed
     held.gate.set()
     deadline = time.monotonic() + 30
     while not held.asked and time.monotonic() < deadline:
@@ -116,7 +116,7 @@ def test_the_next_loop_is_made_while_this_one_is_used(train: MemoryStore) -> Non
     assert len(held.asked) == 1, "nothing was made ahead"
     assert (feed.take(2, 1, order)[1][0][2].numpy() == train.labels[order.batches(2, 1)]).all()
     assert len(held.asked) == 1
-    feed.ahead(3, 1, order)
+    feed.prefetch(3, 1, order)
     assert (feed.take(7, 2, order)[1][0][2].numpy() == train.labels[order.batches(7, 2)]).all()
 
 
@@ -124,8 +124,8 @@ def test_a_loop_fits_into_memory(train: MemoryStore, monkeypatch: pytest.MonkeyP
     step = 8 * SIDE * SIDE * 3
     for free, most in ((8 * 5 * step, 5), (step, 1)):
         monkeypatch.setattr("trainer.method.feed.free_memory", lambda free=free: free)
-        assert BatchPrefetcher(settings(), 1, (0,), train).most_steps == most
-    assert BatchPrefetcher(settings(), 1, (0,)).most_steps == 0
+        assert BatchPrefetcher(settings(), 1, (0,), train).max_steps == most
+    assert BatchPrefetcher(settings(), 1, (0,)).max_steps == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from scipy import stats
 
 from trainer.core import options
 from trainer.core.config import Config
-from trainer.method import views
+from trainer.method import counter_rng, crops, views
 from trainer.models import value_range
 
 
@@ -30,32 +30,32 @@ def words(*values: int) -> tuple[tf.Tensor, ...]:
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_threefry_known_answers(key: tuple, counter: tuple, expected: tuple, compiled: bool) -> None:
-    function = tf.function(views.threefry, jit_compile=True) if compiled else views.threefry
+    function = tf.function(counter_rng.threefry, jit_compile=True) if compiled else counter_rng.threefry
     assert tuple(int(word) for word in function(words(*key), words(*counter))) == expected
 
 
 def test_uniform_numbers_are_uniform_and_independent() -> None:
-    drawn = views.uniform(3, tf.constant(5), tf.range(20_000), 6).numpy()
+    drawn = counter_rng.uniform(3, tf.constant(5), tf.range(20_000), 6).numpy()
     assert drawn.min() >= 0
     assert drawn.max() < 1
     for column in drawn.T:
         assert stats.kstest(column, "uniform").pvalue > 1e-3
     correlation = np.corrcoef(drawn.T) - np.eye(6)
     assert np.abs(correlation).max() < 0.03
-    other_step = views.uniform(3, tf.constant(6), tf.range(20_000), 6).numpy()
+    other_step = counter_rng.uniform(3, tf.constant(6), tf.range(20_000), 6).numpy()
     assert abs(np.corrcoef(drawn[:, 0], other_step[:, 0])[0, 1]) < 0.03
 
 
 def test_uniform_is_a_function_of_its_row() -> None:
-    whole = views.uniform(9, tf.constant(4), tf.range(50), 3).numpy()
-    part = views.uniform(9, tf.constant(4), tf.constant([17, 3]), 3).numpy()
+    whole = counter_rng.uniform(9, tf.constant(4), tf.range(50), 3).numpy()
+    part = counter_rng.uniform(9, tf.constant(4), tf.constant([17, 3]), 3).numpy()
     assert (part == whole[[17, 3]]).all()
 
 
 def boxes(height: int, width: int, count: int) -> np.ndarray:
-    draws = views.uniform(1, tf.constant(0), tf.range(count), views._DRAWS)
+    draws = counter_rng.uniform(1, tf.constant(0), tf.range(count), crops.DRAWS_PER_CROP)
     sizes = tf.tile(tf.constant([[height, width]], tf.float32), [count, 1])
-    return views.inception_box(draws[:, : views._DRAWS - 1], sizes).numpy()
+    return crops.inception_box(draws[:, : crops.DRAWS_PER_CROP - 1], sizes).numpy()
 
 
 def tensorflows_boxes(height: int, width: int, count: int) -> np.ndarray:
@@ -67,7 +67,7 @@ def tensorflows_boxes(height: int, width: int, count: int) -> np.ndarray:
                 tf.zeros([0, 0, 4]),
                 tf.stack([seed, 11]),
                 0.0,
-                views.ASPECT,
+                crops.ASPECT_RATIOS,
                 (0.05, 1.0),
                 100,
                 True,
@@ -116,7 +116,7 @@ def test_render_is_crop_then_tensorflows_resize(size: int, top: int, left: int, 
     expected = tf.image.resize(crop, [size, size]).numpy() / 127.5 - 1
     expected[1] = expected[1, :, ::-1]
     for compiled in (False, True):
-        render = tf.function(views.render, jit_compile=True) if compiled else views.render
+        render = tf.function(crops.render, jit_compile=True) if compiled else crops.render
         found = render(tf.constant(PICTURES), box, flip, size).numpy()
         assert np.abs(found - expected).max() < 2e-4
 
@@ -125,7 +125,7 @@ def test_render_is_crop_then_tensorflows_resize(size: int, top: int, left: int, 
 def test_area_is_tensorflows_area(size: int) -> None:
     box = tf.constant([[0.1, 0.2, 0.5, 0.5]] * 3)
     expected = tf.image.resize(PICTURES[:, 4:24, 8:28], [size, size], method="area").numpy() / 127.5 - 1
-    found = views.render(tf.constant(PICTURES), box, None, size, area=True).numpy()
+    found = crops.render(tf.constant(PICTURES), box, None, size, area=True).numpy()
     assert np.abs(found - expected).max() < 2e-4
 
 
@@ -135,13 +135,13 @@ def test_squashed_crop_keeps_the_originals_proportions() -> None:
     squashed = tf.image.resize(ramp[..., None], [40, 40], antialias=True).numpy()
     kept = np.repeat(squashed, 3, -1).round().astype(np.uint8)
     box = tf.constant([[0.25, 24 / 60, 10 / 20, 12 / 60]])
-    view = views.render(tf.constant(kept[None]), box, None, 12).numpy()
+    view = crops.render(tf.constant(kept[None]), box, None, 12).numpy()
     columns = (view[0, 0, :, 0] + 1) * 127.5
     assert np.abs(columns - np.arange(24, 36)).max() < 1.3
 
 
 def test_central_box_is_a_square_of_original_pixels() -> None:
-    box = views.central_box(tf.constant([[100.0, 200.0], [50.0, 50.0]]), 0.8).numpy()
+    box = crops.central_box(tf.constant([[100.0, 200.0], [50.0, 50.0]]), 0.8).numpy()
     assert np.allclose(box, [[0.1, 0.3, 0.8, 0.4], [0.1, 0.1, 0.8, 0.8]])
 
 
@@ -159,9 +159,9 @@ def global_views(replicas: int, batch: int, *, compiled: bool = False, **changes
 
     def make(replica: int) -> views.Views:
         rows = views.BatchRows.of(replica, replicas, batch, views.mixup_partner(settings))
-        chosen = tf.gather(tf.constant(images), rows.numbers), tf.gather(tf.constant(sizes), rows.numbers)
+        chosen = tf.gather(tf.constant(images), rows.rows), tf.gather(tf.constant(sizes), rows.rows)
         made = views.training_views(settings, *chosen, rows, tf.constant(3), teachers)
-        return made.student, made.teachers.get(12, tf.zeros([0])), made.share
+        return made.student, made.teachers.get(12, tf.zeros([0])), made.mixup_ratios
 
     run = tf.function(make, jit_compile=True) if compiled else make
     parts = [[part.numpy() for part in run(replica)] for replica in range(replicas)]
@@ -237,11 +237,11 @@ def test_mixup_by_example_has_a_coefficient_for_each() -> None:
     settings = Config(image_size=2, mixup="example")
     small = tf.zeros([3001, 2, 2, 3], tf.uint8)
     made = views.training_views(settings, small, tf.ones([3001, 2]) * 2, rows, tf.constant(0), ())
-    assert stats.kstest(made.share.numpy()[:, 0], "uniform").pvalue > 1e-3
+    assert stats.kstest(made.mixup_ratios.numpy()[:, 0], "uniform").pvalue > 1e-3
 
 
 def test_mixup_coefficients_are_uniform_over_steps() -> None:
-    draw = tf.function(lambda step: views.uniform(0, step, tf.constant([2**31 - 1]), 1)[0, 0])
+    draw = tf.function(lambda step: counter_rng.uniform(0, step, tf.constant([2**31 - 1]), 1)[0, 0])
     own = [float(draw(tf.constant(step))) for step in range(1500)]
     assert stats.kstest(own, "uniform").pvalue > 1e-3
 
@@ -288,8 +288,8 @@ def test_fixed_views_are_functions_of_the_example(mode: str) -> None:
 
 def test_mild_crops_are_uniform_squares_of_the_original() -> None:
     sizes = tf.tile(tf.constant([[300.0, 400.0]]), [4000, 1])
-    draws = views.uniform(0, tf.constant(0), tf.range(4000), 2)
-    box = views.mild_box(draws, sizes, 0.8).numpy()
+    draws = counter_rng.uniform(0, tf.constant(0), tf.range(4000), 2)
+    box = crops.mild_box(draws, sizes, 0.8).numpy()
     assert np.allclose(box[:, 2] * 300, 240, atol=1e-3)
     assert np.allclose(box[:, 3] * 400, 240, atol=1e-3)
     assert stats.kstest(box[:, 0] / 0.2, "uniform").pvalue > 1e-3
@@ -298,8 +298,8 @@ def test_mild_crops_are_uniform_squares_of_the_original() -> None:
 
 def test_least_area_of_a_crop() -> None:
     sizes = tf.tile(tf.constant([[200.0, 300.0]]), [3000, 1])
-    draws = views.uniform(1, tf.constant(0), tf.range(3000), 18)
-    box = views.inception_box(draws, sizes, 0.4).numpy()
+    draws = counter_rng.uniform(1, tf.constant(0), tf.range(3000), 18)
+    box = crops.inception_box(draws, sizes, 0.4).numpy()
     assert (box[:, 2] * box[:, 3]).min() >= 0.4 - 1e-6
     assert (box[:, 2] * box[:, 3]).min() < 0.45
 
@@ -330,8 +330,8 @@ def test_compat_crop_is_the_examples(size: int) -> None:
 
 
 def test_compat_crops_reach_every_corner_equally() -> None:
-    draws = views.uniform(0, tf.constant(0), tf.range(30_000), 2)
-    box = views.squashed_box(draws, 128, 160).numpy()
+    draws = counter_rng.uniform(0, tf.constant(0), tf.range(30_000), 2)
+    box = crops.squashed_box(draws, 128, 160).numpy()
     top = np.round(box[:, 0] * 160).astype(int)
     assert np.allclose(box[:, 0] * 160, top, atol=1e-4)
     assert stats.chisquare(np.bincount(top, minlength=33)).pvalue > 1e-3
@@ -361,5 +361,5 @@ def test_ranges(name: str, low: float, high: float) -> None:
 
 
 def test_half_of_the_views_are_mirrored() -> None:
-    draws = views.uniform(0, tf.constant(0), tf.range(4000), views._DRAWS).numpy()
+    draws = counter_rng.uniform(0, tf.constant(0), tf.range(4000), crops.DRAWS_PER_CROP).numpy()
     assert abs((draws[:, -1] < 0.5).mean() - 0.5) < 0.03

@@ -19,7 +19,7 @@ from trainer import recipes
 from trainer.core.config import Config
 from trainer.core.console import Console
 from trainer.data.order import ExampleSampler
-from trainer.method import views
+from trainer.method import counter_rng, views
 from trainer.models import teachers
 from trainer.run import build, loop
 
@@ -77,8 +77,8 @@ def test_hyperrule_squashes_then_crops() -> None:
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 0.9])
 def test_beta_is_scipys(alpha: float) -> None:
-    draws = views.uniform(5, 7, tf.range(4000), 16, 100)
-    found, true = views.beta(draws, alpha).numpy()[:, 0], stats.beta(alpha, alpha)
+    draws = counter_rng.uniform(5, 7, tf.range(4000), 16, 100)
+    found, true = counter_rng.beta(draws, alpha).numpy()[:, 0], stats.beta(alpha, alpha)
     # Next to 1, float32 is coarser than this distribution is steep: its lower half is compared, and how much that is.
     low = found[found < 0.5]
     assert abs(len(low) / len(found) - 0.5) < 0.03
@@ -90,7 +90,9 @@ def test_mixups_coefficient_is_betas(mixup: str) -> None:
     config = Config(image_size=8, mixup_alpha=0.1, mixup=mixup, batch_size=32, steps=9).resolve(64)
     images, sizes = tf.zeros([33, 16, 16, 3], tf.uint8), tf.ones([33, 2]) * 16
     rows = views.BatchRows.of(0, 1, 32, "roll")
-    made = [views.training_views(config, images, sizes, rows, tf.constant(s), ()).share.numpy() for s in range(40)]
+    made = [
+        views.training_views(config, images, sizes, rows, tf.constant(s), ()).mixup_ratios.numpy() for s in range(40)
+    ]
     shares = np.array(made)[:, :, 0]
     assert shares.shape == (40, 32)
     assert (np.ptp(shares, axis=1) == 0).all() == (mixup == "batch")
@@ -101,7 +103,7 @@ def test_mixups_coefficient_is_betas(mixup: str) -> None:
     half = views.training_views(
         config, images[:17], sizes[:17], views.BatchRows.of(1, 2, 32, "roll"), tf.constant(5), ()
     )
-    assert (half.share.numpy() == made[5][16:]).all()
+    assert (half.mixup_ratios.numpy() == made[5][16:]).all()
 
 
 RULE = {

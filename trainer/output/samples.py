@@ -33,9 +33,9 @@ def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list
     count = min(count, settings.batch_size)
     whole = views.BatchRows.of(0, 1, settings.batch_size, views.mixup_partner(settings))
     # The first rows alone, each beside its partner: the layout of "reverse", whatever the partner is.
-    pairs = [part[:count] for part in whole.split(whole.numbers)]
+    pairs = [part[:count] for part in whole.split_partners(whole.rows)]
     rows = views.BatchRows(tf.concat(pairs, 0), "reverse") if whole.partner else views.BatchRows(pairs[0], "")
-    chosen = ids[rows.numbers.numpy()]
+    chosen = ids[rows.rows.numpy()]
     made = views.training_views(
         settings,
         tf.constant(job.train.take(chosen)),
@@ -44,7 +44,7 @@ def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list
         tf.constant(step),
         () if job.targets else tuple({t.size: None for t in job.teachers}),
     )
-    own, other = rows.split(chosen)
+    own, other = rows.split_partners(chosen)
     student = best(job.student(value_range.to_range(made.student, settings.student_range), training=False))
     teacher: list[list[tuple[str, float]]] = [[] for _ in student]
     if job.targets:
@@ -58,7 +58,7 @@ def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list
     seen = [
         report.Sample(picture, caption(share, a, b), t, s, None)
         for picture, share, a, b, t, s in zip(
-            pixels(made.student), made.share.numpy()[:, 0], own, other, teacher, student, strict=True
+            pixels(made.student), made.mixup_ratios.numpy()[:, 0], own, other, teacher, student, strict=True
         )
     ]
     store = job.stores[settings.final_split]

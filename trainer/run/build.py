@@ -182,7 +182,7 @@ def build(config: Config, accelerator: Accelerator, console: Console) -> Job:
         resident,
         # Replicas that meet in a normalisation cannot do so inside a program that was compiled for one of them.
         jit_compile=jit_compile and not any(layer.synchronized for layer in students.batch_norms(student)),
-        local=accelerator.local_replicas(),
+        local_replicas=accelerator.local_replicas(),
     )
     feed = BatchPrefetcher(
         config, strategy.num_replicas_in_sync, accelerator.local_replicas(), None if resident else train, targets

@@ -22,7 +22,7 @@ from trainer.models import teachers
 from trainer.run.accelerator import Accelerator
 from trainer.run.evaluator import Evaluator
 
-REMEDY = {step.CAUSES[0]: "check the teacher's file, --teacher_range and --teacher_precision"}
+REMEDY = {step.FINITE_CHECKS[0]: "check the teacher's file, --teacher_range and --teacher_precision"}
 
 
 @dataclasses.dataclass
@@ -77,7 +77,7 @@ class Job:
         """Steps from `step` to the next moment at which the host has something to do, at most a loop's; 0 at the end."""
         config = self.config
         intervals = (config.log_every, config.eval_every, config.checkpoint_every)
-        most = min(config.steps_per_loop, self.feed.most_steps or config.steps_per_loop)
+        most = min(config.steps_per_loop, self.feed.max_steps or config.steps_per_loop)
         return max(0, min(config.steps - step, most, *(every - step % every for every in intervals)))
 
     def advance(self, steps: int, order: ExampleSampler | None = None) -> dict[str, float]:
@@ -94,13 +94,13 @@ class Job:
         first, order = self.step, order or self.order
         ids, streamed = self.feed.take(first, steps, order)
         if then := self.until_due(first + steps):
-            self.feed.ahead(first + steps, then, order)  # on the host, while the device runs this loop
+            self.feed.prefetch(first + steps, then, order)  # on the host, while the device runs this loop
         told = self.run_steps(ids, tf.constant(first, tf.int64), *([streamed] if streamed else []))
         metrics = {name: float(told[name]) for name in step.METRICS}
-        bad = int(told["bad_step"])
+        bad = int(told["non_finite_step"])
         if bad >= 0 or not all(math.isfinite(value) for value in metrics.values()):
             at = f"in step {bad + 1}" if bad >= 0 else f"between steps {first} and {first + steps}"
-            cause = step.cause(told["faults"].numpy())
+            cause = step.first_non_finite(told["non_finite"].numpy())
             raise Diverged(
                 f"not finite {at} of {self.config.steps}: {cause}. The last good checkpoint is kept; "
                 f"{REMEDY.get(cause, 'try a lower --learning_rate, a longer --warmup_steps or --precision=float32')}"

@@ -64,7 +64,7 @@ def training_views(config: Config, store: ImageStore, size: int, images: int, fi
     rows = views.BatchRows.of(0, 1, _BATCH, partner)
     made = []
     for step in range(first, first + -(-images // _BATCH)):
-        ids = order.batches(step, 1)[0][rows.numbers.numpy()]
+        ids = order.batches(step, 1)[0][rows.rows.numpy()]
         made.append(make(tf.constant(store.take(ids)), tf.constant(store.sizes[ids]), ids, tf.constant(step)).numpy())
     return made
 
