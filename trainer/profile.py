@@ -93,7 +93,7 @@ def run(chosen: Config, split: str, wanted: tuple[str, ...], console: Any) -> di
 
     train, held = decode("train_split"), decode("split")
     cheaper = tuple(form for form in wanted if form != "float32")
-    if cheaper and not bit.is_plain(teacher.model):
+    if cheaper and not bit.is_functional(teacher.model):
         console.info(f"{teacher.name} is a program whose layers cannot be exchanged: it has no cheap forms")
         wanted, cheaper = ("float32",), ()
     with hardware.strategy.scope():

@@ -92,7 +92,7 @@ def _model(values: Any) -> dict[str, str]:
         raise ConfigError(
             f"--model={values.model} has weights, and --student_weights={values.student_weights} too: drop one"
         )
-    return {"student": f"bit-{bit_weights.source(rest, 'model').arch.lower()}", "student_weights": values.model}
+    return {"student": f"bit-{bit_weights.parse_source(rest, 'model').arch.lower()}", "student_weights": values.model}
 
 
 def _hyperrule(values: Any, console: Any) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def convert_and_compare(
     """
     if not wanted:
         return []
-    if not bit.is_plain(teacher.model):
+    if not bit.is_functional(teacher.model):
         raise ConfigError(
             f"--teacher_precision={wanted[0]}: {teacher.name} is a program whose layers cannot be exchanged; "
             "ask it in float32, or give the network as keras: or bit:"
