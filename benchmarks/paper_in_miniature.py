@@ -33,11 +33,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import tensorflow as tf
 
-from trainer import prepare, teacher
+from trainer import teacher
 from trainer.core import options
 from trainer.core.config import Config
 from trainer.core.console import SilentConsole
 from trainer.data.order import ExampleSampler
+from trainer.ingest.synthetic_source import write_synthetic_dataset
 from trainer.run import accelerator, build
 
 CLASSES = 12
@@ -97,7 +98,7 @@ def make_data(out: pathlib.Path) -> pathlib.Path:
     folder = out / "data"
     if not (folder / "dataset.json").exists():
         splits = {"pretrain": PRETRAIN, "train": TRAIN, "validation": HELD_OUT, "test": HELD_OUT}
-        prepare.synthetic(str(folder), 0, CLASSES, STORE_SIZE, splits, lambda *_: None)
+        write_synthetic_dataset(str(folder), 0, CLASSES, STORE_SIZE, splits, lambda *_: None)
     return folder
 
 

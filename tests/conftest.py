@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import cli, prepare
+from trainer import cli
 from trainer.core.config import Config
 from trainer.core.console import Console, SilentConsole
+from trainer.ingest.synthetic_source import write_synthetic_dataset
 from trainer.models import bit
 from trainer.run import build
 from trainer.run.accelerator import Accelerator
@@ -129,7 +130,7 @@ def gcs_here(gcs: fake_gcs.Server, monkeypatch: pytest.MonkeyPatch) -> fake_gcs.
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A prepared data set of 5 species: 40 train, 15 validation, 23 test pictures, up to 32 pixels."""
     out = str(tmp_path_factory.mktemp("data") / "flowers")
-    prepare.synthetic(out, 0, CLASSES, SIDE, {"train": TRAIN, "validation": 15, "test": 23}, silent)
+    write_synthetic_dataset(out, 0, CLASSES, SIDE, {"train": TRAIN, "validation": 15, "test": 23}, silent)
     return out
 
 

@@ -207,7 +207,7 @@ def _encoded(path: str, dataset: Dataset, split: str, console: Console) -> np.nd
     parts = []
     for start in range(0, len(encoded), _ENCODED):
         ids = range(start, min(start + _ENCODED, len(encoded)))
-        parts.append(model([encoded.picture(example).encoded for example in ids]))
+        parts.append(model([encoded.record(example).encoded for example in ids]))
         console.progress("evaluate", ids.stop, len(encoded))
     return np.concatenate(parts)
 

@@ -21,7 +21,7 @@ from trainer.data.dataset import Dataset
 from trainer.data.memory import choose_stores
 from trainer.data.order import ExampleSampler
 from trainer.data.records import EncodedSplit
-from trainer.data.store import DiskStore, ImageStore, MemoryStore, SeveralStores
+from trainer.data.store import ConcatenatedStore, DiskStore, ImageStore, MemoryStore
 from trainer.method import views
 from trainer.method.feed import BatchPrefetcher, streamed_rows
 from trainer.run import build
@@ -214,7 +214,7 @@ def test_the_first_store_with_room_is_chosen(
 def test_several_sets_are_one_after_the_other(train: MemoryStore, data: str, tmp_path: pathlib.Path) -> None:
     dataset = Dataset.load(data)
     disk = DiskStore(dataset, dataset.splits["test"], SIDE, Cache(str(tmp_path)), lambda *_: None)
-    both = SeveralStores([train, disk])
+    both = ConcatenatedStore([train, disk])
     ids = np.random.default_rng(0).permutation(TRAIN + 23)
     other = MemoryStore(dataset, dataset.splits["test"], SIDE, lambda *_: None)
     assert (both.take(ids) == np.concatenate([train.images, other.images])[ids]).all()
@@ -231,7 +231,7 @@ def test_other_images_than_the_teachers(
     sets = []
     for name, classes, label in (("plain", (), -1), ("foreign", ("cat", "dog"), 1)):
         folder = str(tmp_path / name)
-        several = [dataclasses.replace(pictures.picture(k), label=label) for k in range(10 + 5 * len(classes))]
+        several = [dataclasses.replace(pictures.record(k), label=label) for k in range(10 + 5 * len(classes))]
         split = dataset.Split("train", (records.write_shard(folder, "s", several),))
         Dataset(folder, name, classes, {"train": split}, {}).save()
         sets.append(folder)

@@ -127,7 +127,7 @@ def test_export_gives_what_was_evaluated(
     export.write(str(tmp_path), student, dataset.classes, config, {"student": "bit-tiny"})
     loaded = tf.saved_model.load(str(tmp_path / "saved_model"))
     encoded = EncodedSplit(dataset, dataset.splits["test"])
-    pictures = [encoded.picture(i).encoded for i in range(23)]
+    pictures = [encoded.record(i).encoded for i in range(23)]
     served = loaded.signatures["serving_default"](image_bytes=tf.constant(pictures))
     assert np.abs(served["logits"].numpy() - measured).max() < near
     assert np.allclose(served["probabilities"].numpy().sum(1), 1, atol=1e-5)

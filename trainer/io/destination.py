@@ -60,10 +60,10 @@ class LocalDestination:
                 f"--out={folder} is being written by another process: let it finish, or choose another --out"
             )
         if self._lock >= 0:
-            for inside in (folder, files.join(folder, ".making")):
+            for inside in (folder, files.join(folder, ".incomplete")):
                 files.remove_temporary(inside)  # of processes that were killed
             with contextlib.suppress(OSError):
-                os.rmdir(files.join(folder, ".making"))  # if it is empty
+                os.rmdir(files.join(folder, ".incomplete"))  # if it is empty
 
     def close(self) -> None:
         """Lets another process write here."""

@@ -16,7 +16,7 @@ from trainer.core.errors import ConfigError, DataError
 from trainer.data.dataset import Dataset
 from trainer.data.order import ExampleSampler
 from trainer.data.records import CorruptRecord, CorruptRecordLog
-from trainer.data.store import DiskStore, ImageStore, MemoryStore, SeveralStores
+from trainer.data.store import ConcatenatedStore, DiskStore, ImageStore, MemoryStore
 from trainer.io import files
 from trainer.method import optim, step, views
 from trainer.method.feed import BatchPrefetcher
@@ -117,12 +117,12 @@ def build(config: Config, accelerator: Accelerator, console: Console) -> Job:
 
         made: ImageStore
         if kind == "disk":
-            made = DiskStore(dataset, split, config.store_size, open_cache(config), progress, damage=damage)
+            made = DiskStore(dataset, split, config.store_size, open_cache(config), progress, corrupt=damage)
         else:
             made = MemoryStore(dataset, split, config.store_size, progress, damage)
         report_corrupt_records(damage, split, console)
-        if damage.bad:
-            left_out[split.name if len(sets) == 1 else f"{dataset.folder}, {split.name}"] = damage.bad
+        if damage.records:
+            left_out[split.name if len(sets) == 1 else f"{dataset.folder}, {split.name}"] = damage.records
         return made
 
     parts = [held(dataset, "train_split", kinds[0]) for dataset in sets]
@@ -137,7 +137,7 @@ def build(config: Config, accelerator: Accelerator, console: Console) -> Job:
                 console.info(
                     f"the labels of {dataset.folder} are not used: its classes are not those of {held_out.folder}"
                 )
-    train = parts[0] if len(parts) == 1 else SeveralStores(parts)
+    train = parts[0] if len(parts) == 1 else ConcatenatedStore(parts)
     if config.distance in ("l2", "euclidean") and any(teacher.probabilities for teacher in loaded):
         raise ConfigError(
             f"--distance={config.distance} compares logits, and a teacher gives probabilities, which fix logits "

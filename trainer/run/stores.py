@@ -8,7 +8,7 @@ import json
 from trainer.core.config import Config
 from trainer.core.console import Console
 from trainer.core.errors import DataError
-from trainer.data.cache import Cache, too_little
+from trainer.data.cache import Cache, describe_shortage
 from trainer.data.dataset import Dataset, Split
 from trainer.data.memory import choose_stores, decoded_bytes, free_memory
 from trainer.data.records import CorruptRecord, CorruptRecordLog
@@ -17,7 +17,7 @@ from trainer.run.accelerator import Accelerator
 
 
 def report_corrupt_records(damage: CorruptRecordLog, split: Split, console: Console, most: int = 20) -> None:
-    lines = damage.lines()
+    lines = damage.messages()
     for line in lines[:most]:
         console.warning(f"left out: {line}")
     if lines:
@@ -58,11 +58,11 @@ def plan_stores(
     on_disk = (train if kinds[0] == "disk" else []) + (others if kinds[1] == "disk" else [])
     if on_disk:
         cache = open_cache(config)
-        found = cache.need(on_disk)
-        if found.copies > found.room:
+        found = cache.space(on_disk)
+        if found.required > found.available:
             raise DataError(
                 f"the images take {(need + other) / 2**30:.2f} GiB decoded at {config.store_size} pixels, which is "
-                f"not in memory (--store={config.store}), and {too_little(found, cache.folder)}"
+                f"not in memory (--store={config.store}), and {describe_shortage(found, cache.folder)}"
             )
     if kinds != ("device", "host"):
         console.info(f"{need / 2**30:.2f} GiB of training images at {config.store_size} pixels: store {kinds[0]}")
