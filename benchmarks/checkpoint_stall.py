@@ -46,7 +46,8 @@ def make_job(megabytes: int) -> Job:
     optimizer = keras.optimizers.AdamW()
     optimizer.build(student.trainable_variables)
     job: Any = Job.__new__(Job)
-    job.student, job.optimizer, job.step, job.seconds, job.pending, job.best = student, optimizer, 0, 0.0, [], {}
+    job.student, job.optimizer, job.step, job.seconds = student, optimizer, 0, 0.0
+    job.pending_metrics, job.best = [], {}
     job.accelerator = types.SimpleNamespace(chief=True)
     return job
 

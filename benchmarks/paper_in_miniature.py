@@ -40,6 +40,7 @@ from trainer.core.console import SilentConsole
 from trainer.data.order import ExampleSampler
 from trainer.ingest.synthetic_source import write_synthetic_dataset
 from trainer.run import accelerator, build
+from trainer.run.plan import make_plan
 
 CLASSES = 12
 STORE_SIZE = 64  # side of the drawn images in pixels
@@ -165,11 +166,11 @@ def train(
         weight_decay=1e-4,
     )
     start = time.monotonic()
-    job = build.build(config, accelerator.resolve("none"), SilentConsole())
-    sampler = ExampleSampler(seed, len(job.train), BATCH)
+    job = build.build(make_plan(config), accelerator.resolve("none"), SilentConsole())
+    sampler = ExampleSampler(seed, len(job.train_store), BATCH)
     last_kls: list[float] = []
     while job.step < steps:
-        metrics = job.advance(min(50, steps - job.step), sampler)
+        metrics = job.run_steps(min(50, steps - job.step), sampler)
         if job.step > 0.9 * steps:
             last_kls.append(metrics["kl"])
     row = {"way": way.name, "steps": steps, "seed": seed, "rate": rate, "train_kl": statistics.fmean(last_kls)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import pathlib
@@ -29,6 +30,7 @@ from trainer.models import bit
 from trainer.run import build
 from trainer.run.accelerator import Accelerator
 from trainer.run.job import Job
+from trainer.run.plan import make_plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES, TRAIN, SIDE, IMAGE = 5, 40, 32, 24
@@ -144,7 +146,12 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def build_job(config: Config, replicas: int = 1) -> Job:
     """The job of a configuration on so many virtual CPU devices."""
-    return build.build(config, Accelerator(strategy(replicas), "CPU", 10), Console())
+    return build.build(make_plan(config), Accelerator(strategy(replicas), "CPU", 10), Console())
+
+
+def reconfigure(job: Job, config: Config) -> None:
+    """Gives a built job another configuration, of the same models and data."""
+    job.plan = dataclasses.replace(job.plan, config=config)
 
 
 def opinionated(model: keras.Model, seed: int = 0) -> keras.Model:

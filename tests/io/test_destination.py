@@ -43,7 +43,7 @@ def garden(out: str, *flags: str) -> str:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several shards of few pictures, and little patience with a bucket that fails for ever."""
     monkeypatch.setattr(writer, "SHARD_BYTES", 5000)
-    monkeypatch.setattr(destination, "_PATIENCE", 3.0)
+    monkeypatch.setattr(destination, "RETRY_SECONDS", 3.0)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_killed_on_the_way_the_same_command_goes_on_and_leaves_nothing(
     assert len(there(gcs_here)) > 3
     (left,) = tmp_path.glob("funmatch-shards-*")
     monkeypatch.setattr(destination.tempfile, "tempdir", str(tmp_path))
-    other = destination.GcsDestination("gs://bucket/other")
+    other = destination.BucketDestination("gs://bucket/other")
     assert left.exists() is False, "the next one that makes shards removes it"
     assert not garden(OUT).startswith("exit")
     assert there(gcs_here) == local
@@ -150,9 +150,9 @@ def test_killed_on_the_way_the_same_command_goes_on_and_leaves_nothing(
     assert set(tmp_path.iterdir()) == set()
 
 
-def place_and_file(size: int) -> tuple[destination.GcsDestination, dataset.Shard, bytes]:
+def place_and_file(size: int) -> tuple[destination.BucketDestination, dataset.Shard, bytes]:
     """An open place, and a shard of one record that waits to be sent."""
-    place = destination.GcsDestination(OUT)
+    place = destination.BucketDestination(OUT)
     encoded = np.random.default_rng(0).bytes(size)
     shard = records.write_shard(place.local, "x.tfrecord", [records.ImageRecord(encoded, 4, 4)])
     return place, shard, (pathlib.Path(place.local) / "x.tfrecord").read_bytes()
@@ -213,7 +213,7 @@ def test_two_writers_do_not_mix(gcs_here: fake_gcs.Server) -> None:
     gcs_here.put("bucket", "sets/flowers/y.tfrecord", b"before")
     place, shard, content = place_and_file(1000)
     gcs_here.put("bucket", "sets/flowers/x.tfrecord", b"another's")
-    with pytest.raises(DataError, match="written by somebody else"):
+    with pytest.raises(DataError, match="written by another process"):
         place.send(shard.file, shard.bytes, shard.crc32c)
     assert gcs_here.get("bucket", "sets/flowers/x.tfrecord") == b"another's"
     gcs_here.put("bucket", "sets/flowers/x.tfrecord", content)
@@ -229,13 +229,13 @@ def test_two_writers_do_not_mix(gcs_here: fake_gcs.Server) -> None:
 def test_a_shard_that_changes_before_the_index_is_noticed(
     gcs_here: fake_gcs.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed = destination.GcsDestination.changed
+    changed = destination.BucketDestination.changed
 
-    def meddle(self: destination.GcsDestination, shards: dict[str, tuple[int, int]]) -> list[str]:
+    def meddle(self: destination.BucketDestination, shards: dict[str, tuple[int, int]]) -> list[str]:
         gcs_here.put("bucket", f"sets/flowers/{min(shards)}", b"another's")
         return changed(self, shards)
 
-    monkeypatch.setattr(destination.GcsDestination, "changed", meddle)
+    monkeypatch.setattr(destination.BucketDestination, "changed", meddle)
     assert "was changed by another process" in garden(OUT)
     assert "dataset.json" not in there(gcs_here)
 
@@ -275,7 +275,7 @@ def test_a_folder_and_a_table_in_a_bucket(gcs_here: fake_gcs.Server, tmp_path: p
     [
         ("gs://nowhere/x", "there is no bucket nowhere"),
         ("gs://", "the name of a bucket is missing"),
-        ("s3://bucket/x", "local folders and to gs://"),
+        ("s3://bucket/x", "only local folders and gs:// are supported"),
     ],
 )
 @pytest.mark.usefixtures("gcs_here")

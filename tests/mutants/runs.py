@@ -81,7 +81,7 @@ MUTANTS = [
     Mutant(
         "metrics under way are saved",
         "loop.py",
-        '"pending": list(job.pending),',
+        '"pending": list(job.pending_metrics),',
         '"pending": [],',
         "test_job.py::test_sigterm_saves_says_so_and_exits_75",
     ),

@@ -125,14 +125,14 @@ RULE = {
 def test_fine_tuning_resumes_to_the_bit(make_config: Callable[..., Config]) -> None:
     config = make_config(**RULE)
     whole, first, second = (build_job(config) for _ in range(3))
-    order = ExampleSampler(0, len(whole.train), 8)
+    order = ExampleSampler(0, len(whole.train_store), 8)
     for _ in range(3):
-        whole.advance(2, order)
-    first.advance(2, order)
+        whole.run_steps(2, order)
+    first.run_steps(2, order)
     loop.save(first, *build.open_run(first))
     loop.resume(second, *build.open_run(second), Console())
     for _ in range(2):
-        second.advance(2, order)
+        second.run_steps(2, order)
     expected, found = state(whole), state(second)
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
@@ -144,7 +144,7 @@ def test_one_and_two_replicas_fine_tune_alike(make_config: Callable[..., Config]
     found = []
     for replicas in (1, 2):
         job = build_job(make_config(**RULE, workdir=f"{make_config().workdir}{replicas}"), replicas)
-        job.advance(6, ExampleSampler(0, len(job.train), 8))
+        job.run_steps(6, ExampleSampler(0, len(job.train_store), 8))
         found.append(state(job))
     assert all(np.allclose(found[0][n], found[1][n], rtol=1e-3, atol=1e-5) for n in found[0])
 

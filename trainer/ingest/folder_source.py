@@ -15,7 +15,7 @@ from trainer.core.errors import ConfigError, DataError
 from trainer.ingest import images
 from trainer.ingest.images import SUFFIXES, ValidatedImage
 from trainer.ingest.sources import (
-    SPLITS,
+    SPLIT_NAMES,
     Loader,
     Progress,
     Source,
@@ -58,7 +58,7 @@ class _File:
 def folder_source(path: str, options: SourceOptions, progress: Progress) -> Source:
     """Image files as PATH/SPLIT/CLASS/IMAGE, PATH/CLASS/IMAGE, PATH/SPLIT/IMAGE or PATH/IMAGE.
 
-    Of two levels, the upper one is the split if all its names mean a split (`SPLITS`), and the
+    Of two levels, the upper one is the split if all its names mean a split (`SPLIT_NAMES`), and the
     class otherwise. Without a split level, all images are `train`; without a class level, images
     are unlabelled.
 
@@ -87,7 +87,7 @@ def folder_source(path: str, options: SourceOptions, progress: Progress) -> Sour
             "NAME"
         )
     depth = max(depths)
-    split_level = depth == 3 or (depth == 2 and all(parts[0].lower() in SPLITS for parts, _ in entries))
+    split_level = depth == 3 or (depth == 2 and all(parts[0].lower() in SPLIT_NAMES for parts, _ in entries))
     class_level = depth - split_level > 1
     by_split: dict[str, list[_File]] = {}
     for parts, mark in entries:
@@ -170,7 +170,7 @@ def _column_positions(
     if not header and not columns:
         if width > 1:
             positions["label"] = 1
-        if width == 3 and all(len(row) == 3 and row[2].lower() in SPLITS for _, row in rows):
+        if width == 3 and all(len(row) == 3 and row[2].lower() in SPLIT_NAMES for _, row in rows):
             positions["split"] = 2
     elif "label" not in positions and not columns and len(header) == 2 and positions["path"] == 0:
         positions["label"] = 1

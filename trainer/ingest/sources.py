@@ -22,12 +22,12 @@ from trainer.ingest.images import ValidatedImage
 from trainer.io import files
 
 Loader = Callable[[], ValidatedImage]
-Progress = Callable[[str, int, int], None]  # (name of the phase, images done, images in all)
+Progress = Callable[[str, int, int], None]  # (phase, items done, items in all)
 T = TypeVar("T")
 _EPSILON = 1e-9  # rounding error allowed where shares add up to 1
 
 # Names of files and folders that mean a split rather than a class.
-SPLITS = (
+SPLIT_NAMES = (
     "train",
     "training",
     "validation",

@@ -26,7 +26,7 @@ from trainer.data.tfrecord import FOOTER, HEADER, location, masked_crc
 from trainer.ingest import images
 from trainer.ingest.images import ValidatedImage
 from trainer.ingest.sources import (
-    SPLITS,
+    SPLIT_NAMES,
     Loader,
     Progress,
     Source,
@@ -190,7 +190,7 @@ def _split_of(path: str) -> str:
     """Returns the split that a file's name, or its folder's name, says; "" if none."""
     folder, name = posixpath.split(path)
     for text in (name, posixpath.basename(folder)):
-        words = [word for word in re.split(r"[^a-z]+", text.lower()) if word in SPLITS]
+        words = [word for word in re.split(r"[^a-z]+", text.lower()) if word in SPLIT_NAMES]
         if words:
             return {"training": "train", "val": "validation", "valid": "validation", "testing": "test"}.get(
                 words[0], words[0]

@@ -32,7 +32,7 @@ from trainer.data.dataset import INDEX_FILE, Dataset, Shard, Split
 from trainer.data.records import ImageRecord
 from trainer.ingest.images import UnusableImage
 from trainer.ingest.sources import Progress, Source, SourceSplit, run_in_order
-from trainer.io.destination import LocalDestination, open_destination
+from trainer.io.destination import Destination, open_destination
 
 SHARD_BYTES = 128 << 20  # about how long a shard becomes
 SAMPLE_IMAGES = 64  # first images of a split, whose mean length determines the number of shards
@@ -160,7 +160,7 @@ def write_dataset(
         destination.close()
 
 
-def acquire(destination: LocalDestination, plan: dict[str, Any], overwrite: bool) -> None:
+def acquire(destination: Destination, plan: dict[str, Any], overwrite: bool) -> None:
     """Reserves the destination for `plan`, so that two data sets do not mix.
 
     Args:
@@ -187,7 +187,7 @@ def acquire(destination: LocalDestination, plan: dict[str, Any], overwrite: bool
     destination.write(_PLAN, content)
 
 
-def clean_up(destination: LocalDestination, index: bytes, shards: set[str]) -> None:
+def clean_up(destination: Destination, index: bytes, shards: set[str]) -> None:
     """Deletes what a complete data set does not need.
 
     Args:
@@ -208,7 +208,7 @@ def _commit(plan: dict[str, Any], index: bytes) -> bytes:
     return hashlib.sha256(_plan_json(plan) + index).hexdigest().encode()
 
 
-def _noted_shards(destination: LocalDestination) -> set[str]:
+def _noted_shards(destination: Destination) -> set[str]:
     """Returns the names of shards that unfinished work may have written here."""
     try:
         return set(map(str, json.loads(destination.read(_SHARDS) or b"[]")))
@@ -216,7 +216,7 @@ def _noted_shards(destination: LocalDestination) -> set[str]:
         return set()
 
 
-def _note_shards(destination: LocalDestination, names: set[str]) -> None:
+def _note_shards(destination: Destination, names: set[str]) -> None:
     destination.write(_SHARDS, json.dumps(sorted(names)).encode())
 
 
@@ -225,7 +225,7 @@ class _Writer:
 
     def __init__(
         self,
-        destination: LocalDestination,
+        destination: Destination,
         source: Source,
         plan: dict[str, Any],
         progress: Progress,

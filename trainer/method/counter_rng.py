@@ -1,7 +1,7 @@
 """Counter-based random numbers: a function of (seed, step) and (row of the batch, position).
 
-Threefry-2x32 gives the same numbers on CPU, GPU and TPU, compiled or not, for any number of replicas.
-There is no generator state to save or to distribute.
+Threefry-2x32 gives the same numbers on CPU, GPU and TPU, compiled or not, for any number of
+replicas. There is no generator state to save or to distribute.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def threefry(key: tuple[tf.Tensor, tf.Tensor], counter: tuple[tf.Tensor, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-    """Threefry-2x32 with 20 rounds (Salmon et al. 2011): uint32 tensors that broadcast -> two words of random bits."""
+    """Threefry-2x32, 20 rounds (Salmon et al. 2011): uint32 tensors that broadcast -> two random
+    words.
+    """
     parity = tf.constant(0x1BD11BDA, tf.uint32) ^ key[0] ^ key[1]
     keys = (key[0], key[1], parity)
     x0, x1 = counter[0] + keys[0], counter[1] + keys[1]
@@ -51,8 +53,8 @@ def beta(draws: tf.Tensor, alpha: float) -> tf.Tensor:
     """Beta(alpha, alpha) numbers, float32 [n, 1], by the method of Johnk (1964), in logarithms.
 
     Args:
-        draws: float32 [n, 2 * attempts] uniform in [0, 1). An attempt is rejected in 1.4 % of all cases
-            for alpha 0.1, in half of them for 1; if all are rejected, the last one is used.
+        draws: float32 [n, 2 * attempts] uniform in [0, 1). An attempt is rejected in 1.4 % of all
+            cases for alpha 0.1, in half of them for 1; if all are rejected, the last one is used.
         alpha: in (0, 1].
     """
     attempts = draws.shape[1] // 2

@@ -1,7 +1,8 @@
 """Crops of stored images: boxes, and the resampling that turns a box into a view.
 
-Boxes are in fractions of the image and are drawn in the original's proportions. Crop, resize and flip
-together are two small matrix products for each image: static shapes, and no image operation that XLA lacks.
+Boxes are in fractions of the image and are drawn in the original's proportions. Crop, resize and
+flip together are two small matrix products for each image: static shapes, and no image operation
+that XLA lacks.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ DRAWS_PER_CROP = 2 * _ATTEMPTS + 3  # shapes of an inception crop, top, left, fl
 
 
 def inception_box(draws: tf.Tensor, sizes: tf.Tensor, min_area: float = 0.05) -> tf.Tensor:
-    """A random crop, distributed as tf.image.sample_distorted_bounding_box with the whole image as its one box.
+    """A random crop, distributed as tf.image.sample_distorted_bounding_box.
 
-    As there, the aspect ratio is uniform, then the height is uniform over the pixels that the area
-    allows, then the position.
+    The whole image is the one bounding box. As there, the aspect ratio is uniform, then the height
+    is uniform over the pixels that the area allows, then the position.
 
     Args:
         draws: float32 [n, 2 * attempts + 2] uniform in [0, 1).
         sizes: float32 [n, 2], height and width of the originals in pixels.
-        min_area: least area of a crop as a share of the image, in (0, 1] (big_vision: 0.05; the paper
-            names the style only).
+        min_area: least area of a crop as a share of the image, in (0, 1] (big_vision: 0.05; the
+            paper names the style only).
 
     Returns:
         float32 [n, 4]: top, left, height, width as fractions of the image.
@@ -61,7 +62,9 @@ def inception_box(draws: tf.Tensor, sizes: tf.Tensor, min_area: float = 0.05) ->
 
 
 def central_box(sizes: tf.Tensor, fraction: float) -> tf.Tensor:
-    """The centred square whose side is `fraction` of the image's smaller side: float32 [n, 4] as `inception_box`."""
+    """The centred square of side `fraction` of the smaller side: float32 [n, 4] as
+    `inception_box`.
+    """
     extent = fraction * tf.reduce_min(sizes, axis=1, keepdims=True) / sizes
     return tf.concat([(1.0 - extent) / 2.0, extent], axis=1)
 
@@ -82,7 +85,7 @@ def mild_box(draws: tf.Tensor, sizes: tf.Tensor, fraction: float) -> tf.Tensor:
 
 
 def squashed_box(draws: tf.Tensor, size: int, resized: int) -> tf.Tensor:
-    """A crop of the image squashed to a square, at a whole number of pixels (BiT-HyperRule, the Keras example).
+    """A crop of the image squashed to a square, at whole pixels (BiT-HyperRule, Keras example).
 
     Args:
         draws: float32 [n, 2] uniform in [0, 1), for top and left.
@@ -116,13 +119,13 @@ class Crop:
     """One kind of crop.
 
     Attributes:
-        box: a function of the configuration, sizes float32 [n, 2] of the originals in pixels, and draws
-            float32 [n, DRAWS_PER_CROP] uniform in [0, 1) (None unless `random`), to boxes float32
-            [n, 4] as `inception_box`.
+        box: a function of the configuration, sizes float32 [n, 2] of the originals in pixels, and
+            draws float32 [n, DRAWS_PER_CROP] uniform in [0, 1) (None unless `random`), to boxes
+            float32 [n, 4] as `inception_box`.
         random: drawn anew for each row and step, and mirrored in half of all cases.
         area: average over what each pixel covers instead of bilinear interpolation.
-        crop_first: crop, then resize, so that pixels beside the crop have no influence. False: resize,
-            then crop.
+        crop_first: crop, then resize, so that pixels beside the crop have no influence. False:
+            resize, then crop.
     """
 
     box: Callable[[Config, tf.Tensor, tf.Tensor | None], tf.Tensor]
@@ -157,7 +160,9 @@ def _interpolation(
     area: bool,
     crop_first: bool,
 ) -> tf.Tensor:
-    """Interpolation matrices float32 [n, size, side] of one axis, for crops in fractions of it (float32 [n])."""
+    """Interpolation matrices float32 [n, size, side] of one axis; start, extent: float32 [n] of
+    it.
+    """
     start, extent = (start * side)[:, None], (extent * side)[:, None]
     pixel = tf.range(size, dtype=tf.float32)[None, :]
     if flip is not None:
@@ -171,7 +176,7 @@ def _interpolation(
             centre = tf.clip_by_value(centre, start, start + tf.maximum(extent - 1.0, 0.0))
         centre = tf.clip_by_value(centre, 0.0, side - 1.0)
         return tf.nn.relu(1.0 - tf.abs(source - centre[:, :, None]))
-    # A pixel averages what it covers (at least one source pixel), each by the share that is covered.
+    # A pixel averages what it covers, at least one source pixel, each by the share covered.
     half = tf.maximum(stride, 1.0) / 2.0
     low = tf.clip_by_value(centre + 0.5 - half, 0.0, side - 1.0)[:, :, None]
     high = tf.clip_by_value(centre + 0.5 + half, 1.0, float(side))[:, :, None]

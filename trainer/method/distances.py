@@ -1,4 +1,4 @@
-"""Distances between a teacher's and a student's output (paper, eq. 1, and what it is compared with)."""
+"""Distances between a teacher's and a student's output (paper, eq. 1 and its baselines)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from trainer.core.config import Config
 
 
 def kl(teacher_logits: tf.Tensor, student_logits: tf.Tensor, temperature: float = 1.0) -> tf.Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), per example (paper, eq. 1; T^2: big_vision).
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), per example.
+
+    The paper's eq. 1; the factor T^2 is big_vision's.
 
     Args:
-        teacher_logits: [n, classes], any float dtype. Computed in float32 from log-softmax, so that
-            even a student far from the teacher has a gradient.
+        teacher_logits: [n, classes], any float dtype. Computed in float32 from log-softmax, so
+            that even a student far from the teacher has a gradient.
         student_logits: [n, classes], any float dtype.
         temperature: > 0.
 
@@ -29,7 +31,9 @@ def kl(teacher_logits: tf.Tensor, student_logits: tf.Tensor, temperature: float 
 
 
 def cross_entropy(target_probs: tf.Tensor, student_logits: tf.Tensor) -> tf.Tensor:
-    """Cross-entropy in nats, per example, of probabilities [n, classes] with a student's logits: float32 [n]."""
+    """Cross-entropy in nats of probabilities with a student's logits, both [n, classes]: float32
+    [n].
+    """
     return -tf.reduce_sum(target_probs * tf.nn.log_softmax(tf.cast(student_logits, tf.float32)), axis=-1)
 
 
@@ -58,7 +62,8 @@ def l2(teacher_logits: tf.Tensor, student_logits: tf.Tensor) -> tf.Tensor:
 
 
 def euclidean(teacher_logits: tf.Tensor, student_logits: tf.Tensor) -> tf.Tensor:
-    """Euclidean distance of logits [n, classes], per example: float32 [n]; a small constant keeps the gradient finite at 0."""
+    """Euclidean distance of logits [n, classes], per example: float32 [n]."""
+    # The constant keeps the gradient finite at 0.
     return tf.sqrt(l2(teacher_logits, student_logits) + 1e-12)
 
 
@@ -72,11 +77,12 @@ class Distance:
     """A choice of `--distance`.
 
     Attributes:
-        loss: a function of target [n, classes], student_logits [n, classes] and the configuration to
-            float32 [n].
-        needs_teacher: the target is the teacher's logits. False: the target is probabilities made from labels.
-        compares_logits: the target must be exact logits: those recovered from a teacher's probabilities,
-            which are known up to a constant, do not do.
+        loss: a function of target [n, classes], student_logits [n, classes] and the configuration
+            to float32 [n].
+        needs_teacher: the target is the teacher's logits. False: the target is probabilities made
+            from labels.
+        compares_logits: the target must be the teacher's own logits. Logits recovered from
+            probabilities are known up to a constant only.
     """
 
     loss: Callable[[tf.Tensor, tf.Tensor, Config], tf.Tensor]
@@ -85,7 +91,9 @@ class Distance:
 
 
 DISTANCES = {
-    "kl": Distance(lambda target, student_logits, config: kl(target, student_logits, config.temperature)),
+    # Without the factor, Grappler merges this loss with the metric `kl` where T is 1, and the last
+    # bit of what several replicas log differs from version 0.1.
+    "kl": Distance(lambda target, student_logits, config: 1.0 * kl(target, student_logits, config.temperature)),
     "hard": Distance(lambda target, student_logits, config: hard(target, student_logits, config.label_smoothing)),
     "l2": Distance(lambda target, student_logits, _: l2(target, student_logits), compares_logits=True),
     "euclidean": Distance(lambda target, student_logits, _: euclidean(target, student_logits), compares_logits=True),

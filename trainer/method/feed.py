@@ -1,7 +1,8 @@
-"""What the device's loops take in: which examples, and their images where those do not live on the device.
+"""The input of the device's loops: example ids, and images where those are not on the device.
 
-A loop's input is a function of (configuration, seed, first step, steps). It is made on the host one loop
-ahead: while the device runs a loop, the next one's images are read and decoded. Nothing here is saved.
+A loop's input is a function of (configuration, seed, first step, steps). It is made on the host
+one loop ahead: while the device runs a loop, the next one's images are read and decoded. Nothing
+here is saved.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from trainer.method import views
 
 _MAX_LOOP_BYTES = 1 << 30  # of the images of one loop, unless a single step needs more
 
-# For each replica of this process its rows' images, sizes, labels and each fixed teacher's logits, all [steps, rows, ...].
+# For each replica of this process its rows' images, sizes, labels and each fixed teacher's logits,
+# all [steps, rows, ...].
 StreamedBatches = tuple[tuple[tf.Tensor, ...], ...]
 
 
 def streamed_rows(replica: int, replicas: int, batch_size: int, partner: str) -> np.ndarray:
-    """Rows of the global batch that are streamed to a replica: its own and their partners, or all if it is alone.
+    """Rows of the global batch that are streamed to a replica.
+
+    Its own and their partners; all rows if there is one replica.
 
     Args:
         replica: 0 to `replicas` - 1.
@@ -46,14 +50,14 @@ def row_positions(batch_rows: views.BatchRows, replicas: int) -> tf.Tensor:
 
 
 def input_signature(
-    config: Config, replicas: int, local_replicas: int, classes: int, fixed_teachers: int
+    config: Config, replicas: int, local_replicas: tuple[int, ...], classes: int, fixed_teachers: int
 ) -> tuple[tuple[tf.TensorSpec, ...], ...]:
     """Shapes and types of `StreamedBatches`.
 
     Args:
         config: batch_size, store_size and what decides which rows are partners.
         replicas: in all.
-        local_replicas: how many of them this process feeds.
+        local_replicas: numbers of the replicas that this process feeds.
         classes: width of a teacher's logits.
         fixed_teachers: number of teachers whose logits are streamed, because the views fix them.
     """
@@ -64,14 +68,14 @@ def input_signature(
         tf.TensorSpec([None, m], tf.int32),
         *[tf.TensorSpec([None, m, classes], tf.float32)] * fixed_teachers,
     )
-    return (replica_inputs,) * local_replicas
+    return (replica_inputs,) * len(local_replicas)
 
 
 class BatchPrefetcher:
     """Makes the inputs of loops.
 
     Attributes:
-        max_steps: of a loop, so that its images and those of the next fit into memory; 0: any number.
+        max_steps: of a loop, so that two loops' images fit into memory; 0: any number.
     """
 
     def __init__(
@@ -86,9 +90,11 @@ class BatchPrefetcher:
         Args:
             config: batch_size, store_size and what decides which rows are partners.
             replicas: in all.
-            local_replicas: numbers of the replicas that this process feeds. Only their rows are read.
-            store: source of the images; None where they live on the device.
-            targets: for each teacher its constant logits float32 [examples, classes], where the views fix them.
+            local_replicas: numbers of the replicas that this process feeds. Only their rows are
+                read.
+            store: source of the images; None where they are on the device.
+            targets: for each teacher its constant logits float32 [examples, classes], where the
+                views fix them.
         """
         self._store, self._targets = store, targets
         partner = views.mixup_partner(config)
@@ -96,7 +102,7 @@ class BatchPrefetcher:
         # A row that two replicas of this process need is decoded once.
         self._unique_rows, positions = np.unique(np.concatenate(rows), return_inverse=True)
         self._replica_positions = np.split(positions, np.cumsum([len(part) for part in rows])[:-1])
-        # On several devices the step moves its own rows; on one, the whole loop is moved ahead of time.
+        # On several devices each step moves its rows; on one, the whole loop is moved in advance.
         self._device = "CPU:0" if replicas > 1 else None
         self.max_steps = 0
         if store is not None:
@@ -114,7 +120,7 @@ class BatchPrefetcher:
             sampler: which examples make which batch.
 
         Returns:
-            ids int32 [steps, batch], and what is streamed (nothing where images live on the device).
+            ids int32 [steps, batch], and what is streamed (nothing without a store).
 
         Raises:
             DataError: an image cannot be read or decoded.

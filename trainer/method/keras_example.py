@@ -1,7 +1,7 @@
-"""Where the Keras example of this method departs from the paper (`--compat`), kept out of the paper's functions.
+"""What the Keras example does differently from the paper, for comparisons (`--compat`).
 
-The example: https://keras.io/examples/keras_recipes/better_knowledge_distillation. `replacements` is the
-one place that decides which of its functions a configuration uses.
+The example: https://keras.io/examples/keras_recipes/better_knowledge_distillation. `replacements`
+is the one place that decides which of its functions a configuration uses.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.optimizers.schedules import LearningRateSchedule
 
 from trainer.core.config import Config
 from trainer.method.crops import Crop, corner_draws, squashed_box
@@ -22,33 +23,13 @@ CENTRAL_FRACTION = 0.875  # of each side
 ADAM_EPSILON = 1e-7  # Keras's default
 
 
-def random_crop_box(config: Config, sizes: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
-    """A random crop of the image squashed to 160 / 128 of `config.image_size`.
-
-    Args:
-        config: its image_size is the crop's side in pixels.
-        sizes: float32 [n, 2], height and width of the originals in pixels; not used.
-        draws: float32 [n, DRAWS_PER_CROP] uniform in [0, 1).
-
-    Returns:
-        float32 [n, 4]: top, left, height, width as fractions of the image.
-    """
-    del sizes
+def _random_crop_box(config: Config, _: tf.Tensor, draws: tf.Tensor | None) -> tf.Tensor:
+    """A crop of the image squashed to 160 / 128 of the crop's side."""
     return squashed_box(corner_draws(draws), config.image_size, round(RESIZE_FACTOR * config.image_size))
 
 
-def central_crop_box(config: Config, sizes: tf.Tensor, draws: tf.Tensor | None) -> tf.Tensor:
-    """The central 0.875 of each side, whatever the image's proportions.
-
-    Args:
-        config: not used.
-        sizes: float32 [n, 2], height and width of the originals in pixels.
-        draws: not used.
-
-    Returns:
-        float32 [n, 4]: top, left, height, width as fractions of the image.
-    """
-    del config, draws
+def _central_crop_box(_: Config, sizes: tf.Tensor, __: tf.Tensor | None) -> tf.Tensor:
+    """The central part of each side, whatever the image's proportions."""
     margin = (1.0 - CENTRAL_FRACTION) / 2.0
     return tf.tile(tf.constant([[margin, margin, CENTRAL_FRACTION, CENTRAL_FRACTION]]), [tf.shape(sizes)[0], 1])
 
@@ -85,20 +66,13 @@ def unscaled_kl(teacher_logits: tf.Tensor, student_logits: tf.Tensor, temperatur
     return 1.0 / temperature**2 * kl(teacher_logits, student_logits, temperature)
 
 
-def clip_each(gradients: list[tf.Tensor], clip_norm: float, global_norm: tf.Tensor) -> list[tf.Tensor]:
-    """Clips each variable's gradient by its own norm.
-
-    Args:
-        gradients: float32, of any shapes.
-        clip_norm: bound of each L2 norm, > 0.
-        global_norm: float32 scalar, L2 norm of all gradients together; not used.
-    """
-    del global_norm
+def _clip_each(gradients: list[tf.Tensor], clip_norm: float, _: tf.Tensor) -> list[tf.Tensor]:
+    """Clips each variable's gradient by its own norm."""
     return [tf.clip_by_norm(gradient, clip_norm) for gradient in gradients]
 
 
 class ExampleAdamW(keras.optimizers.Adam):
-    """TensorFlow Addons' AdamW: p -= wd * p on every variable, whatever the learning rate; then Adam."""
+    """TensorFlow Addons' AdamW: p -= wd * p on every variable at any learning rate, then Adam."""
 
     def __init__(self, decay: float, **options: Any) -> None:
         """
@@ -121,24 +95,12 @@ class ExampleAdamW(keras.optimizers.Adam):
         super().update_step(gradient, variable, learning_rate)
 
 
-def adamw(
-    config: Config,
-    learning_rate: keras.optimizers.schedules.LearningRateSchedule,
-    variables: list[keras.Variable],
-) -> ExampleAdamW:
-    """The example's optimizer.
-
-    Args:
-        config: resolved.
-        learning_rate: of each step.
-        variables: not used: decay is on all of them.
-    """
-    del variables
+def _adamw(config: Config, learning_rate: LearningRateSchedule, _: list[keras.Variable]) -> ExampleAdamW:
     return ExampleAdamW(config.weight_decay, learning_rate=learning_rate, epsilon=ADAM_EPSILON)
 
 
-RANDOM_CROP = Crop(random_crop_box, crop_first=False)
-CENTRAL_CROP = Crop(central_crop_box, random=False)
+RANDOM_CROP = Crop(_random_crop_box, crop_first=False)
+CENTRAL_CROP = Crop(_central_crop_box, random=False)
 CLIPPED_KL = Distance(lambda target, student_logits, config: clipped_kl(target, student_logits, config.temperature))
 UNSCALED_KL = Distance(lambda target, student_logits, config: unscaled_kl(target, student_logits, config.temperature))
 
@@ -161,7 +123,7 @@ class Replacements:
     mixup_partner: str | None = None
     distance: Distance | None = None
     clip: Callable[[list[tf.Tensor], float, tf.Tensor], list[tf.Tensor]] | None = None
-    optimizer: Callable[..., keras.optimizers.Optimizer] | None = None
+    optimizer: Callable[[Config, LearningRateSchedule, list[keras.Variable]], ExampleAdamW] | None = None
 
 
 def replacements(config: Config) -> Replacements:
@@ -172,6 +134,6 @@ def replacements(config: Config) -> Replacements:
         central_crop=CENTRAL_CROP if like_example("central") else None,
         mixup_partner="reverse" if like_example("mixup") else None,
         distance=CLIPPED_KL if like_example("distance") else UNSCALED_KL if like_example("t2") else None,
-        clip=clip_each if like_example("clip") else None,
-        optimizer=adamw if like_example("decay") else None,
+        clip=_clip_each if like_example("clip") else None,
+        optimizer=_adamw if like_example("decay") else None,
     )

@@ -1,8 +1,8 @@
-"""Schedule and update: p -= sched(t) * (lr * adam(clip_by_global_norm(g, c)) + wd * p), decay on kernels only.
+"""Schedule and update: p -= sched(t) * (lr * adam(clip_by_global_norm(g, c)) + wd * p).
 
-That is big_vision's algebra (its optax chain), on Keras's optimizers. Two translations are easy to get
-wrong: Keras multiplies decay by the learning rate, so it is given wd / lr; and Keras clips before the
-all-reduce, so gradients are clipped here.
+Decay is on kernels only. That is big_vision's algebra (its optax chain), on Keras's optimizers.
+Two translations are easy to get wrong: Keras multiplies decay by the learning rate, so it is given
+wd / lr; and Keras clips before the all-reduce, so gradients are clipped here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 from keras import ops
+from keras.optimizers.schedules import LearningRateSchedule
 
 from trainer.core.config import Config
 from trainer.method.keras_example import replacements
@@ -23,8 +24,8 @@ MOMENTUM = 0.9  # BiT-HyperRule's; velocity accumulates rate times gradient, as 
 
 
 @keras.saving.register_keras_serializable(package="funmatch")
-class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear from 0 at step 0 to `peak` at step `warmup`, then a half cosine to 0 at step `total` (steps >= 0)."""
+class WarmupCosine(LearningRateSchedule):
+    """Linear from 0 at step 0 to `peak` at step `warmup`, a half cosine to 0 at step `total`."""
 
     def __init__(self, peak: float, warmup: int, total: int) -> None:
         """
@@ -48,10 +49,11 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
 
 
 @keras.saving.register_keras_serializable(package="funmatch")
-class WarmupSteps(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear from 0 at step 0 to `peak` at step `warmup`, then a tenth as much after each of `boundaries` (BiT-HyperRule).
+class WarmupSteps(LearningRateSchedule):
+    """Linear from 0 to `peak` at step `warmup`, then divided by 10 after each of `boundaries`.
 
-    As in google-research/big_transfer, the update number `boundary` still has the larger rate.
+    This is BiT-HyperRule's. As in google-research/big_transfer, the update number `boundary` still
+    has the larger rate.
     """
 
     def __init__(self, peak: float, warmup: int, boundaries: tuple[int, ...]) -> None:
@@ -75,7 +77,7 @@ class WarmupSteps(keras.optimizers.schedules.LearningRateSchedule):
         return {"peak": self.peak, "warmup": self.warmup, "boundaries": self.boundaries}
 
 
-SCHEDULES: dict[str, Callable[[Config], keras.optimizers.schedules.LearningRateSchedule]] = {
+SCHEDULES: dict[str, Callable[[Config], LearningRateSchedule]] = {
     "cosine": lambda config: WarmupCosine(
         config.learning_rate, config.warmup_steps, config.schedule_steps or config.steps
     ),
@@ -83,7 +85,7 @@ SCHEDULES: dict[str, Callable[[Config], keras.optimizers.schedules.LearningRateS
 }
 
 
-def schedule(config: Config) -> keras.optimizers.schedules.LearningRateSchedule:
+def schedule(config: Config) -> LearningRateSchedule:
     """The learning rate of a resolved configuration."""
     return SCHEDULES[config.schedule](config)
 
@@ -94,11 +96,12 @@ def is_kernel(variable: keras.Variable) -> bool:
 
 
 class ConvolutionalMuon(keras.optimizers.Muon):
-    """Keras's Muon (Jordan et al. 2024, scaled as in Liu et al. 2025) with kernels of convolutions as matrices.
+    """Keras's Muon, with kernels of convolutions as matrices.
 
-    Keras gives Muon's step to two-dimensional variables only, of which a convolutional network has few.
-    Here a kernel [height, width, in, out] is the matrix [height * width * in, out]. All variables without
-    Muon's step take AdamW's.
+    The method is by Jordan et al. 2024, scaled as in Liu et al. 2025. Keras gives Muon's step to
+    two-dimensional variables only, of which a convolutional network has few. Here a kernel
+    [height, width, in, out] is the matrix [height * width * in, out]. All variables without Muon's
+    step take AdamW's.
     """
 
     def __init__(self, muon_paths: list[str], **options: Any) -> None:
@@ -130,15 +133,12 @@ def _matrix(x: tf.Tensor) -> tf.Tensor:
     return ops.reshape(x, (-1, x.shape[-1]))
 
 
-def _adamw(
-    config: Config, learning_rate: keras.optimizers.schedules.LearningRateSchedule, variables: list[keras.Variable]
-) -> keras.optimizers.Optimizer:
-    del variables
+def _adamw(config: Config, learning_rate: LearningRateSchedule, _: list[keras.Variable]) -> keras.optimizers.Optimizer:
     return keras.optimizers.AdamW(learning_rate=learning_rate, weight_decay=_keras_decay(config), epsilon=ADAM_EPSILON)
 
 
 def _muon(
-    config: Config, learning_rate: keras.optimizers.schedules.LearningRateSchedule, variables: list[keras.Variable]
+    config: Config, learning_rate: LearningRateSchedule, variables: list[keras.Variable]
 ) -> keras.optimizers.Optimizer:
     return ConvolutionalMuon(
         muon_variables(variables),
@@ -149,27 +149,24 @@ def _muon(
     )
 
 
-def _sgdm(
-    config: Config, learning_rate: keras.optimizers.schedules.LearningRateSchedule, variables: list[keras.Variable]
-) -> keras.optimizers.Optimizer:
-    del variables
+def _sgdm(config: Config, learning_rate: LearningRateSchedule, _: list[keras.Variable]) -> keras.optimizers.Optimizer:
     return keras.optimizers.SGD(
         learning_rate=learning_rate, momentum=MOMENTUM, weight_decay=_keras_decay(config) or None
     )
 
 
 def _keras_decay(config: Config) -> float:
-    """Weight decay for Keras, which multiplies it by the learning rate: the peak is divided out."""
+    """Weight decay as Keras takes it: Keras multiplies it by the learning rate."""
     return config.weight_decay / config.learning_rate
 
 
-# Functions of the configuration, the learning rate and the student's trainable variables. `build` excludes from
-# weight decay what is not a kernel.
+# Functions of the configuration, the learning rate and the student's trainable variables. `build`
+# then excludes all but kernels from weight decay.
 OPTIMIZERS = {"adamw": _adamw, "muon": _muon, "sgdm": _sgdm}
 
 
 def build(config: Config, variables: list[keras.Variable]) -> keras.optimizers.Optimizer:
-    """The optimizer of a resolved configuration, with its slots made for `variables`, under the current strategy."""
+    """The optimizer of a configuration, built for `variables` under the current strategy."""
     make = replacements(config).optimizer or OPTIMIZERS[config.optimizer]
     optimizer = make(config, schedule(config), variables)
     if not_decayed := [v for v in variables if not is_kernel(v)]:
@@ -179,7 +176,9 @@ def build(config: Config, variables: list[keras.Variable]) -> keras.optimizers.O
 
 
 def muon_variables(variables: list[keras.Variable]) -> list[str]:
-    """Paths of the kernels that take Muon's step: all but the classifier's, which is last, and depthwise ones."""
+    """Paths of the kernels that take Muon's step: not the last, the classifier's, nor depthwise
+    ones.
+    """
     kernels = [v for v in variables if is_kernel(v) and len(v.shape) >= 2]
     return [v.path for v in kernels[:-1] if v.shape[-1] > 1 and math.prod(v.shape[:-1]) > 1]
 
@@ -201,13 +200,13 @@ def apply_gradients(
     gradients: list[tf.Tensor],
     variables: list[keras.Variable],
 ) -> tf.Tensor:
-    """One update: reduces over replicas, then clips, then applies. To be called in a replica context.
+    """One update: reduces over replicas, then clips, then applies. Call it in a replica context.
 
     Args:
         config: clip_norm, compat.
         optimizer: built for `variables`.
-        gradients: of the loss summed over this replica and divided by the *global* batch, float32, one
-            for each variable.
+        gradients: of the loss summed over this replica and divided by the *global* batch, float32,
+            one for each variable.
         variables: updated in place.
 
     Returns:

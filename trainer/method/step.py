@@ -22,21 +22,23 @@ FINITE_CHECKS = ("the teacher's output", "the student's weights", "the loss", "t
 
 
 def first_non_finite(non_finite: np.ndarray) -> str:
-    """The likely cause of a step that failed: the first of `FINITE_CHECKS` whose entry in float [4] is above 0."""
+    """The likely cause: the first of `FINITE_CHECKS` whose entry in `non_finite` (float [4]) is
+    above 0.
+    """
     names = (name for name, failed in zip(FINITE_CHECKS, non_finite, strict=True) if failed > 0)
     return next(names, FINITE_CHECKS[-1])
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleTables:
-    """Tables of examples on the device: of a whole split, or of the rows that one replica needs in one step.
+    """Examples on the device: a whole split, or the rows that one replica needs in one step.
 
     Attributes:
         images: uint8 [examples, side, side, 3].
         sizes: float32 [examples, 2], heights and widths of the originals in pixels.
         labels: int32 [examples], -1 where there is none.
-        targets: for each teacher its constant logits float32 [examples, classes], where the views fix
-            them; else none.
+        targets: for each teacher its constant logits float32 [examples, classes], where the views
+            fix them; else none.
     """
 
     images: tf.Variable | tf.Tensor
@@ -66,8 +68,9 @@ def example_losses(
         step: int scalar, updates made so far.
 
     Returns:
-        loss, kl (T = 1, nats), agreement (of top-1) and teacher_non_finite (1 where a teacher's output
-        is not finite, else 0), each float32 [n]. Against labels, kl is the cross-entropy with them.
+        loss, kl (T = 1, nats), agreement (of top-1) and teacher_non_finite (1 where a teacher's
+        output is not finite, else 0), each float32 [n]. Against labels, kl is the cross-entropy
+        with them.
     """
     images, sizes = tf.gather(tables.images, positions), tf.gather(tables.sizes, positions)
     teacher_sizes = () if tables.targets else tuple(dict.fromkeys(teacher.size for teacher in teachers))
@@ -121,16 +124,17 @@ def make_train_loop(
         student: updated in place.
         teachers: frozen; none with `--distance=labels`.
         optimizer: built for the student's trainable variables.
-        resident: the training split, where it is on the device; None if each loop is given its images.
+        resident: the training split, if it is on the device; None if each loop gets its images.
         jit_compile: let XLA compile what a replica computes (TPUs always do).
         local_replicas: numbers of the replicas that this process feeds, if `resident` is None.
 
     Returns:
-        A function of ids int32 [steps, batch], the number of updates made before (int64 scalar) and,
-        without `resident`, what `feed.BatchPrefetcher` streams. It returns the mean over these steps of
-        each of `METRICS`, float32 scalars, not finite if any step was not; `non_finite_step`, int32: how
-        many updates were made before the first step that was not finite, or -1; and for that step
-        `non_finite`, float32 [4]: above 0 for each of `FINITE_CHECKS` that failed.
+        A function of ids int32 [steps, batch], the number of updates made before (int64 scalar)
+        and, without `resident`, what `feed.BatchPrefetcher` streams. It returns the mean over
+        these steps of each of `METRICS`, float32 scalars, not finite if any step was not;
+        `non_finite_step`, int32: how many updates were made before the first step that was not
+        finite, or -1; and for that step `non_finite`, float32 [4]: above 0 for each of
+        `FINITE_CHECKS` that failed.
     """
     replicas = strategy.num_replicas_in_sync
     variables = student.trainable_variables
@@ -148,7 +152,7 @@ def make_train_loop(
             positions = feed.row_positions(batch_rows, replicas)
         with tf.GradientTape() as tape:
             metrics = example_losses(config, student, teachers, tables, positions, batch_rows, step)
-            # Divided by the global batch, so that the sum over replicas is the mean over the batch.
+            # Divided by the global batch: the sum over replicas is the mean over the batch.
             loss = tf.reduce_sum(metrics["loss"]) / config.batch_size
         gradients = tape.gradient(loss, [v.value for v in variables])
         return gradients, {name: tf.reduce_sum(value) / config.batch_size for name, value in metrics.items()}
@@ -158,7 +162,8 @@ def make_train_loop(
         gradients, metrics = run_gradients(ids, step, tf.cast(replica, tf.int32), streamed)
         teacher_finite = tf.logical_not(metrics.pop("teacher_non_finite") > 0)
         loss_finite = tf.math.is_finite(metrics["loss"])
-        # Weights are checked before the update, which would make them NaN too, and only if the loss is not finite.
+        # Weights are checked before the update, which would make them NaN too, and only if the
+        # loss is not finite.
         weights_finite = tf.cond(loss_finite, lambda: tf.constant(True), lambda: _all_finite(variables))
         metrics["grad_norm"] = optim.apply_gradients(config, optimizer, gradients, variables) / replicas
         grad_norm_finite = tf.math.is_finite(metrics["grad_norm"])
@@ -166,9 +171,10 @@ def make_train_loop(
         metrics["non_finite"] = tf.stack([1.0 - tf.cast(check, tf.float32) for check in finite])
         return metrics
 
-    # XLA cannot compile the all-reduce of several replicas here, so only each replica's part is compiled.
+    # XLA cannot compile the all-reduce between replicas here, so only each one's part is compiled.
     run_gradients = _compiled(compute_gradients) if jit_compile and replicas > 1 else compute_gradients
-    # Without AutoGraph, which would rewrite Keras and all that a step calls: slower than the tracing itself.
+    # Without AutoGraph, which would rewrite Keras and all that a step calls: slower than the
+    # tracing itself.
     without_autograph = tf.autograph.experimental.do_not_convert
     run_step = _compiled(train_step) if jit_compile and replicas == 1 else without_autograph(train_step)
 
@@ -187,7 +193,7 @@ def make_train_loop(
     if resident is None:
         fixed_teachers = len(teachers) if views.mode(config).fixed else 0
         classes = student.output_shape[-1]
-        signature.append(feed.input_signature(config, replicas, len(local_replicas), classes, fixed_teachers))
+        signature.append(feed.input_signature(config, replicas, local_replicas, classes, fixed_teachers))
 
     @tf.function(input_signature=signature)
     def loop(ids: tf.Tensor, first_step: tf.Tensor, streamed: feed.StreamedBatches = ()) -> dict[str, tf.Tensor]:

@@ -1,4 +1,4 @@
-"""What a model sees of a stored image in a given step: crop, flip, resize, mixup; on the device, stateless.
+"""What a model sees of a stored image in a step: crop, flip, resize, mixup; on the device.
 
 A view is a function of (seed, step, row of the global batch), the same for any number of replicas.
 """
@@ -38,9 +38,9 @@ class Mode:
 
     Attributes:
         student: kind of crop, of `crops.CROPS`.
-        teacher: "same" view as the student; a view of its "own", of the student's kind; or a fixed one for
-            each example: the "whole" image, its "central" crop, or the mean of its outputs on many
-            inception crops ("crops").
+        teacher: "same" view as the student; a view of its "own", of the student's kind; or a fixed
+            one for each example: the "whole" image, its "central" crop, or the mean of its outputs
+            on many inception crops ("crops").
         mixup: mix each view with its partner's.
     """
 
@@ -68,15 +68,16 @@ VIEWS = {
 
 @dataclasses.dataclass(frozen=True)
 class BatchRows:
-    """The rows of the global batch that one replica computes: its own, and their partners in mixup.
+    """The rows of the global batch that one replica computes: its own and their mixup partners.
 
-    The partner of a row is a row of the *global* batch. A view is a function of its row, so a replica
-    makes the partners' views itself and no pixel crosses between replicas.
+    The partner of a row is a row of the *global* batch. A view is a function of its row, so a
+    replica makes the partners' views itself and no pixel crosses between replicas.
 
     Attributes:
         rows: int32 [m], rows to make views of; each own row once.
-        partner: "roll" (row i - 1: `rows` is the row before the first, then the own rows), "reverse"
-            (row batch - 1 - i: `rows` is the own rows, then their partners) or "" (no mixup: the own rows).
+        partner: "roll" (row i - 1: `rows` is the row before the first, then the own rows),
+            "reverse" (row batch - 1 - i: `rows` is the own rows, then their partners) or "" (no
+            mixup: the own rows).
     """
 
     rows: tf.Tensor
@@ -100,7 +101,7 @@ class BatchRows:
         return cls(tf.concat([own_rows, batch_size - 1 - own_rows], 0) if partner == "reverse" else own_rows, partner)
 
     def split_partners(self, values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Values [m, ...] in the order of `rows` -> those of the own rows and of their mixup partners, each [n, ...]."""
+        """Values [m, ...] of `rows` -> those of own rows and of their partners, each [n, ...]."""
         if self.partner == "roll":
             return values[1:], values[:-1]
         if self.partner == "reverse":
@@ -126,7 +127,7 @@ def mixup_partner(config: Config) -> str:
 
 
 def find_crop(config: Config, kind: str) -> Crop:
-    """The crop of a kind, of `crops.CROPS`, or what `--resize_size` or `--compat` puts in its place."""
+    """The crop of a kind in `CROPS`, or what `--resize_size` or `--compat` puts in its place."""
     crop = CROPS[kind]
     if crop.random:
         return CROPS["squashed"] if config.resize_size else replacements(config).random_crop or crop
@@ -167,7 +168,8 @@ class Views:
     Attributes:
         student: float32 [n, size, size, 3] in [-1, 1].
         teachers: the same for teachers, by size in pixels; only the sizes that were requested.
-        mixup_ratios: float32 [n, 1], the share of an image itself in its mixture, in [0, 1]; 1 without mixup.
+        mixup_ratios: float32 [n, 1], the share of an image itself in its mixture, in [0, 1]; 1
+            without mixup.
     """
 
     student: tf.Tensor
@@ -183,7 +185,9 @@ def training_views(
     step: tf.Tensor,
     teacher_sizes: tuple[int, ...],
 ) -> Views:
-    """Crops each image as `--views` says, resizes the crop for each model, and mixes (paper, sections 2 and 3.1.1).
+    """Crops each image as `--views` says, resizes the crop for each model, and mixes.
+
+    Paper, sections 2 and 3.1.1.
 
     Args:
         config: image_size, views, mixup, seed and what describes the crops.
@@ -191,7 +195,8 @@ def training_views(
         sizes: float32 [m, 2], height and width of the originals in pixels.
         batch_rows: which rows of the global batch these are.
         step: int scalar, updates made so far.
-        teacher_sizes: sides in pixels of the teachers' views; none where the teachers' outputs are fixed.
+        teacher_sizes: sides in pixels of the teachers' views; none where the teachers' outputs are
+            fixed.
     """
     crop = find_crop(config, mode(config).student)
     ratios = mixup_ratios(config, batch_rows, step)
@@ -253,7 +258,8 @@ def fixed_view(
         images: uint8 [n, side, side, 3].
         sizes: float32 [n, 2], height and width of the originals in pixels.
         ids: int32 [n], examples of the split.
-        crop_number: int scalar, which of the crops whose outputs are averaged; only fix/ic_ens has more than one.
+        crop_number: int scalar, which of the crops whose outputs are averaged; only fix/ic_ens has
+            more than one.
         size: side of the view in pixels.
 
     Returns:
