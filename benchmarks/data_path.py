@@ -1,12 +1,13 @@
-"""How fast images reach a step: by cores, by the kind of store, by the size of the set, by the place in the run; in what memory.
+"""Measure how fast images reach a step, and in how much memory.
 
-    python benchmarks/data_path.py            # some minutes and 1.2 GB of disk, given back; into benchmarks/data_path
+    python benchmarks/data_path.py            # some minutes, 1.2 GB of disk for that time; into benchmarks/data_path
     python benchmarks/data_path.py --quick    # under two minutes, smaller sets; into build/data_path-quick
 
-Everything is generated. Photographs are stood in for by drawn JPEGs of 500 x 375 pixels and about 70 kB. Sets that grow have small
-pictures, all of them records of their own. The set of 106 GB is one shard under many names (hard links): it has the places, the
-index and the order of a large set, and the bytes of one shard. What was written is read from the kernel's memory, so a disk
-that is slower than that adds its own time. Writes results.json, and table.md from it.
+Measured by number of cores, kind of store, size of the set, and position in the run. All data is generated.
+Drawn JPEGs of 500 x 375 pixels and about 70 kB stand in for photographs. Sets of growing size have small
+images, each in a record of its own. The set of 106 GB is one shard under many names (hard links): it has the
+records, the index and the order of a large set, and the bytes of one shard. Files are read from the kernel's
+page cache, so a slower disk adds its own time. Writes results.json, and table.md from it.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ import numpy as np
 
 BATCH = 64
 PHOTO = (375, 500)  # height and width in pixels
-SMALL = 16  # pixels, of the pictures of sets that grow
-SHARD = 1000  # records
-LARGE_SHARD = 500
+SMALL = 16  # side in pixels of the images of sets of growing size
+SHARD = 1000  # records in a shard of sets of growing size
+LARGE_SHARD = 500  # records in the shard of the large set
 
 FULL: dict[str, Any] = {
     "sides": [256, 448],
@@ -79,12 +80,12 @@ def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _small(number: int, comment: int = 0) -> bytes:
-    """A picture of 16 x 16 pixels, with so many comments of 64 kB that do not compress."""
+def _small_image(number: int, comments: int = 0) -> bytes:
+    """A JPEG of 16 x 16 pixels, with so many JPEG comments of 64 kB of random bytes."""
     rng = np.random.default_rng(number)
     encoded = _jpeg(rng.integers(0, 256, (SMALL, SMALL, 3), np.uint8), 75)
-    long = b"\xff\xfe\xff\xff" + rng.bytes(65533)
-    return encoded[:2] + comment * long + encoded[2:]
+    comment = b"\xff\xfe\xff\xff" + rng.bytes(65533)
+    return encoded[:2] + comments * comment + encoded[2:]
 
 
 def _dataset(folder: str, shards: list[Any]) -> tuple[Any, Any]:
@@ -95,51 +96,59 @@ def _dataset(folder: str, shards: list[Any]) -> tuple[Any, Any]:
 
 
 def photos(folder: str, count: int) -> tuple[Any, Any]:
-    """A set of so many photographs, of 64 different ones, in one shard."""
+    """A set of `count` photographs, 64 of them different, in one shard."""
     from trainer.data.records import ImageRecord, write_shard
 
-    drawn = [photo(number) for number in range(min(64, count))]
-    each = (ImageRecord(drawn[n % len(drawn)], *PHOTO, n % 10, f"{n}.jpg") for n in range(count))
-    return _dataset(folder, [write_shard(folder, "photos", each)])
+    encoded = [photo(number) for number in range(min(64, count))]
+    image_records = (ImageRecord(encoded[n % len(encoded)], *PHOTO, n % 10, f"{n}.jpg") for n in range(count))
+    return _dataset(folder, [write_shard(folder, "photos", image_records)])
 
 
 def growing(folder: str, sizes: list[int]) -> Iterator[tuple[Any, Any]]:
-    """A set of each size in turn, a larger one with the shards of the one before; 1,000 records each, every record in the file."""
+    """A set of each size in turn; a larger set contains the shards of the smaller ones. Shards have 1,000 records."""
     from trainer.data.records import ImageRecord, write_shard
 
-    drawn, shards = [_small(number) for number in range(64)], []
+    encoded, shards = [_small_image(number) for number in range(64)], []
     for size in sizes:
         for number in range(len(shards), size // SHARD):
             names = range(number * SHARD, (number + 1) * SHARD)
-            each = (ImageRecord(drawn[n % 64], SMALL, SMALL, n % 10, f"{n}.jpg") for n in names)
-            shards.append(write_shard(folder, f"{number}", each))
+            image_records = (ImageRecord(encoded[n % 64], SMALL, SMALL, n % 10, f"{n}.jpg") for n in names)
+            shards.append(write_shard(folder, f"{number}", image_records))
         yield _dataset(folder, shards)
 
 
 def linked(folder: str, shards: int) -> tuple[Any, Any]:
-    """A set of so many shards of 65 MB, which are one file."""
+    """A set of `shards` shards of 65 MB, all hard links to one file."""
     from trainer.data.dataset import Shard
     from trainer.data.records import ImageRecord, write_shard
 
-    each = (ImageRecord(_small(number, 2), SMALL, SMALL, 0, "") for number in range(LARGE_SHARD))
-    one = write_shard(folder, "large-0", each)
+    image_records = (ImageRecord(_small_image(number, 2), SMALL, SMALL, 0, "") for number in range(LARGE_SHARD))
+    shard = write_shard(folder, "large-0", image_records)
     for number in range(1, shards):
         os.link(os.path.join(folder, "large-0"), os.path.join(folder, f"large-{number}"))
-    return _dataset(folder, [Shard(f"large-{n}", one.examples, one.bytes, one.crc32c) for n in range(shards)])
+    return _dataset(folder, [Shard(f"large-{n}", shard.examples, shard.bytes, shard.crc32c) for n in range(shards)])
 
 
-def _timed(act: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    found = act()
-    return time.perf_counter() - began, found
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that `work` took, and its result."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
 
 
-def _silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+def _no_progress(done: int, total: int) -> None:
+    """A progress callback that shows nothing."""
 
 
 def by_cores(folder: str, cores: int, side: int, images: int) -> Row:
-    """Decoded images/s of the store on the disk, where this process may use so many cores: the best of five."""
+    """Decoded images/s of the disk store on a limited number of cores: the best of five.
+
+    Args:
+        folder: empty.
+        cores: number of cores that this process may use.
+        side: of the decoded images in pixels.
+        images: in the set.
+    """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])  # before TensorFlow counts them
 
     from trainer.data.cache import Cache
@@ -147,12 +156,13 @@ def by_cores(folder: str, cores: int, side: int, images: int) -> Row:
     from trainer.data.store import DiskStore
 
     dataset, split = photos(folder, images)
-    held = DiskStore(dataset, split, side, Cache(os.path.join(folder, "cache")), _silent)
-    order, steps = ExampleSampler(0, images, BATCH), images // BATCH
-    held.take(order.batches(0, 1)[0])
-    # The machine is shared: the best, here and below.
+    store = DiskStore(dataset, split, side, Cache(os.path.join(folder, "cache")), _no_progress)
+    sampler, steps = ExampleSampler(0, images, BATCH), images // BATCH
+    store.take(sampler.batches(0, 1)[0])
+    # Other work may run on the machine, so the best time counts, here and below.
     seconds = [
-        _timed(lambda k=k: [held.take(order.batches(k * steps + t, 1)[0]) for t in range(steps)])[0] for k in range(5)
+        _timed(lambda k=k: [store.take(sampler.batches(k * steps + t, 1)[0]) for t in range(steps)])[0]
+        for k in range(5)
     ]
     return {
         "cores and threads": cores,
@@ -163,7 +173,15 @@ def by_cores(folder: str, cores: int, side: int, images: int) -> Row:
 
 
 def by_size(folder: str, sizes: list[int], images: int) -> list[Row]:
-    """What opening takes, and an image once it is open, of sets of growing size; one thread but for "decoded"."""
+    """Time to open sets of growing size, and time per image afterwards.
+
+    One thread, except for decoding.
+
+    Args:
+        folder: empty.
+        sizes: numbers of records, ascending multiples of `SHARD`.
+        images: number of images that are read.
+    """
     from trainer.data.cache import Cache
     from trainer.data.order import ExampleSampler
     from trainer.data.records import EncodedSplit
@@ -172,63 +190,62 @@ def by_size(folder: str, sizes: list[int], images: int) -> list[Row]:
     rows = []
     for dataset, split in growing(folder, sizes):
         cache = Cache(os.path.join(folder, "cache"))
-        checked, _ = _timed(lambda d=dataset, s=split, c=cache: c.open(d, s))
-        opened, shards = _timed(lambda d=dataset, s=split, c=cache: c.open(d, s))
+        first_open, _ = _timed(lambda d=dataset, s=split, c=cache: c.open(d, s))
+        second_open, shards = _timed(lambda d=dataset, s=split, c=cache: c.open(d, s))
         encoded = EncodedSplit(dataset, split, shards)
         ids = ExampleSampler(0, split.examples, images).batches(0, 1)[0].tolist()
         for example in ids[:1000]:
             encoded.record(example)
         read = min(_timed(lambda i=ids, e=encoded: [e.record(example) for example in i])[0] for _ in range(3))
-        held = DiskStore(dataset, split, 32, cache, _silent)
-        some = np.array(ids[: images // 4])
-        held.take(some[:BATCH])
-        decoded = min(_timed(lambda h=held, s=some: h.take(s))[0] for _ in range(3))
+        store = DiskStore(dataset, split, 32, cache, _no_progress)
+        decoded_ids = np.array(ids[: images // 4])
+        store.take(decoded_ids[:BATCH])
+        decoded = min(_timed(lambda o=store, i=decoded_ids: o.take(i))[0] for _ in range(3))
         rows.append(
             {
                 "records": split.examples,
                 "shards": len(split.shards),
-                "s to check and index": checked,
-                "s to open again": opened,
+                "s to check and index": first_open,
+                "s to open again": second_open,
                 "µs to find and read an image": 1e6 * read / len(ids),
-                "µs decoded too": 1e6 * decoded / len(some),
+                "µs decoded too": 1e6 * decoded / len(decoded_ids),
             }
         )
     return rows
 
 
 def by_place(examples: int) -> list[Row]:
-    """Milliseconds to the ids of batch t of a run that begins or goes on there, and of each of the hundred after it."""
+    """Milliseconds to the ids of batch t of a run that starts or resumes there, and to each of the 100 after it."""
     from trainer.data.order import ExampleSampler
 
     last = examples // BATCH - 1
-    places = [0, last // 4, last // 2, 3 * last // 4, last, last + 1, 1000 * last]
     rows = []
-    for place in places:
-        found = []
+    for batch in (0, last // 4, last // 2, 3 * last // 4, last, last + 1, 1000 * last):
+        times = []
         for _ in range(3):
-            order = ExampleSampler(0, examples, BATCH)
-            first, _ = _timed(lambda o=order, p=place: o.batches(p, 1))
-            after, _ = _timed(lambda o=order, p=place: [o.batches(p + k, 1) for k in range(100)])
-            found.append((first, after / 100))
+            sampler = ExampleSampler(0, examples, BATCH)
+            first, _ = _timed(lambda o=sampler, b=batch: o.batches(b, 1))
+            after, _ = _timed(lambda o=sampler, b=batch: [o.batches(b + k, 1) for k in range(100)])
+            times.append((first, after / 100))
         rows.append(
             {
-                "batch": place,
-                "epoch": place * BATCH // examples,
-                "ms to this batch": 1e3 * min(f for f, _ in found),
-                "ms to each of 100 after it": 1e3 * min(a for _, a in found),
+                "batch": batch,
+                "epoch": batch * BATCH // examples,
+                "ms to this batch": 1e3 * min(first for first, _ in times),
+                "ms to each of 100 after it": 1e3 * min(after for _, after in times),
             }
         )
     return rows
 
 
 def by_order(examples: int) -> Row:
-    """The order of a run over so many examples: time to a far batch, and memory, in a process of its own."""
+    """The order of a run over `examples` examples: time to a far batch, and memory. Needs a process of its own."""
     from trainer.data.order import ExampleSampler
 
     before, far = _memory("VmRSS"), 10**12 // BATCH
-    order = ExampleSampler(0, min(examples, 2**31 - 1), BATCH)
-    first, _ = _timed(lambda: order.batches(far, 1))
-    after, _ = _timed(lambda: [order.batches(far, 1) for _ in range(100)])
+    sampler = ExampleSampler(0, min(examples, 2**31 - 1), BATCH)
+    first, _ = _timed(lambda: sampler.batches(far, 1))
+    after, _ = _timed(lambda: [sampler.batches(far, 1) for _ in range(100)])
     return {
         "examples": examples,
         "s to any batch": first,
@@ -239,7 +256,13 @@ def by_order(examples: int) -> Row:
 
 
 def by_kind(folder: str, side: int, images: int) -> list[Row]:
-    """What each kind of store takes to open and to give a step its images, on one set; all must give the same."""
+    """Time and memory of each kind of store on one set. All stores must return the same images.
+
+    Args:
+        folder: empty.
+        side: of the decoded images in pixels.
+        images: in the set.
+    """
     import tensorflow as tf
 
     from trainer.core.config import Config
@@ -250,38 +273,51 @@ def by_kind(folder: str, side: int, images: int) -> list[Row]:
 
     dataset, split = photos(folder, images)
     config = Config(image_size=side // 2, store_size=side, batch_size=BATCH)
-    opened, memory = _timed(lambda: MemoryStore(dataset, split, side, _silent))
-    indexed, disk = _timed(lambda: DiskStore(dataset, split, side, Cache(os.path.join(folder, "cache")), _silent))
-    moved, on_device = _timed(lambda: tf.constant(memory.images))
+    memory_seconds, memory = _timed(lambda: MemoryStore(dataset, split, side, _no_progress))
+    cache = Cache(os.path.join(folder, "cache"))
+    disk_seconds, disk = _timed(lambda: DiskStore(dataset, split, side, cache, _no_progress))
+    copy_seconds, on_device = _timed(lambda: tf.constant(memory.images))
     gather = tf.function(lambda ids: tf.gather(on_device, ids), autograph=False)
-    rows, steps, given = [], images // BATCH, {}
-    for kind, held, start in (("device", None, opened + moved), ("host", memory, opened), ("disk", disk, indexed)):
-        feed, order = BatchPrefetcher(config, 1, (0,), held), ExampleSampler(0, images, BATCH)
+    rows, steps, first_batches = [], images // BATCH, {}
+    for kind, store, open_seconds in (
+        ("device", None, memory_seconds + copy_seconds),
+        ("host", memory, memory_seconds),
+        ("disk", disk, disk_seconds),
+    ):
+        prefetcher, sampler = BatchPrefetcher(config, 1, (0,), store), ExampleSampler(0, images, BATCH)
 
-        def step(t: int, feed: BatchPrefetcher = feed, order: ExampleSampler = order, held: Any = held) -> tf.Tensor:
-            ids, streamed = feed.take(t, 1, order)
-            return gather(ids[0]) if held is None else streamed[0][0][0]
+        def step(
+            t: int, prefetcher: BatchPrefetcher = prefetcher, sampler: ExampleSampler = sampler, store: Any = store
+        ) -> tf.Tensor:
+            ids, streamed = prefetcher.take(t, 1, sampler)
+            return gather(ids[0]) if store is None else streamed[0][0][0]
 
-        given[kind] = step(0).numpy()
+        first_batches[kind] = step(0).numpy()
         seconds = min(_timed(lambda s=step: [s(t) for t in range(steps)])[0] for _ in range(3))
-        feed.close()
+        prefetcher.close()
         resident = {"device": 2 * memory.images.nbytes, "host": memory.images.nbytes, "disk": 36 * images}[kind]
         rows.append(
             {
                 "store": kind,
-                "s to open": start,
+                "s to open": open_seconds,
                 "MB in memory": resident / 1e6,
                 "µs an image": 1e6 * seconds / (steps * BATCH),
                 "images/s": steps * BATCH / seconds,
             }
         )
-    if not all((squares == given["device"]).all() for squares in given.values()):
-        raise AssertionError("the kinds of store differ")
+    if not all((batch == first_batches["device"]).all() for batch in first_batches.values()):
+        raise AssertionError("the stores return different images")
     return rows
 
 
 def by_reading(folder: str, shards: int, batches: list[int]) -> list[Row]:
-    """Resident memory while a large set is read in the order of a run."""
+    """Resident memory while a large set is read in the order of a run.
+
+    Args:
+        folder: empty.
+        shards: of the set; 65 MB each.
+        batches: numbers of batches read at which memory is measured, ascending.
+    """
     from trainer.data.cache import Cache
     from trainer.data.dataset import Split
     from trainer.data.order import ExampleSampler
@@ -289,20 +325,20 @@ def by_reading(folder: str, shards: int, batches: list[int]) -> list[Row]:
 
     dataset, split = linked(folder, shards)
     cache = Cache(os.path.join(folder, "cache"))
-    # What TensorFlow and its decoder take, they take with the smallest set too.
-    first = DiskStore(dataset, Split("train", split.shards[:1]), 32, cache, _silent)
+    # A small set first, so that the memory of TensorFlow and its decoder is not counted.
+    first = DiskStore(dataset, Split("train", split.shards[:1]), 32, cache, _no_progress)
     for _ in range(20):
         first.take(np.arange(BATCH) % len(first))
     before, rows, seen = _memory("VmRSS"), [], set()
-    held = DiskStore(dataset, split, 32, cache, _silent)
-    order = ExampleSampler(0, len(held), BATCH)
+    store = DiskStore(dataset, split, 32, cache, _no_progress)
+    sampler = ExampleSampler(0, len(store), BATCH)
     done = 0
-    for wanted in batches:
-        for step in range(done, wanted):
-            ids = order.batches(step, 1)[0]
+    for count in batches:
+        for step in range(done, count):
+            ids = sampler.batches(step, 1)[0]
             seen |= set((ids // LARGE_SHARD).tolist())
-            held.take(ids)
-        done = wanted
+            store.take(ids)
+        done = count
         rows.append(
             {
                 "batches read": done,
@@ -315,11 +351,11 @@ def by_reading(folder: str, shards: int, batches: list[int]) -> list[Row]:
     return rows
 
 
-def _memory(what: str) -> int:
-    """Bytes: `VmRSS` now, or `VmHWM` at most."""
+def _memory(field: str) -> int:
+    """Resident memory of this process in bytes: `VmRSS` now, or `VmHWM` at its peak."""
     with open("/proc/self/status") as file:
         lines = dict(line.split(":", 1) for line in file)
-    return int(lines[what].split()[0]) * 1024
+    return int(lines[field].split()[0]) * 1024
 
 
 PARTS: dict[str, Callable[..., Any]] = {
@@ -332,34 +368,55 @@ PARTS: dict[str, Callable[..., Any]] = {
 }
 TITLES = {
     "by_cores": f"Images decoded from the disk ({PHOTO[1]} x {PHOTO[0]} JPEGs), by cores",
-    "by_kind": f"The kinds of store side by side, the same photographs, batches of {BATCH}",
-    "by_size": f"An image's cost by the size of the set (pictures of {SMALL} pixels, about 1 kB; one thread, decoding: all cores)",
-    "by_place": f"Time to the ids of batch t, 1,000,000 examples, batches of {BATCH} (after an epoch's last comes the next order)",
+    "by_kind": f"The kinds of store, the same photographs, batches of {BATCH}",
+    "by_size": f"Cost of an image by the size of the set (images of {SMALL} pixels, about 1 kB; one thread, decoding: all cores)",
+    "by_place": f"Time to the ids of batch t, 1,000,000 examples, batches of {BATCH} (an epoch's end includes the next order)",
     "by_order": f"The order of larger sets, batches of {BATCH}",
     "by_reading": "Resident memory while a large set is read in the order of a run (records of 131 kB)",
 }
 
 
 def apart(part: str, folder: str, *arguments: Any) -> Any:
-    """Runs one measurement in a process of its own, in an empty folder that is removed after it."""
-    inside = tempfile.mkdtemp(dir=folder)
+    """Runs one measurement in a process of its own, in an empty folder that is removed afterwards.
+
+    Args:
+        part: a key of `PARTS`.
+        folder: in which the empty folder is created.
+        arguments: of the measurement, after its folder; as JSON.
+
+    Returns:
+        What the measurement returns.
+
+    Raises:
+        SystemExit: it failed; the text is its standard error.
+    """
+    empty = tempfile.mkdtemp(dir=folder)
     needs_folder = part not in ("by_place", "by_order")
-    given = [inside, *arguments] if needs_folder else list(arguments)
-    command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--part", part, json.dumps(given)]
+    values = [empty, *arguments] if needs_folder else list(arguments)
+    command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--part", part, json.dumps(values)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{part}{arguments} failed:\n{done.stderr}")
-        return json.loads(done.stdout.splitlines()[-1])
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        if process.returncode:
+            raise SystemExit(f"{part}{arguments} failed:\n{process.stderr}")
+        return json.loads(process.stdout.splitlines()[-1])
     finally:
-        shutil.rmtree(inside, ignore_errors=True)
+        shutil.rmtree(empty, ignore_errors=True)
 
 
-def measure(plan: dict[str, Any], folder: str, say: Callable[[str], None]) -> dict[str, list[Row]]:
-    """All of it: rows by part, in the order of the titles."""
+def measure(plan: dict[str, Any], folder: str, report: Callable[[str], None]) -> dict[str, list[Row]]:
+    """Runs all measurements.
+
+    Args:
+        plan: sizes, `FULL` or `QUICK`.
+        folder: in which the sets are generated.
+        report: receives a line for each measurement.
+
+    Returns:
+        Rows by part, in the order of `TITLES`.
+    """
     cores = len(os.sched_getaffinity(0))
     counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= cores]
-    asked: dict[str, list[tuple[Any, ...]]] = {
+    calls: dict[str, list[tuple[Any, ...]]] = {
         "by_cores": [(n, side, plan["photos"]) for side in plan["sides"] for n in counts],
         "by_kind": [(plan["sides"][0], plan["kept"])],
         "by_size": [(plan["sizes"], plan["images"])],
@@ -367,37 +424,37 @@ def measure(plan: dict[str, Any], folder: str, say: Callable[[str], None]) -> di
         "by_order": [(examples,) for examples in plan["orders"]],
         "by_reading": [(plan["large_shards"], plan["large_batches"])],
     }
-    found: dict[str, list[Row]] = {}
+    results: dict[str, list[Row]] = {}
     for part in TITLES:
-        for arguments in asked[part]:
+        for arguments in calls[part]:
             seconds, rows = _timed(lambda p=part, a=arguments: apart(p, folder, *a))
-            found.setdefault(part, []).extend(rows if isinstance(rows, list) else [rows])
-            say(f"{part}{arguments}: {seconds:.0f} s")
-    return found
+            results.setdefault(part, []).extend(rows if isinstance(rows, list) else [rows])
+            report(f"{part}{arguments}: {seconds:.0f} s")
+    return results
 
 
 def cell(value: Any) -> str:
-    """Three digits that count; whole numbers whole."""
+    """A number with three significant digits; integers in full."""
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """All tables with their titles, and what made them."""
+    """All tables with their titles, the command and the machine."""
     parts = [f"**{title}**\n\n{table(result['rows'][part])}" for part, title in TITLES.items()]
     return "\n".join([*parts, f"`{result['command']}`; {result['machine']}.\n"])
 
 
 def machine() -> str:
     """Processor, cores, versions."""
-    installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
+    installed = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
     tensorflow = next((installed[name] for name in ("tensorflow", "tensorflow-tpu") if name in installed), "?")
     with open("/proc/cpuinfo") as file:
         name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
@@ -406,22 +463,24 @@ def machine() -> str:
 
 
 def main() -> int:
-    """Measures, prints and writes."""
+    """Measures, then writes and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smaller sets, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="smaller sets, only to see that it works")
     parser.add_argument("--out", type=pathlib.Path, help="folder for results.json and table.md")
-    parser.add_argument("--folder", help="where sets are generated, and removed; empty: the temporary folder")
+    parser.add_argument("--folder", help="where sets are generated and then removed; empty: the temporary folder")
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.part:
-        print(json.dumps(PARTS[asked.part[0]](*json.loads(asked.part[1]))))
+    arguments = parser.parse_args()
+    if arguments.part:
+        print(json.dumps(PARTS[arguments.part[0]](*json.loads(arguments.part[1]))))
         return 0
     root = pathlib.Path(__file__).resolve().parent
-    out = asked.out or (root.parent / "build" / "data_path-quick" if asked.quick else root / "data_path")
+    out = arguments.out or (root.parent / "build" / "data_path-quick" if arguments.quick else root / "data_path")
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=asked.folder, prefix="funmatch-data-path-") as folder:
-        rows = measure(QUICK if asked.quick else FULL, folder, lambda text: print(text, file=sys.stderr, flush=True))
-    command = "python benchmarks/data_path.py" + (" --quick" if asked.quick else "")
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="funmatch-data-path-") as folder:
+        rows = measure(
+            QUICK if arguments.quick else FULL, folder, lambda text: print(text, file=sys.stderr, flush=True)
+        )
+    command = "python benchmarks/data_path.py" + (" --quick" if arguments.quick else "")
     result = {"command": command, "machine": machine(), "rows": rows}
     (out / "results.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     (out / "table.md").write_text(markdown(result))

@@ -105,7 +105,7 @@ def run(config: Config, split: str, precisions: tuple[str, ...], console: Consol
 
     train, held_out = decode("train_split"), decode("split")
     lower = tuple(precision for precision in precisions if precision != "float32")
-    if lower and not bit.is_plain(teacher.model):
+    if lower and not bit.is_functional(teacher.model):
         console.info(f"{teacher.name} is a program whose layers cannot be exchanged: only float32 is profiled")
         precisions, lower = ("float32",), ()
     with hardware.strategy.scope():

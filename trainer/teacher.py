@@ -95,7 +95,7 @@ def _model(values: flags.FlagValues) -> dict[str, str]:
         raise ConfigError(
             f"--model={values.model} has weights, and --student_weights={values.student_weights} too: drop one"
         )
-    return {"student": f"bit-{bit_weights.source(rest, 'model').arch.lower()}", "student_weights": values.model}
+    return {"student": f"bit-{bit_weights.parse_source(rest, 'model').arch.lower()}", "student_weights": values.model}
 
 
 def _hyperrule(values: flags.FlagValues, console: Console) -> dict[str, Any]:

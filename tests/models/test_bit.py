@@ -241,7 +241,7 @@ def test_files_that_are_no_classifiers(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match="does not load"):
         load(f"keras:{tmp_path}/junk.keras")
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(CLASSES)]).save(tmp_path / "d.keras")
-    with pytest.raises(DataError, match="no classifier of RGB images"):
+    with pytest.raises(DataError, match="not a classifier of RGB images"):
         load(f"keras:{tmp_path}/d.keras")
 
 

@@ -288,10 +288,10 @@ def test_under_xla_and_on_two_replicas(tmp_path: pathlib.Path, told: tuple[str, 
 
 def test_another_depth_is_found_by_its_shapes() -> None:
     layout = saved_model_to_bit._layout(bit.Arch((2, 3, 1), 32), saved_model_to_bit._ORDERS[0])
-    assert teachers.bit_weights.architecture(dict(layout)) == bit.Arch((2, 3, 1), 32)
+    assert teachers.bit_weights.infer_arch(dict(layout)) == bit.Arch((2, 3, 1), 32)
     for name, arch in bit.ARCHS.items():
         shapes = dict(saved_model_to_bit._layout(arch, saved_model_to_bit._ORDERS[3]))
-        assert teachers.bit_weights.architecture(shapes) == arch, name
+        assert teachers.bit_weights.infer_arch(shapes) == arch, name
         built = (
             {f"{x.name}/{w.name}" for x in bit.bit(arch, 2).layers for w in x.weights} if not arch.released else None
         )

@@ -178,9 +178,9 @@ def test_a_student_starts_from_a_file_of_its_network(tmp_path: pathlib.Path, kin
     if kind != "keras" and classes != CLASSES:
         # A file of weights says nothing of its network: it must be one that can be built for other classes.
         with pytest.raises(DataError, match="another network"):
-            students.build(name, CLASSES, IMAGE, start=start)
+            students.build(name, CLASSES, IMAGE, initial_weights=start)
         return
-    made = students.build(name, CLASSES, IMAGE, start=start)
+    made = students.build(name, CLASSES, IMAGE, initial_weights=start)
     plain = students.build(name, CLASSES, IMAGE)
     head = 2
     for mine, theirs in zip(weights_of(made)[:-head], weights_of(source)[:-head], strict=True):
@@ -214,29 +214,29 @@ def test_a_named_student_starts_from_weights_of_other_classes(tmp_path: pathlib.
     source = students.build("mobilenetv3-small", 11, 32, seed=3)
     source.save_weights(tmp_path / "s.weights.h5")
     start = f"h5:{tmp_path}/s.weights.h5"
-    made = students.build("mobilenetv3-small", 5, 32, start=start)
+    made = students.build("mobilenetv3-small", 5, 32, initial_weights=start)
     head = 2
     for mine, theirs in zip(weights_of(made)[:-head], weights_of(source)[:-head], strict=True):
         assert (mine == theirs).all()
     assert made.output_shape == (None, 5)
     with pytest.raises(DataError, match=r"does not fit .*another network"):
-        students.build("mobilenetv3-small-gn", 5, 32, start=start)
+        students.build("mobilenetv3-small-gn", 5, 32, initial_weights=start)
 
 
 def test_a_bit_starts_from_a_teacher_file(teacher_file: str) -> None:
     """What `funmatch teacher` or an export left: folded once already, which changes nothing."""
-    made = students.build("bit-tiny", CLASSES, IMAGE, start=f"keras:{teacher_file}")
+    made = students.build("bit-tiny", CLASSES, IMAGE, initial_weights=f"keras:{teacher_file}")
     source = keras.saving.load_model(teacher_file)
     x = np.random.default_rng(0).uniform(-1, 1, (2, IMAGE, IMAGE, 3)).astype(np.float32)
     assert np.allclose(made(x), source(x), atol=1e-5)
     with pytest.raises(DataError, match="another network"):
-        students.build("bit-small", CLASSES, IMAGE, start=f"keras:{teacher_file}")
+        students.build("bit-small", CLASSES, IMAGE, initial_weights=f"keras:{teacher_file}")
 
 
 @pytest.mark.parametrize("start", ["keras:", "h5:", "npz:x", "bit:R50x1@x.npz"])
 def test_first_weights_of_no_known_kind(start: str) -> None:
-    with pytest.raises(ConfigError, match=r"--student_weights=.*does not start"):
-        students.build("mobilenetv3-small", 5, 32, start=start)
+    with pytest.raises(ConfigError, match=r"--student_weights=.*does not fit"):
+        students.build("mobilenetv3-small", 5, 32, initial_weights=start)
 
 
 # Teachers from keras.applications.
@@ -275,7 +275,7 @@ def test_an_application_is_a_teacher_with_its_own_preprocessing(tmp_path: pathli
 
 def test_every_application_has_its_preprocessing() -> None:
     for name in students.application_names():
-        assert np.isfinite(students._Preprocess(name)(np.full((1, 8, 8, 3), 200.0, np.float32))).all()
+        assert np.isfinite(students.ApplicationPreprocessing(name)(np.full((1, 8, 8, 3), 200.0, np.float32))).all()
 
 
 def test_applications_that_do_not_fit(tmp_path: pathlib.Path) -> None:
@@ -336,7 +336,7 @@ def test_several_teachers_have_their_own_size_and_range(tmp_path: pathlib.Path) 
     assert np.allclose(one, two, atol=1e-4)
     assert np.allclose(loaded[0].model.layers[-1](x[:, :16, :16]), three, atol=1e-4)
     # Weight standardisation is folded in models inside of models too.
-    assert not any(isinstance(layer, bit.StdConv2D) for t in loaded for layer in bit.leaves(t.model))
+    assert not any(isinstance(layer, bit.StdConv2D) for t in loaded for layer in bit.flat_layers(t.model))
 
 
 def test_arrays_that_keras_passes_over_are_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,30 +1,35 @@
 """Big Transfer (BiT) ResNets in Keras 3: ResNet-V2 with group normalisation and weight standardisation.
 
-Source of the architecture: Kolesnikov et al. 2020 (arXiv 1912.11370) and its released weights; the details that
-decide whether those weights work (padding of the root pool, epsilons, what the projection sees) are kept as arguments.
+Architecture: Kolesnikov et al. 2020 (arXiv 1912.11370) and the released weights. The epsilons, the
+padding of the root pool and the input of the projection are theirs: with others, their weights give
+other logits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
 
 import keras
+import numpy as np
+import tensorflow as tf
 from keras import ops
 
 WEIGHT_EPSILON = 1e-10
 GROUP_EPSILON = 1e-5
+LOWEST = -3e38  # below every activation; a finite number of float32 and of bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
 class Arch:
-    """A member of the family.
+    """An architecture of the family.
 
     Attributes:
         units: bottleneck units in each of the blocks.
-        filters: channels of the root convolution; block b has `filters * 2**b` inside, four times that outside.
+        filters: channels of the root convolution. Block b has `filters * 2**b` channels inside its
+            units and four times that at their outputs.
         groups: groups of every group normalisation; divides `filters`.
-        released: one of the published sizes, as opposed to a miniature of ours.
+        released: weights of this size are published.
     """
 
     units: tuple[int, ...]
@@ -40,7 +45,7 @@ ARCHS = {
     "R101x3": Arch((3, 4, 23, 3), 192),
     "R152x2": Arch((3, 8, 36, 3), 128),
     "R152x4": Arch((3, 8, 36, 3), 256),
-    # Ours, for smoke runs and tests on a CPU.
+    # Not published; for smoke runs and tests on a CPU.
     "tiny": Arch((1, 1, 1), 16, groups=8, released=False),
     "small": Arch((1, 1, 1), 24, groups=8, released=False),
 }
@@ -50,30 +55,17 @@ ARCHS = {
 class StdConv2D(keras.layers.Conv2D):
     """Convolution whose kernel is standardised over height, width and input channels, per output channel.
 
-    kernel' = (kernel - mean) / sqrt(variance + 1e-10), with the biased variance. The stored kernel stays as it is.
+    kernel' = (kernel - mean) / sqrt(variance + 1e-10), with the biased variance. The layer stores the
+    kernel before standardisation.
     """
 
-    def convolution_op(self, inputs: Any, kernel: Any) -> Any:
+    def convolution_op(self, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         """Convolves with the standardised kernel."""
         return super().convolution_op(inputs, standardize(kernel))
 
 
-@keras.saving.register_keras_serializable(package="funmatch")
-class PadLowest2D(keras.layers.Layer):
-    """Pads height and width by one on each side with a value that no maximum takes."""
-
-    def call(self, inputs: Any) -> Any:
-        """Pads [n, height, width, channels] to [n, height + 2, width + 2, channels]."""
-        lowest = -3e38 if keras.backend.standardize_dtype(inputs.dtype) != "float16" else -6e4
-        return ops.pad(inputs, [[0, 0], [1, 1], [1, 1], [0, 0]], constant_values=lowest)
-
-    def compute_output_shape(self, shape: Any) -> Any:
-        """Two more rows and columns where their number is known."""
-        return (shape[0], *(None if side is None else side + 2 for side in shape[1:3]), shape[3])
-
-
-def standardize(kernel: Any) -> Any:
-    """Weight standardisation of an HWIO kernel [kh, kw, in, out], computed in float32, returned in its own dtype."""
+def standardize(kernel: tf.Tensor | np.ndarray) -> tf.Tensor:
+    """Weight standardisation of a kernel [height, width, in, out], in float32, returned in the kernel's dtype."""
     value = ops.cast(kernel, "float32")
     mean, variance = ops.moments(value, axes=(0, 1, 2), keepdims=True)
     return ops.cast((value - mean) / ops.sqrt(variance + WEIGHT_EPSILON), kernel.dtype)
@@ -85,7 +77,6 @@ def bit(
     image_size: int | None = None,
     *,
     root_pool: str = "zero",
-    folded: bool = False,
     seed: int = 0,
     name: str | None = None,
 ) -> keras.Model:
@@ -95,10 +86,13 @@ def bit(
         arch: a name in `ARCHS`, or an `Arch`.
         classes: width of the head, at least 1. The head starts at zero, as in the paper's runs.
         image_size: height and width in pixels; None leaves them open.
-        root_pool: "zero" pads the max pool with zeros (the released BiT models); "inf" ignores the border (big_vision's
-            own implementation, in which the distilled models may have been trained).
-        folded: build plain convolutions, for kernels that were standardised once (`fold`).
-        seed: of the kernels' initial values; each layer gets its own from it.
+        root_pool: "zero" pads the input of the max pool with zeros (released BiT models); "inf" pads it
+            with a value below all others (big_vision, which may have trained the distilled models).
+        seed: of the initial kernels; each layer derives its own seed from it.
+        name: of the model; None: from `arch`.
+
+    Returns:
+        A new model, whose convolutions are `StdConv2D`.
 
     Raises:
         ValueError: unknown `arch` or `root_pool`.
@@ -109,16 +103,15 @@ def bit(
         name, arch = name or f"bit_{arch.lower()}", ARCHS[arch]
     if root_pool not in ("zero", "inf"):
         raise ValueError(f"root_pool is {root_pool!r}; it must be 'zero' or 'inf'")
-    conv_class = keras.layers.Conv2D if folded else StdConv2D
     seeds = iter(range(seed * 1_000_003, seed * 1_000_003 + 1_000_003))
 
-    def conv(x: Any, filters: int, size: int, stride: int, name: str) -> Any:
+    def conv(x: keras.KerasTensor, filters: int, size: int, stride: int, name: str) -> keras.KerasTensor:
         if size > 1:
             x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x)
         init = keras.initializers.GlorotUniform(seed=next(seeds))
-        return conv_class(filters, size, strides=stride, use_bias=False, kernel_initializer=init, name=name)(x)
+        return StdConv2D(filters, size, strides=stride, use_bias=False, kernel_initializer=init, name=name)(x)
 
-    def norm_relu(x: Any, name: str) -> Any:
+    def norm_relu(x: keras.KerasTensor, name: str) -> keras.KerasTensor:
         x = keras.layers.GroupNormalization(arch.groups, epsilon=GROUP_EPSILON, name=name)(x)
         return keras.layers.ReLU(name=f"{name}_relu")(x)
 
@@ -126,17 +119,17 @@ def bit(
     x = conv(inputs, arch.filters, 7, 2, "root_conv")
     if root_pool == "zero":
         x = keras.layers.ZeroPadding2D(1, name="root_pool_pad")(x)
-        x = keras.layers.MaxPooling2D(3, 2, name="root_pool")(x)
     else:
-        x = PadLowest2D(name="root_pool_pad")(x)
-        x = keras.layers.MaxPooling2D(3, 2, name="root_pool")(x)
+        # An operation of Keras and not a custom layer: the exported file must load without this package.
+        x = ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], constant_values=LOWEST)
+    x = keras.layers.MaxPooling2D(3, 2, name="root_pool")(x)
     for block, units in enumerate(arch.units):
         filters = arch.filters * 2**block
         for unit in range(units):
             prefix = f"block{block + 1}_unit{unit + 1:02d}"
             stride = 2 if unit == 0 and block > 0 else 1
             y = norm_relu(x, f"{prefix}_a_norm")
-            # The projection takes the pre-activated input and has no normalisation of its own.
+            # The projection reads the normalised input; it has no normalisation of its own.
             shortcut = conv(y, 4 * filters, 1, stride, f"{prefix}_proj") if unit == 0 else x
             y = conv(y, filters, 1, 1, f"{prefix}_a")
             y = conv(norm_relu(y, f"{prefix}_b_norm"), filters, 3, stride, f"{prefix}_b")
@@ -149,34 +142,37 @@ def bit(
 
 
 def fold(model: keras.Model) -> keras.Model:
-    """The same function with weight standardisation done once: a copy whose convolutions are plain `Conv2D`s.
+    """Copies a model with weight standardisation applied to its kernels: each `StdConv2D` becomes a `Conv2D`.
 
-    The copy loads without this package, and saves a pass over all weights in each forward pass. A model without
-    standardised convolutions is copied as it is.
+    The copy computes the same function, loads without this package, and does not standardise all kernels in
+    each forward pass.
     """
 
-    def plain(layer: Any) -> Any:
-        kind = keras.layers.Conv2D if type(layer) is StdConv2D else type(layer)
-        return kind.from_config(layer.get_config())
+    def without_standardization(operation: keras.Operation) -> keras.Operation:
+        layer_class = keras.layers.Conv2D if type(operation) is StdConv2D else type(operation)
+        return layer_class.from_config(operation.get_config())
 
-    copy = keras.models.clone_model(model, clone_function=plain, recursive=True)
-    for old, new in zip(leaves(model), leaves(copy), strict=True):
-        weights = old.get_weights()
-        if type(old) is StdConv2D:
+    folded = keras.models.clone_model(model, clone_function=without_standardization, recursive=True)
+    for source, target in zip(flat_layers(model), flat_layers(folded), strict=True):
+        weights = source.get_weights()
+        if type(source) is StdConv2D:
             weights[0] = ops.convert_to_numpy(standardize(weights[0]))
-        new.set_weights(weights)
-    return copy
+        target.set_weights(weights)
+    return folded
 
 
-def leaves(model: keras.Model) -> list[keras.layers.Layer]:
-    """Layers of a model and of the models in it, in the data's order."""
-    found = []
+def flat_layers(model: keras.Model) -> Iterator[keras.Layer]:
+    """Layers of a model and of the models nested in it, in the order of the data."""
     for layer in model.layers:
-        found += leaves(layer) if isinstance(layer, keras.Model) else [layer]
-    return found
+        if isinstance(layer, keras.Model):
+            yield from flat_layers(layer)
+        else:
+            yield layer
 
 
-def is_plain(model: Any) -> bool:
-    """Whether a model is made of layers that can be exchanged one by one (Functional or Sequential, all the way down)."""
-    kinds = (keras.Sequential, keras.src.models.Functional)
-    return isinstance(model, kinds) and all(is_plain(x) for x in model.layers if isinstance(x, keras.Model))
+def is_functional(model: object) -> bool:
+    """Whether a model is Functional or Sequential, and so are all nested ones: its layers can be replaced."""
+    graph_classes = (keras.Sequential, keras.src.models.Functional)
+    return isinstance(model, graph_classes) and all(
+        is_functional(x) for x in model.layers if isinstance(x, keras.Model)
+    )

@@ -1,7 +1,8 @@
-"""BiT's published weights: npz files in both of their layouts, known by name or by path.
+"""BiT weights from npz files in both published layouts, by name or by path.
 
-One layout is that of google-research/big_transfer (`resnet/block1/unit01/a/standardized_conv2d/kernel`), the other that of
-big_vision (`block1/unit01/conv1/kernel`). Kernels are height, width, in, out in both, as in Keras.
+One layout is that of google-research/big_transfer (`resnet/block1/unit01/a/standardized_conv2d/kernel`),
+the other that of big_vision (`block1/unit01/conv1/kernel`). Kernels are [height, width, in, out] in both,
+as in Keras.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import difflib
 import re
 import zipfile
 import zlib
-from typing import Any
 
 import keras
 import numpy as np
@@ -29,24 +29,24 @@ class Published:
 
     Attributes:
         arch: a name in `bit.ARCHS`.
-        address: where it lies.
-        size: side in pixels that it was trained for; 0 where it was pre-trained to be fine-tuned.
+        url: of the file.
+        size: side in pixels of the images that it was trained on; 0 for a pre-trained model to fine-tune.
         classes: width of its head.
     """
 
     arch: str
-    address: str
+    url: str
     size: int
     classes: int
 
 
 def _published() -> dict[str, Published]:
-    found = {}
+    files = {}
     for arch in (name for name, arch in bit.ARCHS.items() if arch.released):
         for kind, classes in (("S", 1000), ("M", 21_843)):
-            found[f"BiT-{kind}-{arch}"] = Published(arch, f"{_BUCKET}/BiT-{kind}-{arch}.npz", 0, classes)
+            files[f"BiT-{kind}-{arch}"] = Published(arch, f"{_BUCKET}/BiT-{kind}-{arch}.npz", 0, classes)
         name = f"BiT-M-{arch}-ILSVRC2012"
-        found[name] = Published(arch, f"{_BUCKET}/{name}.npz", 480, 1000)  # BiT-HyperRule: 512, crop 480
+        files[name] = Published(arch, f"{_BUCKET}/{name}.npz", 480, 1000)  # BiT-HyperRule: 512, crop 480
     distilled = [
         ("R50x1_160", 160, 1000),
         ("R50x1_224", 224, 1000),
@@ -58,83 +58,89 @@ def _published() -> dict[str, Published]:
         ("R152x2_T_sun128", 128, 397),
     ]
     for name, size, classes in distilled:
-        found[name] = Published(name.split("_")[0], f"{_BUCKET}/distill/{name}.npz", size, classes)
-    return found
+        files[name] = Published(name.split("_")[0], f"{_BUCKET}/distill/{name}.npz", size, classes)
+    return files
 
 
 PUBLISHED = _published()
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """What the text after `bit:` means: an architecture ("": see the shapes), a file, and the size it was made for (0: unknown)."""
+class WeightsSource:
+    """The meaning of the text after `bit:`.
+
+    Attributes:
+        arch: a name in `bit.ARCHS`; "": inferred from the shapes in the file.
+        path: of the file, on a disk, gs:// or https://.
+        size: side in pixels of the images that the file was trained on; 0: unknown.
+    """
 
     arch: str
     path: str
     size: int
 
 
-def source(text: str, flag: str) -> Source:
-    """Reads "R152x2_T_flowers128" (a published name), "R152x2@PATH", or "@PATH" for the architecture that the shapes tell.
+def parse_source(text: str, flag: str) -> WeightsSource:
+    """Parses a published name (R152x2_T_flowers128), ARCH@PATH, or @PATH, whose shapes give the architecture.
 
     Raises:
-        ConfigError: neither; the nearest name is given.
+        ConfigError: it is none of these; the nearest name is given.
     """
     arch, at, path = text.partition("@")
     if not at:
         if text in PUBLISHED:
-            known = PUBLISHED[text]
-            return Source(known.arch, known.address, known.size)
+            published = PUBLISHED[text]
+            return WeightsSource(published.arch, published.url, published.size)
         near = difflib.get_close_matches(text, PUBLISHED, 1)
         hint = f"did you mean bit:{near[0]}? " if near else ""
         raise ConfigError(
             f"--{flag}=bit:{text}: {hint}It must be bit:ARCH@FILE.npz or one of {', '.join(sorted(PUBLISHED))}"
         )
     if not arch and path:
-        return Source("", path, 0)
+        return WeightsSource("", path, 0)
     if arch not in bit.ARCHS or not path:
         near = difflib.get_close_matches(arch, bit.ARCHS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
             f"--{flag}=bit:{text}: {hint}It must be bit:ARCH@FILE.npz, ARCH one of {', '.join(bit.ARCHS)}"
         )
-    return Source(arch, path, 0)
+    return WeightsSource(arch, path, 0)
 
 
-_WHERE = r"block(?P<block>\d)/unit(?P<unit>\d\d)"
-_OURS = r"block(?P<block>\d)_unit(?P<unit>\d\d)"
+_UNIT = r"block(?P<block>\d)/unit(?P<unit>\d\d)"
+_KERAS_UNIT = r"block(?P<block>\d)_unit(?P<unit>\d\d)"
 _N = r"(?:_\d+)?"  # some files number their layers: standardized_conv2d_17
-# Pattern of a key, the layer's name in our models, the weight's name there; {x} is the pattern's group x, mapped.
+# Pattern of a key; names of the layer and of the weight in `bit.bit`'s model. See `canonical` for {...}.
 _KEYS = [
     (rf"resnet/root_block/standardized_conv2d{_N}/kernel", "root_conv", "kernel"),
-    (rf"resnet/{_WHERE}/(?P<part>[abc])/standardized_conv2d{_N}/kernel", "{where}_{part}", "kernel"),
-    (rf"resnet/{_WHERE}/a/proj/standardized_conv2d{_N}/kernel", "{where}_proj", "kernel"),
-    (rf"resnet/{_WHERE}/(?P<part>[abc])/group_norm{_N}/(?P<weight>gamma|beta)", "{where}_{part}_norm", "{weight}"),
+    (rf"resnet/{_UNIT}/(?P<part>[abc])/standardized_conv2d{_N}/kernel", "{block_unit}_{part}", "kernel"),
+    (rf"resnet/{_UNIT}/a/proj/standardized_conv2d{_N}/kernel", "{block_unit}_proj", "kernel"),
+    (rf"resnet/{_UNIT}/(?P<part>[abc])/group_norm{_N}/(?P<weight>gamma|beta)", "{block_unit}_{part}_norm", "{weight}"),
     (rf"resnet/group_norm{_N}/(?P<weight>gamma|beta)", "final_norm", "{weight}"),
     (rf"resnet/head/conv2d{_N}/(?P<weight>kernel|bias)", "head", "{weight}"),
     (r"root_block/conv_root/kernel", "root_conv", "kernel"),
-    (rf"{_WHERE}/conv(?P<part>[123])/kernel", "{where}_{part}", "kernel"),
-    (rf"{_WHERE}/conv_proj/kernel", "{where}_proj", "kernel"),
-    (rf"{_WHERE}/gn(?P<part>[123])/(?P<weight>scale|bias)", "{where}_{part}_norm", "{norm}"),
+    (rf"{_UNIT}/conv(?P<part>[123])/kernel", "{block_unit}_{part}", "kernel"),
+    (rf"{_UNIT}/conv_proj/kernel", "{block_unit}_proj", "kernel"),
+    (rf"{_UNIT}/gn(?P<part>[123])/(?P<weight>scale|bias)", "{block_unit}_{part}_norm", "{norm}"),
     (r"norm-pre-head/(?P<weight>scale|bias)", "final_norm", "{norm}"),
     (r"head/(?P<weight>kernel|bias)", "head", "{weight}"),
-    # Ours, as a SavedModel of ours has them.
+    # `bit.bit`'s own names, as in an exported SavedModel.
     (r"root_conv/kernel", "root_conv", "kernel"),
-    (rf"{_OURS}_(?P<part>[abc]|proj)/kernel", "{where}_{part}", "kernel"),
-    (rf"{_OURS}_(?P<part>[abc])_norm/(?P<weight>gamma|beta)", "{where}_{part}_norm", "{weight}"),
+    (rf"{_KERAS_UNIT}_(?P<part>[abc]|proj)/kernel", "{block_unit}_{part}", "kernel"),
+    (rf"{_KERAS_UNIT}_(?P<part>[abc])_norm/(?P<weight>gamma|beta)", "{block_unit}_{part}_norm", "{weight}"),
     (r"final_norm/(?P<weight>gamma|beta)", "final_norm", "{weight}"),
 ]
-# Where a training checkpoint has the model, beside much else: big_vision's of today, and that of its first years.
+# Prefixes of the model's weights in a training checkpoint of big_vision: newer ones, older ones.
 _PREFIXES = ("params/", "opt/target/")
 
 
 def canonical(key: str) -> str | None:
-    """A file's key as "layer/weight" of `bit.bit`'s model; None if it is none of BiT's."""
+    """The name "layer/weight" in `bit.bit`'s model of a file's key; None if the key is not a BiT's."""
     for pattern, layer, weight in _KEYS:
         if match := re.fullmatch(pattern, key):
             groups = match.groupdict()
             names = {
-                "where": f"block{groups.get('block')}_unit{groups.get('unit')}",
+                "block_unit": f"block{groups.get('block')}_unit{groups.get('unit')}",
                 "part": {"1": "a", "2": "b", "3": "c"}.get(groups.get("part", ""), groups.get("part")),
                 "weight": groups.get("weight"),
                 "norm": {"scale": "gamma", "bias": "beta"}.get(groups.get("weight", "")),
@@ -143,67 +149,70 @@ def canonical(key: str) -> str | None:
     return None
 
 
-def known(units: tuple[int, ...], filters: int) -> bit.Arch | None:
-    """The architecture with these units and root filters: one of `bit.ARCHS`, else one of the paper's 32 groups."""
+def find_arch(units: tuple[int, ...], filters: int) -> bit.Arch | None:
+    """The architecture with these units and root filters: one of `bit.ARCHS`, else one with the paper's 32 groups.
+
+    None if 32 groups do not divide the filters.
+    """
     for arch in bit.ARCHS.values():
         if (arch.units, arch.filters) == (units, filters):
             return arch
     return bit.Arch(units, filters) if units and filters % 32 == 0 else None
 
 
-def architecture(shapes: dict[str, tuple[int, ...]]) -> bit.Arch | None:
-    """The architecture whose weights have these shapes, by "layer/weight"; None if it is none of BiT's."""
+def infer_arch(shapes: dict[str, tuple[int, ...]]) -> bit.Arch | None:
+    """The architecture whose weights have these shapes, by "layer/weight"; None if it is not a BiT."""
     units: dict[int, int] = {}
     for name in shapes:
         if match := re.fullmatch(r"block(\d)_unit(\d\d)_b/kernel", name):
             units[int(match[1])] = units.get(int(match[1]), 0) + 1
     if sorted(units) != list(range(1, len(units) + 1)) or len(shapes.get("root_conv/kernel", ())) != 4:
         return None
-    return known(tuple(units[block] for block in sorted(units)), shapes["root_conv/kernel"][-1])
+    return find_arch(tuple(units[block] for block in sorted(units)), shapes["root_conv/kernel"][-1])
 
 
-_LARGEST = 1 << 34  # R152x4, the largest, has 3.7 GB of weights; a checkpoint of training some times that
+_LARGEST = 1 << 34  # bytes; R152x4, the largest, has 3.7 GB of weights, and a training checkpoint several times that
 
 
 def read(path: str, role: str) -> dict[str, np.ndarray]:
-    """The arrays of a BiT npz by "layer/weight", float32, as our layers hold them.
+    """Reads the arrays of a BiT npz, float32, by the names "layer/weight" of `bit.bit`'s model.
 
     Args:
         path: on a disk, gs:// or https://.
         role: the flag whose file it is, for errors.
 
     Raises:
-        DataError: not there, not an npz, an array that is no plain array of floats (nothing pickled is ever loaded) or
-            that claims to be larger than its bytes, or keys that are none of BiT's, which are listed.
+        DataError: the file does not exist or is not an npz; an array is not of floats (pickles are never
+            loaded) or claims to be larger than its bytes; or keys are not a BiT's (they are listed).
     """
     local = download.local_copy(path, role)
-    found: dict[str, np.ndarray] = {}
-    strange = []
+    arrays: dict[str, np.ndarray] = {}
+    unknown = []
     try:
         with zipfile.ZipFile(local) as archive:
             names = [info.filename for info in archive.infolist()]
             if (total := sum(info.file_size for info in archive.infolist())) > _LARGEST:
                 raise DataError(f"--{role}={path} claims to hold {total:,} bytes, more than any BiT with its optimizer")
-            inside = next((p for p in _PREFIXES if any(name.startswith(p) for name in names)), "")
+            prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in names)), "")
             for info in archive.infolist():
-                if not info.filename.startswith(inside):
+                if not info.filename.startswith(prefix):
                     continue
-                key = info.filename.removesuffix(".npy").removeprefix(inside)
+                key = info.filename.removesuffix(".npy").removeprefix(prefix)
                 name = canonical(key)
-                if name is None or name in found:
-                    strange.append(key)
+                if name is None or name in arrays:
+                    unknown.append(key)
                     continue
-                found[name] = _array(archive, info, f"--{role}={path}")
+                arrays[name] = _array(archive, info, f"--{role}={path}")
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, RuntimeError, zlib.error) as error:
-        raise DataError(f"--{role}={path} is no npz file of weights: {error}") from error
-    if strange or not found:
-        shown = ", ".join(sorted(strange)[:5]) or "none at all"
-        raise DataError(f"--{role}={path} holds {len(strange)} arrays that no BiT has, the first: {shown}")
-    return found
+        raise DataError(f"--{role}={path} is not an npz file of weights: {error}") from error
+    if unknown or not arrays:
+        shown = ", ".join(sorted(unknown)[:5]) or "none at all"
+        raise DataError(f"--{role}={path} holds {len(unknown)} arrays that no BiT has, the first: {shown}")
+    return arrays
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> np.ndarray:
-    """One member, after a look at its header: what it claims to hold must be there."""
+    """Reads one member, after checking its header: the type, and that its size is not above the member's."""
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -216,43 +225,42 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> np.nd
         return np.asarray(np.lib.format.read_array(file, allow_pickle=False), np.float32)
 
 
-def fill(model: keras.Model, arrays: dict[str, np.ndarray], where: str, *, keep_head: bool = True) -> None:
-    """Puts a file's weights into a model of `bit.bit`.
+def assign(model: keras.Model, arrays: dict[str, np.ndarray], where: str, *, with_head: bool = True) -> None:
+    """Assigns a file's weights to a model of `bit.bit`.
 
     Args:
-        model: unfolded.
-        arrays: as `read` gives them; singleton axes are dropped where the model has none.
+        model: not folded.
+        arrays: from `read`; axes of size one that the model does not have are dropped.
         where: flag and path, for errors.
-        keep_head: take the classifier too; else it stays as it is.
+        with_head: assign the classifier too; otherwise it stays as it is.
 
     Raises:
-        DataError: weights are missing, left over or of another shape; they are listed.
+        DataError: weights are missing, unexpected or of another shape; they are listed.
     """
-    targets: dict[str, Any] = {}
-    for layer in model.layers:
-        for weight in layer.weights:
-            targets[f"{layer.name}/{weight.name}"] = weight
-    if not keep_head:
+    targets = {f"{layer.name}/{weight.name}": weight for layer in model.layers for weight in layer.weights}
+    if not with_head:
         targets = {name: weight for name, weight in targets.items() if not name.startswith("head/")}
         arrays = {name: array for name, array in arrays.items() if not name.startswith("head/")}
     missing, extra = sorted(targets.keys() - arrays.keys()), sorted(arrays.keys() - targets.keys())
     if missing or extra:
         parts = [
             f"{len(names)} {what} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-            for what, names in (("missing", missing), ("left over", extra))
+            for what, names in (("missing", missing), ("unexpected", extra))
             if names
         ]
         raise DataError(f"{where} does not fit {model.name}: {'; '.join(parts)}. Is it another architecture's file?")
     for name, weight in targets.items():
         array = arrays[name]
-        if array.size != np.prod(weight.shape) or tuple(s for s in array.shape if s > 1) != tuple(
-            s for s in weight.shape if s > 1
-        ):
+        if _without_ones(array.shape) != _without_ones(weight.shape):
             raise DataError(
                 f"{where} does not fit {model.name}: {name} has shape {array.shape}, not {tuple(weight.shape)}. "
                 "Is it another architecture's file?"
             )
         weight.assign(array.reshape(weight.shape))
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(side for side in shape if side != 1)
 
 
 def load(text: str, role: str, size: int | None, root_pool: str) -> keras.Model:
@@ -264,18 +272,23 @@ def load(text: str, role: str, size: int | None, root_pool: str) -> keras.Model:
         size: side of its images in pixels; None leaves it open.
         root_pool: "zero" or "inf", see `bit.bit`.
 
+    Returns:
+        The model, not folded: images in [-1, 1] -> float32 logits.
+
     Raises:
         ConfigError: an unknown name or architecture.
-        DataError: see `read` and `fill`.
+        DataError: see `read` and `assign`.
     """
-    chosen = source(text, role)
-    arrays = read(chosen.path, role)
+    source = parse_source(text, role)
+    arrays = read(source.path, role)
     if "head/kernel" not in arrays:
         raise DataError(f"--{role}=bit:{text} has no head: it gives no classes; fine-tune it first")
     classes = arrays["head/kernel"].shape[-1]
-    arch = chosen.arch or architecture({name: array.shape for name, array in arrays.items()})
+    arch = source.arch or infer_arch({name: array.shape for name, array in arrays.items()})
     if arch is None:
-        raise DataError(f"--{role}=bit:{text}: its shapes are of no BiT that we know; say which: bit:ARCH@FILE.npz")
+        raise DataError(
+            f"--{role}=bit:{text}: its shapes are of no known BiT; name the architecture: bit:ARCH@FILE.npz"
+        )
     model = bit.bit(arch, classes, size, root_pool=root_pool)
-    fill(model, arrays, f"--{role}=bit:{text}")
+    assign(model, arrays, f"--{role}=bit:{text}")
     return model

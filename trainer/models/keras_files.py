@@ -1,4 +1,4 @@
-"""Models from files: brought to this machine, checked, and `.keras` ones loaded in safe mode."""
+"""Models and weights from Keras files, checked before Keras reads them; `.keras` files load in safe mode."""
 
 from __future__ import annotations
 
@@ -11,30 +11,37 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 
 from trainer.core.errors import DataError
 from trainer.io import files
 from trainer.io.download import local_copy
-from trainer.models import bit  # noqa: F401  registers the layers that our own .keras files hold
+from trainer.models import bit  # noqa: F401  registers StdConv2D, which .keras files of this package may hold
+
+_EXPANSION = 20  # uncompressed bytes of a `.keras` file, as a multiple of its size
 
 
 def load_keras(path: str, role: str) -> tuple[keras.Model, bool]:
-    """Loads a `.keras` file from a disk or gs://, without its training state, refusing code inside it (Lambda).
+    """Loads a `.keras` file without its training state, and refuses code inside it (Lambda).
+
+    Args:
+        path: on a disk, gs:// or https://.
+        role: the flag whose file it is, for errors.
 
     Returns:
         The model, and whether its last layer is a softmax.
 
     Raises:
-        DataError: not there, not a Keras 3 file, unsafe, or not an image classifier; `role` says whose file it is.
+        DataError: the file does not exist, is not of Keras 3, is unsafe, or is not an image classifier.
     """
-    found = os.path.abspath(local_copy(path, role))
-    if trouble := _unsafe(found):
-        raise DataError(f"--{role}=keras:{path} is refused: {trouble}; nothing in it was run")
+    local = os.path.abspath(local_copy(path, role))
+    if reason := _refusal(local):
+        raise DataError(f"--{role}=keras:{path} is refused: {reason}; nothing in it was run")
     with tempfile.TemporaryDirectory() as folder:
-        link = os.path.join(folder, "model.keras")  # Keras goes by the name
-        os.symlink(found, link)
+        link = os.path.join(folder, "model.keras")  # Keras chooses the format by the file's name
+        os.symlink(local, link)
         try:
             model = keras.saving.load_model(link, compile=False, safe_mode=True)
         except Exception as error:  # Keras raises nearly every type for a damaged or foreign file
@@ -42,14 +49,17 @@ def load_keras(path: str, role: str) -> tuple[keras.Model, bool]:
     shapes = getattr(model, "input_shape", None), getattr(model, "output_shape", None)
     if not isinstance(shapes[0], tuple) or len(shapes[0]) != 4 or shapes[0][-1] != 3 or len(shapes[1] or ()) != 2:
         raise DataError(
-            f"--{role}=keras:{path} is no classifier of RGB images: it takes {shapes[0]} and returns {shapes[1]}; "
+            f"--{role}=keras:{path} is not a classifier of RGB images: it takes {shapes[0]} and returns {shapes[1]}; "
             "it must take (batch, height, width, 3) and return (batch, classes)"
         )
     return model, _ends_in_softmax(model)
 
 
-def _unsafe(path: str) -> str:
-    """Why a `.keras` file (a zip) is not given to Keras; empty if it may be, or is no zip, which Keras says better."""
+def _refusal(path: str) -> str:
+    """Why a `.keras` file (a zip) must not be given to Keras; empty if it may be.
+
+    Also empty for a file that is not a zip: Keras reports that itself.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -64,50 +74,76 @@ def _unsafe(path: str) -> str:
             or ".." in name.replace("\\", "/").split("/")
             or name[1:2] == ":"
         ):
-            return f"its member {name!r} would lie outside of it"
+            return f"its member {name!r} would be written outside of its folder"
         if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             return f"its member {name!r} is a link or a device"
         total += member.file_size
     if len({member.filename for member in members}) < len(members):
-        return "it has two members of one name"
+        return "two of its members have the same name"
     size = os.path.getsize(path)
-    # Weights hardly compress, and a model that is all zeros is no teacher. Small files may be mostly JSON, which does.
+    # Weights hardly compress. Small files may be mostly JSON, which does.
     if total > max(_EXPANSION * size, 1 << 26):
         return f"its {size:,} bytes claim to hold {total:,}"
     return ""
 
 
-_EXPANSION = 20
+def custom_classes(model: keras.Model) -> list[str]:
+    """Registered names of the classes and functions in a model's configuration that are not part of Keras.
+
+    A `.keras` file of a model that has one loads only where it can be imported.
+    """
+    names: set[str] = set()
+
+    def visit(value: Any) -> None:
+        if isinstance(value, dict):
+            name, module = value.get("class_name"), value.get("module") or "keras"
+            # A custom class or function is registered as "package>name"; without registration, its module tells.
+            registered = str(value.get("config" if name == "function" else "registered_name") or name)
+            if ">" in registered or module.split(".")[0] not in ("keras", "builtins") or name == "__lambda__":
+                names.add(registered)
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+
+    visit(keras.saving.serialize_keras_object(model))
+    return sorted(names)
 
 
 def load_weights(model: keras.Model, path: str, role: str) -> str:
-    """Fills a model from a file of weights (`.weights.h5` of Keras 3, `.h5` of older ones), on a disk, gs:// or https://.
+    """Loads a file of weights into a model.
+
+    Args:
+        model: as many of its arrays as fit are overwritten, even if the file does not fit.
+        path: `.weights.h5` of Keras 3 or `.h5` of older versions; on a disk, gs:// or https://.
+        role: the flag whose file it is, for errors.
 
     Returns:
-        Why it does not fit; empty if it does.
+        Why the file does not fit the model; empty if it does.
 
     Raises:
-        DataError: the file is not there.
+        DataError: the file does not exist.
     """
-    found = os.path.abspath(local_copy(path, role))
+    local = os.path.abspath(local_copy(path, role))
     with tempfile.TemporaryDirectory() as folder:
-        # Keras goes by the name.
+        # Keras chooses the format by the file's name.
         link = os.path.join(folder, "w.weights.h5" if path.split("?")[0].endswith(".weights.h5") else "w.h5")
-        os.symlink(found, link)
+        os.symlink(local, link)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it warns of what it leaves out, where we refuse
+                warnings.simplefilter("ignore")  # arrays that Keras skips are found below
                 model.load_weights(link)
         except Exception as error:  # Keras and h5py raise nearly every type for a foreign file
             return files.reason(error)
-    held = {_digest(item[()]) for item in _arrays(path, role)}
-    if new := [w.path for w in model.weights if _digest(keras.ops.convert_to_numpy(w)) not in held]:
-        return f"it has nothing for {len(new)} of {len(model.weights)} arrays, the first: {new[0]}"
+    digests = {_digest(item[()]) for item in _arrays(path, role)}
+    if missing := [w.path for w in model.weights if _digest(keras.ops.convert_to_numpy(w)) not in digests]:
+        return f"it has nothing for {len(missing)} of {len(model.weights)} arrays, the first: {missing[0]}"
     return ""
 
 
 def array_shapes(path: str, role: str) -> list[tuple[int, ...]]:
-    """Shapes of all arrays in an HDF5 file; none if it is not one."""
+    """Shapes of all arrays in an HDF5 file; none if the file is not HDF5."""
     return [item.shape for item in _arrays(path, role)]
 
 
@@ -115,10 +151,8 @@ def _digest(array: np.ndarray) -> bytes:
     return hashlib.sha256(f"{array.shape}".encode() + np.ascontiguousarray(array, np.float32).tobytes()).digest()
 
 
-def _arrays(path: str, role: str) -> Iterator[Any]:
-    """The arrays of an HDF5 file, one open at a time."""
-    import h5py
-
+def _arrays(path: str, role: str) -> Iterator[h5py.Dataset]:
+    """The numeric arrays of an HDF5 file, one after the other."""
     try:
         with h5py.File(local_copy(path, role), "r") as file:
             names: list[str] = []
@@ -130,7 +164,7 @@ def _arrays(path: str, role: str) -> Iterator[Any]:
         return
 
 
-def _last(model: keras.Model) -> Any:
+def _last(model: keras.Model) -> keras.Layer | None:
     return model.layers[-1] if getattr(model, "layers", None) else None
 
 
@@ -142,7 +176,7 @@ def _ends_in_softmax(model: keras.Model) -> bool:
 
 
 def strip_softmax(model: keras.Model) -> keras.Model:
-    """The model without its last softmax: exact logits instead of logarithms of rounded probabilities."""
+    """The model without its last softmax, if that can be removed: logits without the rounding of probabilities."""
     last = _last(model)
     if isinstance(last, keras.Model):
         inner = strip_softmax(last)

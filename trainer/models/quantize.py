@@ -19,7 +19,7 @@ from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.python.ops import control_flow_util
 
 from trainer.core.errors import ConfigError
-from trainer.models.bit import leaves
+from trainer.models.bit import flat_layers
 
 FORMS = ("float32", "bfloat16", "int8")
 LEVELS = 127  # of kernels, on both sides of zero: -128 is not used
@@ -170,7 +170,7 @@ class Int8Conv2D(keras.layers.Layer):
 
 def _parts(model: keras.Model) -> tuple[list[keras.layers.Layer], frozenset[int]]:
     """Kernels to make cheap, and the ids of the layers that stay in float32: before the first, and from the last one on."""
-    every = leaves(model)
+    every = list(flat_layers(model))
     kernels = [i for i, layer in enumerate(every) if getattr(layer, "kernel", None) is not None]
     if len(kernels) < 2:
         raise ConfigError("it has fewer than two layers with kernels")

@@ -89,7 +89,7 @@ def _convert(path: str, role: str, value_range: str) -> Native | str:
         for root_pool, (arch, group) in itertools.product(ROOT_POOLS, candidates.items()):
             model = bit.bit(arch, saved.output_shape[-1], height, root_pool=root_pool)
             for variables in group:
-                bit_weights.fill(model, _Reading(variables), f"--{role}=saved_model:{path}")
+                bit_weights.assign(model, _Reading(variables), f"--{role}=saved_model:{path}")
                 own = np.asarray(model(views), np.float64)
                 errors = {name: _difference(own, outputs, probabilities) for name, outputs in said.items()}
                 fits = [name for name, error in errors.items() if error <= TOLERANCE]
@@ -177,7 +177,7 @@ def _by_name(variables: list[Any]) -> tuple[bit.Arch, dict[str, Any]] | None:
         found |= dict(zip(("head/bias", "head/kernel"), sorted(others, key=lambda v: len(v.shape)), strict=True))
     elif others:
         return None
-    arch = bit_weights.architecture({name: tuple(variable.shape) for name, variable in found.items()})
+    arch = bit_weights.infer_arch({name: tuple(variable.shape) for name, variable in found.items()})
     expected = {name for name, _ in _layout(arch, _ORDERS[0])} if arch else set()
     return (arch, found) if arch and found.keys() == expected | {"head/kernel", "head/bias"} else None
 
@@ -230,7 +230,7 @@ def _by_order(variables: list[Any]) -> Iterator[tuple[bit.Arch, dict[str, Any]]]
     if len(roots) != 1 or not inner or len(shapes) < 3:
         return
     blocks = [(width, len(list(group))) for width, group in itertools.groupby(inner)]
-    arch = bit_weights.known(tuple(count for _, count in blocks), roots[0][-1])
+    arch = bit_weights.find_arch(tuple(count for _, count in blocks), roots[0][-1])
     if arch is None or [width for width, _ in blocks] != [arch.filters * 2**b for b in range(len(blocks))]:
         return
     # The classifier is made before the network or after it.

@@ -93,7 +93,7 @@ def checksum(config: Config, name: str) -> str:
     if kind == "app" and "@" in rest:
         return f"{download.checksum(rest.partition('@')[2], 'teacher')}, {rest.partition('@')[0]}"
     if kind == "bit" and rest:
-        chosen = bit_weights.source(rest, "teacher")
+        chosen = bit_weights.parse_source(rest, "teacher")
         # The size that a published name brings along decides what the teacher says, as its bytes do.
         return download.checksum(chosen.path, "teacher") + (f", {chosen.size} px" if chosen.size else "")
     raise ConfigError(_UNKNOWN.format(name))
@@ -128,7 +128,7 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
             raise DataError(
                 f"--teacher={name} knows {known.classes:,} classes; --data={config.held_out} has {classes:,}"
             )
-        size = size or bit_weights.source(rest, "teacher").size or config.image_size
+        size = size or bit_weights.parse_source(rest, "teacher").size or config.image_size
         model = bit_weights.load(rest, "teacher", size, config.root_pool)
     elif kind == "app" and "@" in rest:
         if value_range not in ("auto", "0,255"):
@@ -164,7 +164,7 @@ def _load(config: Config, name: str, size: int, value_range: str, classes: int) 
     else:
         softmax = config.teacher_outputs == "probabilities"
     if isinstance(model, keras.Model):
-        if bit.is_plain(model) and any(isinstance(layer, bit.StdConv2D) for layer in bit.leaves(model)):
+        if bit.is_functional(model) and any(isinstance(layer, bit.StdConv2D) for layer in bit.flat_layers(model)):
             model = bit.fold(model)
         model.trainable = False
     return Teacher(name, model, size, value_range, softmax, notes=tuple(notes))

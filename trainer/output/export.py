@@ -18,7 +18,7 @@ from trainer.core.errors import DataError
 from trainer.data import records, store
 from trainer.io import files
 from trainer.method import views
-from trainer.models import bit, value_range
+from trainer.models import bit, keras_files, value_range
 
 TOP = 5
 
@@ -141,8 +141,13 @@ def save_keras(model: keras.Model, path: str) -> None:
     """Writes a `.keras` file whole or not at all, on a disk or gs://.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: it cannot be written, or it would load only where this package is installed.
     """
+    if custom := keras_files.custom_classes(model):
+        raise DataError(
+            f"cannot write {path}: {', '.join(custom)} is not part of Keras, so the file would load only with this package; "
+            "build the student of plain Keras layers"
+        )
     with tempfile.TemporaryDirectory() as folder:
         local = os.path.join(folder, "model.keras")
         model.save(local)

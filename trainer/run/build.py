@@ -113,7 +113,7 @@ def _load_models(plan: RunPlan, accelerator: Accelerator, console: Console) -> t
             config.image_size,
             precision=config.precision,
             seed=config.seed,
-            start=config.student_weights,
+            initial_weights=config.student_weights,
             root_pool=config.root_pool,
         )
     console.info(f"student {config.student}: {student.count_params():,} parameters, {config.image_size} px")

@@ -105,7 +105,7 @@ def convert_and_compare(
     """
     if not precisions:
         return []
-    if not bit.is_plain(teacher.model):
+    if not bit.is_functional(teacher.model):
         raise ConfigError(
             f"--teacher_precision={precisions[0]}: {teacher.name} is a program whose layers cannot be exchanged; "
             "use float32, or give the network as keras: or bit:"
