@@ -21,10 +21,4 @@ MUTANTS = [
         Skip("ctypes.pythonapi.Py_IncRef(_)"),
         "io/test_gcs.py::test_a_failed_upload_is_not_begun_again_unseen",
     ),
-    Mutant(
-        "missing credentials are explained",
-        "trainer.io.gcs_client._advice",
-        Replace("status == 401 or _", "False"),
-        "io/test_gcs.py::test_what_errors_mean",
-    ),
 ]
