@@ -17,12 +17,6 @@ MUTANTS = [
         f"{LOCK}::test_the_second_is_refused_in_fifty_of_fifty_tries",
     ),
     Mutant(
-        "a lock on a deleted file is taken again",
-        "trainer.io.lock._on_disk",
-        Replace("_is_at(path, _)", "True"),
-        f"{LOCK}::test_of_many_at_once_one_gets_it",
-    ),
-    Mutant(
         "who lost the lock's file stops",
         "trainer.io.lock._is_at",
         Return("True"),
