@@ -45,7 +45,14 @@ def job(megabytes: int) -> Job:
     optimizer = keras.optimizers.AdamW()
     optimizer.build(student.trainable_variables)
     made: Any = Job.__new__(Job)
-    made.student, made.optimizer, made.step, made.seconds, made.pending, made.best = student, optimizer, 0, 0.0, [], {}
+    made.student, made.optimizer, made.step, made.seconds, made.pending_metrics, made.best = (
+        student,
+        optimizer,
+        0,
+        0.0,
+        [],
+        {},
+    )
     made.accelerator = types.SimpleNamespace(chief=True)
     return made
 

@@ -177,8 +177,8 @@ def by_size(folder: str, sizes: list[int], images: int) -> list[Row]:
         encoded = EncodedSplit(dataset, split, shards)
         ids = ExampleSampler(0, split.examples, images).batches(0, 1)[0].tolist()
         for example in ids[:1000]:
-            encoded.picture(example)
-        read = min(_timed(lambda i=ids, e=encoded: [e.picture(example) for example in i])[0] for _ in range(3))
+            encoded.record(example)
+        read = min(_timed(lambda i=ids, e=encoded: [e.record(example) for example in i])[0] for _ in range(3))
         held = DiskStore(dataset, split, 32, cache, _silent)
         some = np.array(ids[: images // 4])
         held.take(some[:BATCH])

@@ -30,12 +30,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import tensorflow as tf
 
-from trainer import prepare, teacher
+from trainer import teacher
 from trainer.core import options
 from trainer.core.config import Config
-from trainer.core.console import Console
+from trainer.core.console import SilentConsole
 from trainer.data.order import ExampleSampler
+from trainer.ingest.synthetic_source import write_synthetic_dataset
 from trainer.run import accelerator, build
+from trainer.run.plan import make_plan
 
 CLASSES, PICTURE, IMAGE, BATCH, PRETRAIN, TRAIN, HELD_OUT = 12, 64, 32, 32, 6000, 120, 1500
 TEACHERS = {"weak": 100, "middling": 300, "strong": 1200}  # steps of the teacher's own training
@@ -80,22 +82,12 @@ FULL = Plan((150, 600, 1800), 600, (1, 2, 3))
 QUICK = Plan((100, 400), 0, (1,))
 
 
-class Quiet(Console):
-    """A console that shows nothing."""
-
-    def say(self, text: str) -> None:
-        """Drops a line."""
-
-    def progress(self, *_: Any) -> None:
-        """Drops progress."""
-
-
 def make_data(out: pathlib.Path) -> pathlib.Path:
     """Draws the pictures: many for the teacher, few for the student, and two held-out splits."""
     folder = out / "data"
     if not (folder / "dataset.json").exists():
         splits = {"pretrain": PRETRAIN, "train": TRAIN, "validation": HELD_OUT, "test": HELD_OUT}
-        prepare.synthetic(str(folder), 0, CLASSES, PICTURE, splits, lambda *_: None)
+        write_synthetic_dataset(str(folder), 0, CLASSES, PICTURE, splits, lambda *_: None)
     return folder
 
 
@@ -148,11 +140,11 @@ def train(way: Way, steps: int, seed: int, rate: float, data: pathlib.Path, teac
         weight_decay=1e-4,
     )
     began = time.monotonic()
-    job = build.build(settings, accelerator.resolve("none"), Quiet())
-    order = ExampleSampler(seed, len(job.train), BATCH)
+    job = build.build(make_plan(settings), accelerator.resolve("none"), SilentConsole())
+    order = ExampleSampler(seed, len(job.train_store), BATCH)
     last: list[float] = []
     while job.step < steps:
-        metrics = job.advance(min(50, steps - job.step), order)
+        metrics = job.run_steps(min(50, steps - job.step), order)
         if job.step > 0.9 * steps:
             last.append(metrics["kl"])
     row = {"way": way.name, "steps": steps, "seed": seed, "rate": rate, "train_kl": statistics.fmean(last)}

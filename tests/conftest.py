@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import pathlib
@@ -21,13 +22,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import cli, prepare
+from trainer import cli
 from trainer.core.config import Config
 from trainer.core.console import Console, SilentConsole
+from trainer.ingest.synthetic_source import write_synthetic_dataset
 from trainer.models import bit
 from trainer.run import build
 from trainer.run.accelerator import Accelerator
 from trainer.run.job import Job
+from trainer.run.plan import make_plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES, TRAIN, SIDE, IMAGE = 5, 40, 32, 24
@@ -129,7 +132,7 @@ def gcs_here(gcs: fake_gcs.Server, monkeypatch: pytest.MonkeyPatch) -> fake_gcs.
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A prepared data set of 5 species: 40 train, 15 validation, 23 test pictures, up to 32 pixels."""
     out = str(tmp_path_factory.mktemp("data") / "flowers")
-    prepare.synthetic(out, 0, CLASSES, SIDE, {"train": TRAIN, "validation": 15, "test": 23}, silent)
+    write_synthetic_dataset(out, 0, CLASSES, SIDE, {"train": TRAIN, "validation": 15, "test": 23}, silent)
     return out
 
 
@@ -143,7 +146,12 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def build_job(config: Config, replicas: int = 1) -> Job:
     """The job of a configuration on so many virtual CPU devices."""
-    return build.build(config, Accelerator(strategy(replicas), "CPU", 10), Console())
+    return build.build(make_plan(config), Accelerator(strategy(replicas), "CPU", 10), Console())
+
+
+def reconfigure(job: Job, config: Config) -> None:
+    """Gives a built job another configuration, of the same models and data."""
+    job.plan = dataclasses.replace(job.plan, config=config)
 
 
 def opinionated(model: keras.Model, seed: int = 0) -> keras.Model:

@@ -26,11 +26,11 @@ def state(job: Job) -> dict[str, np.ndarray]:
 
 def first_batch(job: Job) -> views.Views:
     """The views of a job's first step."""
-    ids = ExampleSampler(0, len(job.train), 8).batches(0, 1)[0]
+    ids = ExampleSampler(0, len(job.train_store), 8).batches(0, 1)[0]
     rows = views.BatchRows.of(0, 1, 8, views.mixup_partner(job.config))
-    chosen = ids[rows.numbers.numpy()]
+    chosen = ids[rows.rows.numpy()]
     sizes = () if job.targets else tuple({t.size for t in job.teachers})
-    pictures = tf.constant(job.train.images[chosen]), tf.constant(job.train.sizes[chosen])
+    pictures = tf.constant(job.train_store.images[chosen]), tf.constant(job.train_store.sizes[chosen])
     return views.training_views(job.config, *pictures, rows, tf.constant(0), sizes)
 
 

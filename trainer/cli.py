@@ -1,4 +1,4 @@
-"""Command lines: `funmatch VERB`, and what every verb's main does with flags, mistakes and exit codes."""
+"""The command line `funmatch VERB`: flags, errors as one line, exit codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any
 
 from absl import flags
 
@@ -39,14 +38,14 @@ def run(
     *,
     tensorflow: bool = True,
 ) -> int:
-    """Parses flags, runs a verb, and turns what a user can act on into one line and an exit code.
+    """Parses flags, runs a verb, and turns errors that a user can act on into one line and an exit code.
 
     Args:
         doc: text of `--help`, above the flags.
         define: defines the verb's flags.
         body: the verb, given the parsed flags.
         argv: without the program's name; None takes the process's.
-        tensorflow: the verb needs it; it is imported quietly first.
+        tensorflow: import TensorFlow, without its start-up messages, before `body`.
 
     Returns:
         The exit code (trainer.core.errors). Anything that is not a `FunmatchError` is a bug and passes through.
@@ -66,13 +65,13 @@ def run(
         print(f"{(doc or '').strip()}\n{values.get_help()}")
         return EXIT_DONE
     try:
-        rest = values(["funmatch", *arguments])[1:]
-        if rest:
-            raise flags.Error(f"unexpected argument {rest[0]!r}: every option is a flag, --name=value")
+        positional = values(["funmatch", *arguments])[1:]
+        if positional:
+            raise flags.Error(f"unexpected argument {positional[0]!r}: every option is a flag, --name=value")
     except (flags.Error, OSError) as error:
-        _tell(" ".join(str(error).split()), EXIT_CONFIG)
+        _print_error(" ".join(str(error).split()), EXIT_CONFIG)
         return EXIT_CONFIG
-    if values["log_format"].present:  # a verb that runs others keeps what it was told itself
+    if values["log_format"].present:  # a verb called by another verb keeps that one's format
         logs.set_format(values.log_format)
     try:
         with StopRequest(at_once=True):
@@ -81,13 +80,13 @@ def run(
                 _import_tensorflow()
             body(values)
     except FunmatchError as error:
-        _tell(str(error), error.exit_code)
+        _print_error(str(error), error.exit_code)
         return error.exit_code
     return EXIT_DONE
 
 
-def _tell(text: str, code: int) -> None:
-    """The one line that a run ends with if it does not end well."""
+def _print_error(text: str, code: int) -> None:
+    """Prints the one line that a failed or stopped run ends with."""
     if logs.as_json():
         logs.write("WARNING" if code == EXIT_STOPPED else "ERROR", text, exit_code=code)
     else:
@@ -95,50 +94,50 @@ def _tell(text: str, code: int) -> None:
 
 
 def _import_tensorflow() -> None:
-    """Imports TensorFlow without its start-up chatter, which hides our one line; TF_CPP_MIN_LOG_LEVEL set keeps it.
+    """Imports TensorFlow without its start-up messages; setting TF_CPP_MIN_LOG_LEVEL keeps them.
 
-    The chatter comes from C++ before any log level applies, so the file descriptor itself is turned away.
+    They come from C++ before any log level applies, so the file descriptor itself is redirected. If the
+    import fails, they are printed.
     """
     gcs_client.set_defaults()
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ or "tensorflow" in sys.modules:
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as chatter:
-        os.dup2(chatter.fileno(), 2)
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as messages:
+        os.dup2(messages.fileno(), 2)
         try:
             import tensorflow as tf
 
             tf.get_logger().setLevel("ERROR")
         except BaseException:
-            chatter.seek(0)
-            os.write(kept, chatter.read())
+            messages.seek(0)
+            os.write(stderr, messages.read())
             raise
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """`funmatch VERB ...`; returns the verb's exit code."""
     arguments: list[str] = list(sys.argv[1:] if argv is None else argv)
     usage = "usage: funmatch VERB --flag=value ...\n\n" + "\n".join(
-        f"  {verb:9} {what}" for verb, what in VERBS.items()
+        f"  {verb:9} {description}" for verb, description in VERBS.items()
     )
     if not arguments or arguments[0] in ("--help", "-h", "help"):
         print(f"{usage}\n\n`funmatch VERB --help` lists a verb's flags.")
         return EXIT_DONE if arguments else EXIT_CONFIG
     verb = RENAMED_VERBS.get(arguments[0], arguments[0])
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, 1)
+        matches = difflib.get_close_matches(verb, VERBS, 1)
         print(
-            f"error: unknown verb {verb!r}{f'; did you mean {near[0]}?' if near else ''}\n{usage}",
+            f"error: unknown verb {verb!r}{f'; did you mean {matches[0]}?' if matches else ''}\n{usage}",
             file=sys.stderr,
         )
         return EXIT_CONFIG
-    module: Any = importlib.import_module(f"trainer.{verb}")
-    return int(module.main(arguments[1:]))
+    return int(importlib.import_module(f"trainer.{verb}").main(arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Any images -> TFRecord shards and dataset.json, in a folder or on gs://.
 
-    funmatch prepare --dataset=tfds:NAME[/CONFIG][:VERSION] --out=OUT   a set of tensorflow-datasets, the paper's splits
-    funmatch prepare --dataset=folder:PATH --out=OUT                    PATH/SPLIT/CLASS/*.{jpg,png,...}; less levels: docs/data.md
-    funmatch prepare --dataset=csv:FILE --out=OUT                       lines of path,label[,split]
-    funmatch prepare --dataset=tfrecord:GLOB --out=OUT                  shards that are there already
-    funmatch prepare --dataset=synthetic --out=OUT                      drawn flowers, no download
-    funmatch prepare --verify=OUT                                       reads everything back
+    funmatch prepare --dataset=tfds:NAME[/CONFIG][:VERSION] --out=OUT   tensorflow-datasets
+    funmatch prepare --dataset=folder:PATH --out=OUT        PATH/SPLIT/CLASS/*.{jpg,png,...}
+    funmatch prepare --dataset=csv:FILE --out=OUT           lines of path,label[,split]
+    funmatch prepare --dataset=tfrecord:GLOB --out=OUT      existing TFRecord files
+    funmatch prepare --dataset=synthetic --out=OUT          drawn flowers, no download
+    funmatch prepare --verify=OUT                           reads everything back
 
-Same input and flags, same bytes, for any number of workers. Shards first, dataset.json last: a folder without it is no
-data set. The same command again goes on with the shards that are missing.
+The same input and flags give the same bytes, for any number of workers. dataset.json is written
+last: a folder without it is not a data set. After an interruption, the same command resumes with
+the shards that are missing.
 """
 
 from __future__ import annotations
@@ -16,113 +17,136 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from trainer import cli
+from trainer.core.console import Console
 from trainer.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.data.dataset import Dataset
-    from trainer.ingest.sources import Source, SourceOptions
-from trainer.ingest.verify import verify
-from trainer.ingest.writer import Progress, write_dataset
+    from trainer.ingest.sources import Progress, Source, SourceOptions
 
-SYNTHETIC_SPLITS = {
-    "train": 1020,
-    "validation": 1020,
-    "test": 6149,
-    "pretrain": 40800,
-}  # Flowers102's, and one for teachers
+# Sizes of Flowers102, and a split to train teachers on.
+SYNTHETIC_SPLITS = {"train": 1020, "validation": 1020, "test": 6149, "pretrain": 40800}
+
+# The kind of source that a flag is for. A flag that is not here is for several kinds.
+_KIND_OF_FLAG = {"data_dir": "tfds", "image": "tfds", "label": "tfds", "features": "tfrecord", "columns": "csv"}
+
+_PLAN_FLAGS = (
+    "dataset",
+    "splits",
+    "image",
+    "label",
+    "features",
+    "columns",
+    "classes",
+    "unlabelled",
+    "exif",
+    "seed",
+)
+_SYNTHETIC_PLAN_FLAGS = ("dataset", "seed", "classes", "size", *SYNTHETIC_SPLITS)
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """The verb's flags."""
+    """Defines the verb's flags in `values`."""
     group: dict[str, Any] = {"flag_values": values, "module_name": "prepare"}
     text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
-    text("dataset", "", "tfds:NAME[/CONFIG][:VERSION], folder:PATH, csv:FILE, tfrecord:GLOB or synthetic.", **group)
+    text("dataset", "", "tfds:NAME[/CONFIG][:VERSION], folder:PATH, csv:FILE, tfrecord:GLOB, synthetic.", **group)
     text("out", "", "Folder or gs:// prefix to write to.", **group)
     text("verify", "", "A prepared data set to read back: counts, CRCs, every image decoded.", **group)
     text(
         "splits",
         "",
-        "NAME=WHERE items: a split expression of tensorflow-datasets (train=train[:90%]), a split of the source, or, for "
-        "tfrecord, a pattern of paths. Or NAME:SHARE items (train:0.9,validation:0.1), for a source without splits: dealt "
-        "out class by class, by a hash of each picture's bytes and --seed. Empty: the paper's, else the source's own.",
+        "NAME=WHERE items: a split expression of tensorflow-datasets (train=train[:90%]), a split of "
+        "the source, or, for tfrecord, a pattern of paths. Or NAME:SHARE items "
+        "(train:0.9,validation:0.1), for a source without splits: images are assigned class by "
+        "class, by a hash of their bytes and --seed. Empty: the paper's, else the source's own.",
         **group,
     )
     text(
         "data_dir",
         "",
-        "Where tensorflow-datasets keeps its files, on a disk or gs://; empty: ~/tensorflow_datasets.",
+        "Where tensorflow-datasets keeps its files, a local folder or gs://; empty: ~/tensorflow_datasets.",
         **group,
     )
-    text("image", "", "The feature with the picture, where a set of tensorflow-datasets has several.", **group)
+    text("image", "", "The feature with the image, if tensorflow-datasets has several.", **group)
     text("label", "", "The feature with the class, likewise.", **group)
     text(
         "features",
         "",
-        "Layout of tfrecord: image:KEY,label:KEY,filename:KEY (the last two may be left out), or funmatch, notebook (the "
-        "FunMatch-Distillation notebooks) or tfds. Empty: found from the first record.",
+        "Layout of tfrecord: image:KEY,label:KEY,filename:KEY (the last two may be left out), or "
+        "funmatch, notebook (the FunMatch-Distillation notebooks) or tfds. Empty: found from the "
+        "first record.",
         **group,
     )
     text(
         "columns",
         "",
-        "Columns of csv: path:COLUMN,label:COLUMN,split:COLUMN, by name or number from 0. Empty: found.",
+        "Columns of csv: path:COLUMN,label:COLUMN,split:COLUMN, by name or number from 0. Empty: found by usual names.",
         **group,
     )
     text(
         "classes",
         "",
-        "Synthetic: species, at least 2 (102). Others: a file with a class name a line, in order. Empty: from the source.",
+        "Synthetic: number of species, at least 2 (102). Others: a file with one class name per "
+        "line, in order. Empty: from the source.",
         **group,
     )
     switch(
-        "unlabelled", False, "Leave the labels out: pictures to distil on, for --data beside an --eval_data.", **group
+        "unlabelled",
+        False,
+        "Leave the labels out: images to distill on, for --data beside an --eval_data.",
+        **group,
     )
     flags.DEFINE_enum(
         "exif",
         "keep",
         ["keep", "upright"],
-        "keep: pictures as they are stored, the bytes untouched. upright: those with an EXIF rotation are turned, as PNG.",
+        "keep: images as they are stored, the bytes unchanged. upright: apply EXIF rotations; "
+        "rotated images become PNG.",
         **group,
     )
     switch(
         "skip_bad",
         False,
-        "Leave pictures out that cannot be decoded, and say how many; else they are an error.",
+        "Leave out images that cannot be decoded, and report how many. Otherwise they are an error.",
         **group,
     )
-    number("workers", 0, "Threads, at least 1; 0: one for each core. It changes no byte.", **group)
-    switch("overwrite", False, "Replace the data set that is at --out.", **group)
-    number("seed", 0, "Seed of the synthetic garden, and of --splits by share; at least 0.", **group)
-    number("size", 256, "Longer side of synthetic pictures in pixels, at least 16.", **group)
+    number("workers", 0, "Threads, at least 1; 0: one per core. The bytes do not depend on it.", **group)
+    switch("overwrite", False, "Replace the data set at --out.", **group)
+    number("seed", 0, "Seed of the synthetic images, and of --splits by share; at least 0.", **group)
+    number("size", 256, "Longer side of synthetic images in pixels, at least 16.", **group)
     for split, count in SYNTHETIC_SPLITS.items():
-        number(split, count, f"Synthetic pictures in the split {split}; 0 leaves it out.", **group)
+        number(split, count, f"Number of synthetic images in the split {split}; 0 leaves it out.", **group)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The verb; returns an exit code."""
+    """Runs the verb; returns an exit code."""
     return cli.run(__doc__, define_flags, _run, argv)
 
 
-def _run(values: Any) -> None:
-    from trainer.core.console import Console
-
+def _run(values: flags.FlagValues) -> None:
     console = Console()
-    # Pillow warns of odd EXIF and of big pictures; both are told by our own words, or do not matter.
-    warnings.filterwarnings("ignore", module="PIL")
     if values.workers < 0:
-        raise ConfigError(f"--workers={values.workers}: it must be at least 1, or 0 for one for each core")
+        raise ConfigError(f"--workers={values.workers}: it must be at least 1, or 0 for one per core")
     if values.verify:
+        from trainer.ingest.verify import verify
+
         console.info(verify(values.verify, console.progress, workers=values.workers))
         return
     if not values.out:
-        raise ConfigError("--out is missing: the folder or gs:// prefix to write to")
+        raise ConfigError("--out is missing: give the folder or gs:// prefix to write to")
+    from trainer.ingest import writer
+
+    # Pillow warns about odd EXIF data and large images. The first does not matter; the writer
+    # reports the second.
+    warnings.filterwarnings("ignore", module="PIL")
     began = time.monotonic()
-    dataset = write_dataset(
+    dataset = writer.write_dataset(
         lambda: _source(values, console.progress),
         values.out,
         console.progress,
@@ -130,128 +154,102 @@ def _run(values: Any) -> None:
         overwrite=values.overwrite,
         skip_bad=values.skip_bad,
         workers=values.workers,
+        shard_bytes=writer.SHARD_BYTES,
         console=console,
     )
     console.close()
-    seconds = time.monotonic() - began
-    counts = ", ".join(f"{split.name} {split.examples:,}" for split in dataset.splits.values())
-    images = sum(split.examples for split in dataset.splits.values())
-    size = sum(shard.bytes for split in dataset.splits.values() for shard in split.shards)
-    console.info(
-        f"{values.out}: {len(dataset.classes) or 'no'} classes; {counts}; {size / 1e6:,.1f} MB in {seconds:,.1f} s "
-        f"({images / seconds:,.0f} images/s, {size / 1e6 / seconds:,.1f} MB/s)"
-    )
+    console.info(f"{values.out}: {_summary(dataset, time.monotonic() - began)}")
 
 
-def _plan(values: Any) -> dict[str, Any]:
-    """The flags that decide bytes: who goes on with the work of another must have the same."""
-    names: tuple[str, ...] = (
-        "dataset",
-        "splits",
-        "image",
-        "label",
-        "features",
-        "columns",
-        "classes",
-        "unlabelled",
-        "exif",
-        "seed",
-    )
-    if values.dataset == "synthetic":
-        names = ("dataset", "seed", "classes", "size", *SYNTHETIC_SPLITS)
+def _plan(values: flags.FlagValues) -> dict[str, Any]:
+    """Returns the flags that determine the bytes; only a run with equal ones resumes."""
+    names = _SYNTHETIC_PLAN_FLAGS if values.dataset == "synthetic" else _PLAN_FLAGS
     return {name: getattr(values, name) for name in names}
 
 
-def _source(values: Any, progress: Progress) -> Source:
-    from trainer.ingest import folder_source, sources, synthetic_source
+def _summary(dataset: Dataset, seconds: float) -> str:
+    counts = ", ".join(f"{split.name} {split.examples:,}" for split in dataset.splits.values())
+    images = sum(split.examples for split in dataset.splits.values())
+    megabytes = sum(shard.bytes for split in dataset.splits.values() for shard in split.shards) / 1e6
+    return (
+        f"{len(dataset.classes) or 'no'} classes; {counts}; {megabytes:,.1f} MB in {seconds:,.1f} s "
+        f"({images / seconds:,.0f} images/s, {megabytes / seconds:,.1f} MB/s)"
+    )
 
-    kind, _, rest = values.dataset.partition(":")
-    if values.seed < 0:
-        raise ConfigError(f"--seed={values.seed}: it must be at least 0")
-    if kind == "synthetic" and not rest:
-        if values.classes and not values.classes.lstrip("-").isdigit():
-            raise ConfigError(f"--classes={values.classes}: with --dataset=synthetic it is a number of species")
-        splits = {name: getattr(values, name) for name in SYNTHETIC_SPLITS}
-        return synthetic_source.synthetic_source(values.seed, int(values.classes or 102), values.size, splits)
-    if not rest or kind not in ("tfds", "folder", "csv", "tfrecord"):
+
+def _source(values: flags.FlagValues, progress: Progress) -> Source:
+    """Opens the source that --dataset=KIND:LOCATION names."""
+    kind, _, location = values.dataset.partition(":")
+    if kind not in SOURCES or bool(location) == (kind == "synthetic"):
         raise ConfigError(
             f"--dataset={values.dataset}: it must be tfds:NAME, folder:PATH, csv:FILE, tfrecord:GLOB or synthetic"
         )
-    for flag, owners in (
-        ("data_dir", ("tfds",)),
-        ("image", ("tfds",)),
-        ("label", ("tfds",)),
-        ("features", ("tfrecord",)),
-        ("columns", ("csv",)),
-    ):
-        if getattr(values, flag) and kind not in owners:
-            raise ConfigError(f"--{flag} is for --dataset={owners[0]}:..., not for {kind}")
-    chosen, shares = sources.parse_splits(values.splits)
-    wanted = sources.SourceOptions(
-        splits=chosen,
+    if values.seed < 0:
+        raise ConfigError(f"--seed={values.seed}: it must be at least 0")
+    return SOURCES[kind](location, values, progress)
+
+
+def _options(kind: str, values: flags.FlagValues) -> SourceOptions:
+    """Returns the flags common to all kinds of existing images; rejects flags of other kinds."""
+    from trainer.ingest import sources
+
+    for flag, flag_kind in _KIND_OF_FLAG.items():
+        if getattr(values, flag) and kind != flag_kind:
+            raise ConfigError(f"--{flag} is for --dataset={flag_kind}:..., not for {kind}")
+    splits, shares = sources.parse_splits(values.splits)
+    return sources.SourceOptions(
+        splits=splits,
         shares=shares,
         seed=values.seed,
         labelled=not values.unlabelled,
         upright=values.exif == "upright",
-        classes=sources.names_in(values.classes) if values.classes else (),
-    )
-    if kind == "tfds":
-        from trainer.ingest import tfds_source
-
-        return tfds_source.source(rest, values.data_dir, values.image, values.label, wanted)
-    if kind == "csv":
-        columns = sources.parse_pairs("columns", values.columns, ("path", "label", "split"))
-        return folder_source.csv_source(rest, columns, wanted, progress)
-    if kind == "tfrecord":
-        from trainer.ingest import tfrecord_source
-
-        return tfrecord_source.source(rest, values.features, wanted, progress)
-    return folder_source.folder_source(rest, wanted, progress)
-
-
-def synthetic(
-    out: str,
-    seed: int,
-    classes: int,
-    size: int,
-    splits: dict[str, int],
-    progress: Progress,
-    *,
-    overwrite: bool = False,
-) -> Dataset:
-    """Draws a garden (trainer.ingest.synthetic_source.synthetic_source) and writes it to `out`.
-
-    Raises:
-        ConfigError: a number out of range.
-        DataError: `out` cannot be written, or holds a data set already.
-    """
-    from trainer.ingest import synthetic_source
-
-    plan = {"dataset": "synthetic", "seed": seed, "classes": classes, "size": size, **splits}
-    return write_dataset(
-        lambda: synthetic_source.synthetic_source(seed, classes, size, splits),
-        out,
-        progress,
-        plan=plan,
-        overwrite=overwrite,
+        classes=sources.read_class_names(values.classes) if values.classes else (),
     )
 
 
-def folder(
-    path: str, out: str, progress: Progress, *, wanted: SourceOptions | None = None, overwrite: bool = False
-) -> Dataset:
-    """Writes the image files in `path` (trainer.ingest.folder_source.folder_source) to `out`.
+def _tfds(location: str, values: flags.FlagValues, progress: Progress) -> Source:  # noqa: ARG001
+    from trainer.ingest.tfds_source import tfds_source
 
-    Raises:
-        DataError: no images, an image that cannot be used (it is named), or `out` cannot be written.
-    """
-    from trainer.ingest import folder_source, sources
+    return tfds_source(location, values.data_dir, values.image, values.label, _options("tfds", values))
 
-    wanted = wanted or sources.SourceOptions()
-    plan = {"dataset": f"folder:{path}", "wanted": repr(wanted)}
-    return write_dataset(
-        lambda: folder_source.folder_source(path, wanted, progress), out, progress, plan=plan, overwrite=overwrite
-    )
+
+def _folder(location: str, values: flags.FlagValues, progress: Progress) -> Source:
+    from trainer.ingest.folder_source import folder_source
+
+    return folder_source(location, _options("folder", values), progress)
+
+
+def _csv(location: str, values: flags.FlagValues, progress: Progress) -> Source:
+    from trainer.ingest.folder_source import csv_source
+    from trainer.ingest.sources import parse_pairs
+
+    options = _options("csv", values)
+    return csv_source(location, parse_pairs("columns", values.columns, ("path", "label", "split")), options, progress)
+
+
+def _tfrecord(location: str, values: flags.FlagValues, progress: Progress) -> Source:
+    from trainer.ingest.tfrecord_source import tfrecord_source
+
+    return tfrecord_source(location, values.features, _options("tfrecord", values), progress)
+
+
+def _synthetic(location: str, values: flags.FlagValues, progress: Progress) -> Source:  # noqa: ARG001
+    from trainer.ingest.synthetic_source import synthetic_source
+
+    if values.classes and not values.classes.lstrip("-").isdigit():
+        raise ConfigError(f"--classes={values.classes}: with --dataset=synthetic it is a number of species")
+    splits = {name: getattr(values, name) for name in SYNTHETIC_SPLITS}
+    return synthetic_source(values.seed, int(values.classes or 102), values.size, splits)
+
+
+# Opens a source of each kind, given its location, the flags, and what to call with progress.
+SOURCES: dict[str, Callable[[str, flags.FlagValues, Progress], Source]] = {
+    "tfds": _tfds,
+    "folder": _folder,
+    "csv": _csv,
+    "tfrecord": _tfrecord,
+    "synthetic": _synthetic,
+}
 
 
 if __name__ == "__main__":

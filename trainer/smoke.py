@@ -163,7 +163,7 @@ def _serve(workdir: str, expected: float) -> float:
     right = 0
     for start in range(0, len(encoded), 256):
         ids = range(start, min(start + 256, len(encoded)))
-        batch = tf.constant([encoded.picture(example).encoded for example in ids])
+        batch = tf.constant([encoded.record(example).encoded for example in ids])
         logits = model.signatures["serving_default"](image_bytes=batch)["logits"].numpy()
         right += int((logits.argmax(1) == encoded.labels[start : start + len(ids)]).sum())
     top1 = right / len(encoded)

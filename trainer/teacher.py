@@ -3,14 +3,14 @@
     python -m trainer.teacher --data=DATA --hyperrule --model=bit:BiT-M-R101x3 --out=teacher.keras
     python -m trainer.teacher --data=DATA --train_split=pretrain --model=bit-small --epochs=20 --out=teacher.keras
 
---hyperrule takes resolution, mixup, schedule and optimizer from the size of the data set (BiT-HyperRule); a flag beside it
-overrides its part.
+--hyperrule takes resolution, mixup, schedule and optimizer from the size of the data set
+(BiT-HyperRule); a flag given beside it overrides its part.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -18,6 +18,9 @@ from trainer import cli
 from trainer.core import environment
 from trainer.core import flags as task_flags
 from trainer.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trainer.core.console import Console
 
 _HIDDEN = (
     "teacher",
@@ -41,19 +44,19 @@ _HIDDEN = (
 def define_flags(values: flags.FlagValues) -> None:
     """The main job's flags without those about teachers, and this verb's own."""
     task_flags.define_flags(values, skip=_HIDDEN, views="same/ic")
-    own: dict[str, Any] = {"flag_values": values, "module_name": "teacher"}
+    define: dict[str, Any] = {"flag_values": values, "module_name": "teacher"}
     flags.DEFINE_string(
         "model",
         "bit-r50x1",
         "What to train: a name as for --student of trainer.task, or bit:ARCH@FILE.npz or a published bit:NAME, "
         "whose classifier is made new unless it has the data's classes.",
-        **own,
+        **define,
     )
     flags.DEFINE_boolean(
-        "hyperrule", False, "Fine-tune by BiT-HyperRule: settings from the size of the data set.", **own
+        "hyperrule", False, "Fine-tune by BiT-HyperRule: settings from the size of the data set.", **define
     )
-    flags.DEFINE_string("out", "", "The .keras file to write, on a disk or gs://.", **own)
-    flags.DEFINE_string("workdir", "", "Where the run keeps its results; empty: --out without .keras.", **own)
+    flags.DEFINE_string("out", "", "The .keras file to write, on a disk or gs://.", **define)
+    flags.DEFINE_string("workdir", "", "Where the run keeps its results; empty: --out without .keras.", **define)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run(__doc__, define_flags, _main, argv)
 
 
-def _main(values: Any) -> None:
+def _main(values: flags.FlagValues) -> None:
     if not values.out.endswith(".keras"):
         raise ConfigError(f"--out={values.out}: it must name a file that ends in .keras")
     workdir = values.workdir or values.out.removesuffix(".keras")
@@ -71,8 +74,8 @@ def _main(values: Any) -> None:
 
     console = Console()
     rule = _hyperrule(values, console) if values.hyperrule else {}
-    chosen = task_flags.from_flags(values, rule, distance="labels", workdir=workdir, **_model(values))
-    if not task.run(chosen, console):
+    config = task_flags.from_flags(values, rule, distance="labels", workdir=workdir, **_model(values))
+    if not task.run(config, console):
         return  # --check or --dry_run
     if not environment.is_chief():
         return
@@ -81,8 +84,8 @@ def _main(values: Any) -> None:
     console.info(f"teacher {values.out}")
 
 
-def _model(values: Any) -> dict[str, str]:
-    """The fields that say what is trained."""
+def _model(values: flags.FlagValues) -> dict[str, str]:
+    """The configuration fields that `--model` sets."""
     kind, _, rest = values.model.partition(":")
     if kind != "bit":
         return {"student": values.model}
@@ -95,18 +98,19 @@ def _model(values: Any) -> dict[str, str]:
     return {"student": f"bit-{bit_weights.source(rest, 'model').arch.lower()}", "student_weights": values.model}
 
 
-def _hyperrule(values: Any, console: Any) -> dict[str, Any]:
-    """The rule's flags for the data set, told."""
+def _hyperrule(values: flags.FlagValues, console: Console) -> dict[str, Any]:
+    """The flags of BiT-HyperRule for the data set; prints them."""
     from trainer import recipes
     from trainer.data.dataset import Dataset
 
     if not values.data:
         raise ConfigError("--data is missing: the folder or gs:// prefix that `python -m trainer.prepare` wrote")
     dataset = Dataset.load(values.data[0])
-    examples = sum(Dataset.load(one).split(values.train_split, "train_split").examples for one in values.data)
+    splits = [Dataset.load(folder).split(values.train_split, "train_split") for folder in values.data]
+    examples = sum(split.examples for split in splits)
     height, width = (dataset.image_size[f"median_{side}"] for side in ("height", "width"))
     rule = recipes.bit_hyperrule(examples, height, width)
-    if values["image_size"].present:  # the crop's share of the squashed image stays
+    if values["image_size"].present:  # keeps the crop's share of the squashed image
         rule["resize_size"] = round(values.image_size * rule["resize_size"] / rule["image_size"])
     console.info(
         f"BiT-HyperRule for {examples:,} images of {height} x {width} pixels: "

@@ -1,4 +1,4 @@
-"""The exported `.keras` file loads in a process that has never heard of funmatch."""
+"""The exported `.keras` file loads in a process without funmatch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_exported_keras_file_needs_nothing_of_ours(tmp_path: pathlib.Path) -> No
         "sys.exit('trainer' in sys.modules)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-I", "-c", code],
         cwd=tmp_path,
         env=environment,
@@ -34,5 +34,5 @@ def test_exported_keras_file_needs_nothing_of_ours(tmp_path: pathlib.Path) -> No
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert np.allclose(np.load(tmp_path / "y.npy"), np.asarray(model(x)), atol=1e-5)

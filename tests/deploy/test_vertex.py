@@ -123,7 +123,7 @@ def test_the_model_answers_serving_requests(run: tuple[pathlib.Path, list[dict[s
     model = run[0] / "model"
     dataset = Dataset.load(data)
     encoded = EncodedSplit(dataset, dataset.split("test", "final_split"))
-    texts = [{"b64": base64.b64encode(encoded.picture(example).encoded).decode()} for example in range(3)]
+    texts = [{"b64": base64.b64encode(encoded.record(example).encoded).decode()} for example in range(3)]
     named = rest(model, json.dumps({"instances": [{"image_bytes": text} for text in texts]}))["predictions"]
     assert rest(model, json.dumps({"instances": texts}))["predictions"] == named
     columns = rest(model, json.dumps({"inputs": {"image_bytes": texts}}))["outputs"]

@@ -1,4 +1,4 @@
-"""Preparing data: any images people have, the same bytes each time, complete or not there."""
+"""Preparing data: any kind of image, the same bytes each time, complete or absent."""
 
 from __future__ import annotations
 
@@ -12,70 +12,75 @@ import tensorflow as tf
 from conftest import silent
 from PIL import Image
 
-from trainer import prepare
 from trainer.core.errors import ConfigError, DataError
-from trainer.data import dataset, records
-from trainer.data.dataset import Dataset
+from trainer.data import records
+from trainer.data.dataset import Dataset, Split
 from trainer.data.records import EncodedSplit
-from trainer.ingest import verify, writer
+from trainer.ingest import verify
+from trainer.ingest.folder_source import folder_source
+from trainer.ingest.sources import SourceOptions
+from trainer.ingest.synthetic_source import write_synthetic_dataset
+from trainer.ingest.writer import SHARD_BYTES, write_dataset
 
 
-def garden(out: pathlib.Path, seed: int = 0, **splits: int) -> Dataset:
-    return prepare.synthetic(str(out), seed, 3, 24, splits or {"train": 7, "test": 4}, silent)
+def write_flowers(out: pathlib.Path, seed: int = 0, shard_bytes: int = SHARD_BYTES) -> Dataset:
+    splits = {"train": 7, "test": 4}
+    return write_synthetic_dataset(str(out), seed, 3, 24, splits, silent, shard_bytes=shard_bytes)
+
+
+def write_folder(path: pathlib.Path, out: str | pathlib.Path) -> Dataset:
+    """Prepares the image files in `path`."""
+    plan = {"dataset": f"folder:{path}"}
+    return write_dataset(lambda: folder_source(str(path), SourceOptions(), silent), str(out), silent, plan=plan)
 
 
 def test_synthetic_counts_and_names(tmp_path: pathlib.Path) -> None:
-    garden(tmp_path)
-    made = Dataset.load(str(tmp_path))
-    assert {name: split.examples for name, split in made.splits.items()} == {"train": 7, "test": 4}
-    assert len(made.classes) == 3
-    assert EncodedSplit(made, made.splits["train"]).labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert made.image_size["max_height"] <= 24
+    write_flowers(tmp_path)
+    dataset = Dataset.load(str(tmp_path))
+    assert {name: split.examples for name, split in dataset.splits.items()} == {"train": 7, "test": 4}
+    assert len(dataset.classes) == 3
+    assert EncodedSplit(dataset, dataset.splits["train"]).labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert dataset.image_size["max_height"] <= 24
 
 
 def test_same_seed_same_bytes_and_another_seed_others(tmp_path: pathlib.Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        garden(tmp_path / name, seed)
+        write_flowers(tmp_path / name, seed)
     read = {n: [p.read_bytes() for p in sorted((tmp_path / n).glob("*.tfrecord"))] for n in "abc"}
     assert read["a"] == read["b"] != read["c"]
 
 
-def test_many_shards_hold_all_in_order(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = garden(tmp_path / "one")
-    monkeypatch.setattr(writer, "_SHARD_BYTES", 2000)
-    parts = garden(tmp_path / "many")
-    assert len(parts.splits["train"].shards) > 2
-    one, many = (
-        EncodedSplit(whole, whole.splits["train"]),
-        EncodedSplit(parts, parts.splits["train"]),
-    )
-    assert [one.picture(i) for i in range(7)] == [many.picture(i) for i in range(7)]
+def test_many_shards_hold_all_images_in_order(tmp_path: pathlib.Path) -> None:
+    datasets = write_flowers(tmp_path / "one"), write_flowers(tmp_path / "many", shard_bytes=2000)
+    assert [len(dataset.splits["train"].shards) > 2 for dataset in datasets] == [False, True]
+    one, many = (EncodedSplit(dataset, dataset.splits["train"]) for dataset in datasets)
+    assert [one.record(i) for i in range(7)] == [many.record(i) for i in range(7)]
 
 
-def test_bad_numbers() -> None:
+def test_numbers_out_of_range() -> None:
     with pytest.raises(ConfigError, match="--classes=1"):
-        prepare.synthetic("x", 0, 1, 24, {"train": 1}, silent)
+        write_synthetic_dataset("x", 0, 1, 24, {"train": 1}, silent)
     with pytest.raises(ConfigError, match="--train=-1"):
-        prepare.synthetic("x", 0, 2, 24, {"train": -1}, silent)
+        write_synthetic_dataset("x", 0, 2, 24, {"train": -1}, silent)
     with pytest.raises(ConfigError, match="every split is empty"):
-        prepare.synthetic("x", 0, 2, 24, {"train": 0}, silent)
+        write_synthetic_dataset("x", 0, 2, 24, {"train": 0}, silent)
 
 
-def test_an_existing_data_set_is_kept_unless_asked(tmp_path: pathlib.Path) -> None:
-    garden(tmp_path)
+def test_an_existing_data_set_is_kept_without_overwrite(tmp_path: pathlib.Path) -> None:
+    write_flowers(tmp_path)
     with pytest.raises(DataError, match="--overwrite"):
-        garden(tmp_path, 1)
-    prepare.synthetic(str(tmp_path), 1, 2, 24, {"train": 2}, silent, overwrite=True)
+        write_flowers(tmp_path, 1)
+    write_synthetic_dataset(str(tmp_path), 1, 2, 24, {"train": 2}, silent, overwrite=True)
     assert list(Dataset.load(str(tmp_path)).splits) == ["train"]
 
 
-def test_nothing_is_there_until_all_is(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_no_data_set_until_it_is_complete(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise DataError("disk full")
 
     monkeypatch.setattr(records, "write_shard", fail)
     with pytest.raises(DataError, match="disk full"):
-        garden(tmp_path)
+        write_flowers(tmp_path)
     with pytest.raises(DataError, match="no data set"):
         Dataset.load(str(tmp_path))
 
@@ -94,8 +99,8 @@ def noise(mode: str, size: tuple[int, int] = (17, 11)) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if bands == 1 else pixels, mode)
 
 
-def test_folder_takes_every_kind_of_image(tmp_path: pathlib.Path) -> None:
-    """Grey, colour, CMYK, transparent, 16-bit, palette, animated, WebP, TIFF, BMP: all become decodable records."""
+def test_a_folder_may_hold_every_kind_of_image(tmp_path: pathlib.Path) -> None:
+    """Every mode, depth and format becomes a decodable record."""
     root = tmp_path / "in/train"
     grey16 = Image.fromarray(np.linspace(0, 65535, 17 * 11).astype(np.uint16).reshape(11, 17))
     frames = [noise("RGB").convert("P"), noise("L").convert("P")]
@@ -116,10 +121,10 @@ def test_folder_takes_every_kind_of_image(tmp_path: pathlib.Path) -> None:
     write(root / "b/scan.tiff", noise("RGB"), "TIFF")
     write(root / "b/one.png", noise("RGB", (1, 1)), "PNG")
     (root / "b/notes.txt").write_text("no image")
-    made = prepare.folder(str(tmp_path / "in"), str(tmp_path / "out"), silent)
-    assert made.classes == ("a", "b")
-    split = EncodedSplit(made, made.splits["train"])
-    by_name = {split.picture(i).filename: split.picture(i) for i in range(len(split))}
+    dataset = write_folder(tmp_path / "in", tmp_path / "out")
+    assert dataset.classes == ("a", "b")
+    split = EncodedSplit(dataset, dataset.splits["train"])
+    by_name = {split.record(i).filename: split.record(i) for i in range(len(split))}
     assert len(by_name) == 14
     for name, encoded in kept.items():
         assert by_name[f"train/{name}"].encoded == encoded, f"{name} did not keep its bytes"
@@ -129,8 +134,8 @@ def test_folder_takes_every_kind_of_image(tmp_path: pathlib.Path) -> None:
         assert record.label == (0 if "/a/" in name else 1)
     rgba = np.asarray(noise("RGBA"), np.float64)
     white = rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
-    laid = records.decode(tf.constant(by_name["train/b/rgba.png"].encoded)).numpy()
-    assert np.abs(laid - white).max() <= 1
+    on_white = records.decode(tf.constant(by_name["train/b/rgba.png"].encoded)).numpy()
+    assert np.abs(on_white - white).max() <= 1
     deep = records.decode(tf.constant(by_name["train/b/deep.png"].encoded)).numpy()
     assert np.abs(deep[..., 0].ravel() - np.linspace(0, 255, 17 * 11)).max() <= 1
     assert "16 images" not in verify.verify(str(tmp_path / "out"), silent)
@@ -139,9 +144,9 @@ def test_folder_takes_every_kind_of_image(tmp_path: pathlib.Path) -> None:
 def test_classes_are_the_union_over_splits(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "in/train/b/1.png", noise("RGB"), "PNG")
     write(tmp_path / "in/test/a/1.png", noise("RGB"), "PNG")
-    made = prepare.folder(str(tmp_path / "in"), str(tmp_path / "out"), silent)
-    assert made.classes == ("a", "b")
-    assert EncodedSplit(made, made.splits["train"]).labels.tolist() == [1]
+    dataset = write_folder(tmp_path / "in", tmp_path / "out")
+    assert dataset.classes == ("a", "b")
+    assert EncodedSplit(dataset, dataset.splits["train"]).labels.tolist() == [1]
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
@@ -149,27 +154,27 @@ def test_unreadable_image_is_named(tmp_path: pathlib.Path, content: bytes) -> No
     (tmp_path / "in/train/a").mkdir(parents=True)
     (tmp_path / "in/train/a/broken.png").write_bytes(content)
     with pytest.raises(
-        DataError, match=r"1 of 1 pictures cannot be used: .*train/a/broken\.png: the image cannot be read"
+        DataError, match=r"1 of 1 images cannot be used: .*train/a/broken\.png: the image cannot be read"
     ):
-        prepare.folder(str(tmp_path / "in"), str(tmp_path / "out"), silent)
+        write_folder(tmp_path / "in", tmp_path / "out")
 
 
 def test_truncated_jpeg_is_named(tmp_path: pathlib.Path) -> None:
     whole = write(tmp_path / "in/train/a/half.jpg", noise("RGB", (64, 64)), "JPEG")
     (tmp_path / "in/train/a/half.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"half\.jpg"):
-        prepare.folder(str(tmp_path / "in"), str(tmp_path / "out"), silent)
+        write_folder(tmp_path / "in", tmp_path / "out")
 
 
 def test_empty_and_missing_folders(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
-        prepare.folder(str(tmp_path / "nowhere"), "x", silent)
+        write_folder(tmp_path / "nowhere", "x")
     with pytest.raises(DataError, match=r"train/daisy/1\.jpg"):
-        prepare.folder(str(tmp_path), "x", silent)
+        write_folder(tmp_path, "x")
 
 
 def test_verify_finds_damage(tmp_path: pathlib.Path) -> None:
-    garden(tmp_path)
+    write_flowers(tmp_path)
     assert "11 images in 2 splits" in verify.verify(str(tmp_path), silent)
     path = tmp_path / "train-00000-of-00001.tfrecord"
     content = bytearray(path.read_bytes())
@@ -181,9 +186,9 @@ def test_verify_finds_damage(tmp_path: pathlib.Path) -> None:
 
 def test_verify_decodes(tmp_path: pathlib.Path) -> None:
     broken = bytearray(tf.io.encode_png(np.zeros((4, 4, 3), np.uint8)).numpy())
-    broken[45] ^= 0xFF  # behind the header, which is looked at first
+    broken[45] ^= 0xFF  # after the header, which is checked first
     shard = records.write_shard(str(tmp_path), "t", [records.ImageRecord(bytes(broken), 4, 4, 0, "n.jpg")])
-    Dataset(str(tmp_path), "t", ("a",), {"train": dataset.Split("train", (shard,))}, {}).save()
+    Dataset(str(tmp_path), "t", ("a",), {"train": Split("train", (shard,))}, {}).save()
     with pytest.raises(DataError, match=r"record 0 .*n\.jpg.*cannot be decoded"):
         verify.verify(str(tmp_path), silent)
     assert json.loads((tmp_path / "dataset.json").read_text())["classes"] == ["a"]

@@ -1,12 +1,12 @@
-"""Sources of pictures: folders, tables and other people's shards become the same kind of data set, in a fixed order."""
+"""Folders, tables and existing TFRecord files become data sets, in a fixed order."""
 
 from __future__ import annotations
 
 import io
 import json
 import pathlib
+import shutil
 import threading
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,32 +15,32 @@ from conftest import here
 from PIL import Image
 from samples import image, put, tree
 
-from trainer.core.errors import ConfigError, DataError
+from trainer.core.errors import ConfigError
 from trainer.data import records
 from trainer.data.dataset import Dataset
 from trainer.data.records import EncodedSplit, ImageRecord
 from trainer.ingest import images, sources, writer
 
 
-def run(tmp_path: pathlib.Path, dataset: str, *flags: str, out: str = "out") -> Dataset:
-    done = here("prepare", f"--dataset={dataset}", f"--out={tmp_path / out}", *flags)
-    assert done.returncode == 0, done.stderr
+def run(tmp_path: pathlib.Path, source: str, *flags: str, out: str = "out") -> Dataset:
+    process = here("prepare", f"--dataset={source}", f"--out={tmp_path / out}", *flags)
+    assert process.returncode == 0, process.stderr
     return Dataset.load(str(tmp_path / out))
 
 
-def refused(tmp_path: pathlib.Path, dataset: str, *flags: str, code: int = 3) -> str:
-    done = here("prepare", f"--dataset={dataset}", f"--out={tmp_path / 'out'}", *flags)
-    assert done.returncode == code, done.stderr
+def refused(tmp_path: pathlib.Path, source: str, *flags: str, code: int = 3) -> str:
+    process = here("prepare", f"--dataset={source}", f"--out={tmp_path / 'out'}", *flags)
+    assert process.returncode == code, process.stderr
     assert not (tmp_path / "out/dataset.json").exists()
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in process.stderr
     return lines[0]
 
 
-def contents(made: Dataset, split: str) -> list[tuple[str, int]]:
-    encoded = EncodedSplit(made, made.splits[split])
-    return [(encoded.picture(i).filename, encoded.picture(i).label) for i in range(len(encoded))]
+def contents(dataset: Dataset, split: str) -> list[tuple[str, int]]:
+    encoded = EncodedSplit(dataset, dataset.splits[split])
+    return [(encoded.record(i).filename, encoded.record(i).label) for i in range(len(encoded))]
 
 
 # -- folders
@@ -60,9 +60,9 @@ def test_levels_of_folders(
     tmp_path: pathlib.Path, names: list[str], expected: dict[str, list[tuple[str, int]]]
 ) -> None:
     put(tmp_path / "in", *names)
-    made = run(tmp_path, f"folder:{tmp_path}/in")
-    assert {split: contents(made, split) for split in made.splits} == expected
-    assert bool(made.classes) == any(label >= 0 for part in expected.values() for _, label in part)
+    dataset = run(tmp_path, f"folder:{tmp_path}/in")
+    assert {split: contents(dataset, split) for split in dataset.splits} == expected
+    assert bool(dataset.classes) == any(label >= 0 for part in expected.values() for _, label in part)
 
 
 def test_images_at_several_depths_are_refused(tmp_path: pathlib.Path) -> None:
@@ -74,15 +74,15 @@ def test_images_at_several_depths_are_refused(tmp_path: pathlib.Path) -> None:
 
 def test_unlabelled_by_flag(tmp_path: pathlib.Path) -> None:
     put(tmp_path / "in", "train/a/1.jpg", "train/b/2.jpg")
-    made = run(tmp_path, f"folder:{tmp_path}/in", "--unlabelled")
-    assert made.classes == ()
-    assert [label for _, label in contents(made, "train")] == [-1, -1]
+    dataset = run(tmp_path, f"folder:{tmp_path}/in", "--unlabelled")
+    assert dataset.classes == ()
+    assert [label for _, label in contents(dataset, "train")] == [-1, -1]
 
 
 def test_splits_are_chosen_and_renamed(tmp_path: pathlib.Path) -> None:
     put(tmp_path / "in", "train/a/1.jpg", "val/a/2.jpg", "extra/a/3.jpg")
-    made = run(tmp_path, f"folder:{tmp_path}/in", "--splits=train=train,validation=val")
-    assert {split: contents(made, split) for split in made.splits} == {
+    dataset = run(tmp_path, f"folder:{tmp_path}/in", "--splits=train=train,validation=val")
+    assert {split: contents(dataset, split) for split in dataset.splits} == {
         "train": [("train/a/1.jpg", 0)],
         "validation": [("val/a/2.jpg", 0)],
     }
@@ -97,11 +97,11 @@ def test_splits_are_chosen_and_renamed(tmp_path: pathlib.Path) -> None:
     [
         ("train", "neither NAME=WHERE nor NAME:SHARE"),
         ("=x", "neither NAME=WHERE"),
-        ("train:x", "'x' is no share"),
+        ("train:x", "'x' is not a share"),
         ("train:0", "above 0"),
         ("train:nan", "above 0"),
         ("train:0.9,test:0.2", "add up to 1.1"),
-        ("train:0.9,train:0.1", "stands there twice"),
+        ("train:0.9,train:0.1", "is there twice"),
         ("train:0.9,test=test", "mixes"),
     ],
 )
@@ -110,75 +110,75 @@ def test_bad_splits(text: str, message: str) -> None:
         sources.parse_splits(text)
 
 
-# -- shares
+# -- splits by share
 
 
-def test_shares_hold_for_every_class_and_equal_pictures_stay_together() -> None:
+def test_shares_hold_for_every_class_and_equal_images_stay_together() -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 7, 3000).tolist()
-    digests = [bytes(rng.bytes(8)) for _ in labels]
+    hashes = [bytes(rng.bytes(8)) for _ in labels]
     twins = [(number, number + 1) for number in range(0, 3000, 10)]
     for one, other in twins:
-        labels[other], digests[other] = labels[one], digests[one]
+        labels[other], hashes[other] = labels[one], hashes[one]
     shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
-    dealt = sources.by_share(3000, shares, 0, labels, digests)
-    assert sorted(number for numbers in dealt.values() for number in numbers) == list(range(3000))
+    assigned = sources.split_by_share(shares, 0, labels, hashes)
+    assert sorted(number for numbers in assigned.values() for number in numbers) == list(range(3000))
     for split, share in shares.items():
-        counts = np.bincount([labels[n] for n in dealt[split]], minlength=7)
-        # A rounding at each edge, and a twin that goes with its twin.
+        counts = np.bincount([labels[n] for n in assigned[split]], minlength=7)
+        # One image for rounding at the cut, one for a twin kept with its twin.
         assert np.abs(counts - share * np.bincount(labels)).max() <= 2, split
-    place = {number: split for split, numbers in dealt.items() for number in numbers}
-    assert all(place[one] == place[other] for one, other in twins)
-    other = sources.by_share(3000, shares, 1, labels, digests)
-    assert dealt["test"] != sources.by_share(3000, {"test": 0.1}, 0, labels, digests)["test"]
-    assert other.keys() == dealt.keys()
+    split_of = {number: split for split, numbers in assigned.items() for number in numbers}
+    assert all(split_of[one] == split_of[other] for one, other in twins)
+    reseeded = sources.split_by_share(shares, 1, labels, hashes)
+    assert assigned["test"] != sources.split_by_share({"test": 0.1}, 0, labels, hashes)["test"]
+    assert reseeded.keys() == assigned.keys()
 
 
-def test_equal_pictures_are_never_parted() -> None:
-    """Also where the cut falls among them."""
-    digests = [bytes([number % 7]) * 8 for number in range(7 * 31)]
-    dealt = sources.by_share(len(digests), {"train": 0.5, "test": 0.5}, 0, [0] * len(digests), digests)
-    assert not {digests[n] for n in dealt["train"]} & {digests[n] for n in dealt["test"]}
-    assert all(dealt.values())
+def test_equal_images_are_never_in_two_splits() -> None:
+    """Even where the cut falls among them."""
+    hashes = [bytes([number % 7]) * 8 for number in range(7 * 31)]
+    assigned = sources.split_by_share({"train": 0.5, "test": 0.5}, 0, [0] * len(hashes), hashes)
+    assert not {hashes[n] for n in assigned["train"]} & {hashes[n] for n in assigned["test"]}
+    assert all(assigned.values())
 
 
-def test_small_classes_round_each_its_own_way() -> None:
-    """Of 100 classes of 4, a tenth of the pictures goes to each small split, not none of any class."""
+def test_small_classes_do_not_all_round_the_same_way() -> None:
+    """Of 100 classes of 4 images, each small split gets about a tenth, instead of none."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(100), 4).tolist()
-    digests = [bytes(rng.bytes(8)) for _ in labels]
-    dealt = sources.by_share(400, {"train": 0.8, "validation": 0.1, "test": 0.1}, 0, labels, digests)
-    assert sum(map(len, dealt.values())) == 400
-    assert 25 <= len(dealt["validation"]) <= 55
-    assert 25 <= len(dealt["test"]) <= 55
+    hashes = [bytes(rng.bytes(8)) for _ in labels]
+    assigned = sources.split_by_share({"train": 0.8, "validation": 0.1, "test": 0.1}, 0, labels, hashes)
+    assert sum(map(len, assigned.values())) == 400
+    assert 25 <= len(assigned["validation"]) <= 55
+    assert 25 <= len(assigned["test"]) <= 55
 
 
 def test_shares_depend_on_bytes_and_seed_and_not_on_names(tmp_path: pathlib.Path) -> None:
     for name, order in (("one", range(40)), ("two", reversed(range(40)))):
-        for place, number in enumerate(order):
-            path = tmp_path / name / f"c{number % 2}" / f"{place}.jpg"
+        for position, number in enumerate(order):
+            path = tmp_path / name / f"c{number % 2}" / f"{position}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(image(number))
 
-    def split_of(folder: str, *flags: str) -> dict[bytes, str]:
-        made = run(
+    def splits_by_image(folder: str, *flags: str) -> dict[bytes, str]:
+        dataset = run(
             tmp_path,
             f"folder:{tmp_path}/{folder}",
             "--splits=train:0.5,test:0.5",
             *flags,
             out="".join([folder, *flags]),
         )
-        found = {}
-        for split in made.splits.values():
-            encoded = EncodedSplit(made, split)
-            found |= {encoded.picture(i).encoded: split.name for i in range(len(encoded))}
-        return found
+        by_image = {}
+        for split in dataset.splits.values():
+            encoded = EncodedSplit(dataset, split)
+            by_image |= {encoded.record(i).encoded: split.name for i in range(len(encoded))}
+        return by_image
 
-    one = split_of("one")
+    one = splits_by_image("one")
     assert len(one) == 40
     assert sorted(one.values()).count("test") == 20
-    assert split_of("two") == one
-    assert split_of("one", "--seed=1") != one
+    assert splits_by_image("two") == one
+    assert splits_by_image("one", "--seed=1") != one
 
 
 # -- tables
@@ -194,8 +194,8 @@ def test_shares_depend_on_bytes_and_seed_and_not_on_names(tmp_path: pathlib.Path
         ("\ufefffile,target,split\r\na/1.jpg,x,t\r\na/2.jpg,,t\r\n", [], {"t": [("a/1.jpg", 0), ("a/2.jpg", -1)]}),
         ("a/1.jpg\na/2.jpg\n", [], {"train": [("a/1.jpg", -1), ("a/2.jpg", -1)]}),
         (
-            "id,what,picture\n7,rose,a/1.jpg\n8,daisy,a/2.jpg\n",
-            ["--columns=path:picture,label:what"],
+            "id,what,photo\n7,rose,a/1.jpg\n8,daisy,a/2.jpg\n",
+            ["--columns=path:photo,label:what"],
             {"train": [("a/1.jpg", 1), ("a/2.jpg", 0)]},
         ),
         ("7,a/1.jpg,0\n8,a/2.jpg,1\n", ["--columns=path:1,label:2"], {"train": [("a/1.jpg", 0), ("a/2.jpg", 1)]}),
@@ -207,8 +207,8 @@ def test_tables(
 ) -> None:
     put(tmp_path / "in", "a/1.jpg", "a/2.jpg")
     (tmp_path / "in/list.csv").write_bytes(text.encode())
-    made = run(tmp_path, f"csv:{tmp_path}/in/list.csv", *flags)
-    assert {split: contents(made, split) for split in made.splits} == expected
+    dataset = run(tmp_path, f"csv:{tmp_path}/in/list.csv", *flags)
+    assert {split: contents(dataset, split) for split in dataset.splits} == expected
 
 
 def test_class_names_for_a_table(tmp_path: pathlib.Path) -> None:
@@ -217,9 +217,9 @@ def test_class_names_for_a_table(tmp_path: pathlib.Path) -> None:
     (tmp_path / "in/numbers.csv").write_text("1.jpg,0\n2.jpg,2\n")
     (tmp_path / "in/words.csv").write_text("1.jpg,zinnia\n2.jpg,daisy\n")
     for name in ("numbers", "words"):
-        made = run(tmp_path, f"csv:{tmp_path}/in/{name}.csv", f"--classes={tmp_path}/in/names.txt", out=name)
-        assert made.classes == ("zinnia", "rose", "daisy")
-        assert [label for _, label in contents(made, "train")] == [0, 2]
+        dataset = run(tmp_path, f"csv:{tmp_path}/in/{name}.csv", f"--classes={tmp_path}/in/names.txt", out=name)
+        assert dataset.classes == ("zinnia", "rose", "daisy")
+        assert [label for _, label in contents(dataset, "train")] == [0, 2]
     (tmp_path / "in/more.csv").write_text("1.jpg,0\n2.jpg,3\n")
     line = refused(tmp_path, f"csv:{tmp_path}/in/more.csv", f"--classes={tmp_path}/in/names.txt")
     assert "label 3" in line
@@ -242,7 +242,7 @@ def test_mistakes_in_tables(tmp_path: pathlib.Path) -> None:
     assert "cannot read a table" in refused(tmp_path, f"csv:{tmp_path}/nowhere.csv")
 
 
-# -- shards that are there
+# -- existing TFRecord files
 
 
 def shard(path: pathlib.Path, rows: list[dict[str, object]]) -> None:
@@ -265,13 +265,13 @@ def test_shards_of_the_notebooks(tmp_path: pathlib.Path, flags: list[str]) -> No
     for split, labels in (("train", [3, 0, 36]), ("validation", [1]), ("test", [2, 2])):
         rows = [{"image": image(i), "class": label} for i, label in enumerate(labels)]
         shard(tmp_path / f"in/{split}/{split}_pets37-0-{len(rows)}.tfrec", rows)
-    made = run(tmp_path, f"tfrecord:{tmp_path}/in/*/*.tfrec", *flags)
-    assert {name: split.examples for name, split in made.splits.items()} == {"test": 2, "train": 3, "validation": 1}
-    assert made.classes == tuple(map(str, range(37)))
-    encoded = EncodedSplit(made, made.splits["train"])
+    dataset = run(tmp_path, f"tfrecord:{tmp_path}/in/*/*.tfrec", *flags)
+    assert {name: split.examples for name, split in dataset.splits.items()} == {"test": 2, "train": 3, "validation": 1}
+    assert dataset.classes == tuple(map(str, range(37)))
+    encoded = EncodedSplit(dataset, dataset.splits["train"])
     assert encoded.labels.tolist() == [3, 0, 36]
-    assert [encoded.picture(i).encoded for i in range(3)] == [image(i) for i in range(3)]
-    assert encoded.picture(1).filename == "train_pets37-0-3.tfrec#1"
+    assert [encoded.record(i).encoded for i in range(3)] == [image(i) for i in range(3)]
+    assert encoded.record(1).filename == "train_pets37-0-3.tfrec#1"
     assert encoded.sizes.tolist() == [[7, 9]] * 3
 
 
@@ -280,13 +280,13 @@ def test_shards_with_names_texts_patterns_and_shares(tmp_path: pathlib.Path) -> 
         rows = [{"pic": image(i), "who": ("cat", "dog")[i % 2], "f": f"{part}{i}.jpg"} for i in range(20)]
         shard(tmp_path / f"in/{part}.tfrecord", rows)
     layout = "--features=image:pic,label:who,filename:f"
-    made = run(tmp_path, f"tfrecord:{tmp_path}/in", layout, "--splits=train=*/x.*,test=*/y.*", out="a")
-    assert made.classes == ("cat", "dog")
-    assert contents(made, "test")[:3] == [("y0.jpg", 0), ("y1.jpg", 1), ("y2.jpg", 0)]
-    made = run(tmp_path, f"tfrecord:{tmp_path}/in", layout, "--splits=train:0.5,test:0.5", out="b")
-    train, test = (dict(contents(made, split)) for split in ("train", "test"))
+    dataset = run(tmp_path, f"tfrecord:{tmp_path}/in", layout, "--splits=train=*/x.*,test=*/y.*", out="a")
+    assert dataset.classes == ("cat", "dog")
+    assert contents(dataset, "test")[:3] == [("y0.jpg", 0), ("y1.jpg", 1), ("y2.jpg", 0)]
+    dataset = run(tmp_path, f"tfrecord:{tmp_path}/in", layout, "--splits=train:0.5,test:0.5", out="b")
+    train, test = (dict(contents(dataset, split)) for split in ("train", "test"))
     assert len(train) + len(test) == 40
-    # x and y hold the same pictures, and a picture is not in both splits.
+    # x and y hold the same images, and no image is in both splits.
     assert not {name[1:] for name in train} & {name[1:] for name in test}
     line = refused(tmp_path, f"tfrecord:{tmp_path}/in")
     assert "f, pic, who" in line
@@ -294,11 +294,11 @@ def test_shards_with_names_texts_patterns_and_shares(tmp_path: pathlib.Path) -> 
     assert "train=*/z.*" in line
 
 
-def test_our_own_shards_can_be_prepared_again(tmp_path: pathlib.Path, data: str) -> None:
-    made = run(tmp_path, f"tfrecord:{data}/*.tfrecord")
+def test_shards_of_a_prepared_data_set_can_be_prepared_again(tmp_path: pathlib.Path, data: str) -> None:
+    dataset = run(tmp_path, f"tfrecord:{data}/*.tfrecord")
     original = Dataset.load(data)
     for name, split in original.splits.items():
-        assert made.splits[name].crc32c == split.crc32c
+        assert dataset.splits[name].crc32c == split.crc32c
 
 
 def test_damaged_and_foreign_shards_are_named(tmp_path: pathlib.Path) -> None:
@@ -324,39 +324,39 @@ def test_damaged_and_foreign_shards_are_named(tmp_path: pathlib.Path) -> None:
     assert "--features=label:x" in refused(tmp_path, f"tfrecord:{path}", "--features=label:x", code=2)
 
 
-# -- pictures that cannot be used, or need a change
+# -- images that cannot be used, or must be converted
 
 
-def test_bad_pictures_are_counted_or_left_out(tmp_path: pathlib.Path) -> None:
+def test_unusable_images_are_counted_or_left_out(tmp_path: pathlib.Path) -> None:
     put(tmp_path / "in", *[f"train/a/{i}.jpg" for i in range(10)], "test/a/x.jpg")
     for number in (2, 3, 5, 7):
         (tmp_path / f"in/train/a/{number}.jpg").write_bytes(image(number)[:-40])
     line = refused(tmp_path, f"folder:{tmp_path}/in")
-    assert "4 of 11 pictures cannot be used" in line
+    assert "4 of 11 images cannot be used" in line
     assert "train/a/2.jpg" in line
-    listed = (tmp_path / "out/.making/unusable.txt").read_text().splitlines()
-    assert [f"train/a/{n}.jpg" in text for n, text in zip((2, 3, 5, 7), listed, strict=True)] == [True] * 4
-    done = here("prepare", f"--dataset=folder:{tmp_path}/in", f"--out={tmp_path}/out", "--skip_bad")
-    assert "left out 4 of 11" in done.stderr
-    made = Dataset.load(str(tmp_path / "out"))
-    assert made.splits["train"].examples == 6
-    assert made.source == {"left_out": 4}
-    assert not (tmp_path / "out/.making").exists()
+    lines = (tmp_path / "out/.incomplete/unusable.txt").read_text().splitlines()
+    assert [f"train/a/{n}.jpg" in text for n, text in zip((2, 3, 5, 7), lines, strict=True)] == [True] * 4
+    process = here("prepare", f"--dataset=folder:{tmp_path}/in", f"--out={tmp_path}/out", "--skip_bad")
+    assert "left out 4 of 11" in process.stderr
+    dataset = Dataset.load(str(tmp_path / "out"))
+    assert dataset.splits["train"].examples == 6
+    assert dataset.source == {"left_out": 4}
+    assert not (tmp_path / "out/.incomplete").exists()
     (tmp_path / "in/test/a/x.jpg").write_bytes(b"no")
     line = refused(tmp_path / "y", f"folder:{tmp_path}/in", "--skip_bad")
     assert "split 'test' would be empty" in line
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_no_cut_or_spoilt_jpeg_passes_that_training_cannot_decode(progressive: bool) -> None:
-    """The proof at an eighth of the size refuses whatever the whole decoder refuses, and nothing else."""
+def test_no_damaged_jpeg_passes_that_training_cannot_decode(progressive: bool) -> None:
+    """Decoding at an eighth of the size rejects the same files as decoding in full."""
     whole = image(0, (120, 90), quality=90, progressive=progressive)
     rng = np.random.default_rng(0)
     tries = [whole] + [whole[: int(n)] for n in rng.integers(10, len(whole), 60)]
     for position in rng.integers(0, len(whole), 200):
-        spoilt = bytearray(whole)
-        spoilt[position] ^= int(rng.integers(1, 256))
-        tries.append(bytes(spoilt))
+        damaged_jpeg = bytearray(whole)
+        damaged_jpeg[position] ^= int(rng.integers(1, 256))
+        tries.append(bytes(damaged_jpeg))
     outcomes = set()
     for encoded in tries:
         try:
@@ -364,98 +364,89 @@ def test_no_cut_or_spoilt_jpeg_passes_that_training_cannot_decode(progressive: b
         except tf.errors.OpError:
             shape = ()
         try:
-            picture = images.validate_image(encoded, 0, "", "x").picture
-            passed = (*tuple(records.decode(tf.constant(picture.encoded)).shape[:2]), 3)
+            record = images.validate_image(encoded, 0, "", "x").record
+            passed = (*tuple(records.decode(tf.constant(record.encoded)).shape[:2]), 3)
         except images.UnusableImage:
             passed = ()
         if passed:
-            assert shape[:2] == (picture.height, picture.width)
+            assert shape[:2] == (record.height, record.width)
         outcomes.add((bool(shape), bool(passed)))
     assert (True, True) in outcomes
     assert (False, False) in outcomes
     assert (False, True) not in outcomes
 
 
-def turned() -> bytes:
+def rotated() -> bytes:
+    """A JPEG with an EXIF rotation."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return image(0, (40, 24), exif=exif)
 
 
-def test_exif_rotation_is_told_and_obeyed_on_demand(tmp_path: pathlib.Path) -> None:
+def test_exif_rotation_is_reported_and_applied_on_demand(tmp_path: pathlib.Path) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.jpg").write_bytes(turned())
+    (tmp_path / "in/a.jpg").write_bytes(rotated())
     (tmp_path / "in/b.jpg").write_bytes(image(1))
-    done = here("prepare", f"--dataset=folder:{tmp_path}/in", f"--out={tmp_path}/keep")
-    assert "1 pictures have an EXIF rotation, which is not applied" in done.stderr
+    process = here("prepare", f"--dataset=folder:{tmp_path}/in", f"--out={tmp_path}/keep")
+    assert "1 images have an EXIF rotation, which is not applied" in process.stderr
     kept = Dataset.load(str(tmp_path / "keep"))
-    first = EncodedSplit(kept, kept.splits["train"]).picture(0)
-    assert (first.encoded, first.height, first.width) == (turned(), 24, 40)
-    made = run(tmp_path, f"folder:{tmp_path}/in", "--exif=upright", out="up")
-    split = EncodedSplit(made, made.splits["train"])
-    assert (split.picture(0).height, split.picture(0).width) == (40, 24)
-    upright = records.decode(tf.constant(split.picture(0).encoded)).numpy()
-    stored = np.asarray(Image.open(io.BytesIO(turned())))
+    first = EncodedSplit(kept, kept.splits["train"]).record(0)
+    assert (first.encoded, first.height, first.width) == (rotated(), 24, 40)
+    dataset = run(tmp_path, f"folder:{tmp_path}/in", "--exif=upright", out="up")
+    split = EncodedSplit(dataset, dataset.splits["train"])
+    assert (split.record(0).height, split.record(0).width) == (40, 24)
+    upright = records.decode(tf.constant(split.record(0).encoded)).numpy()
+    stored = np.asarray(Image.open(io.BytesIO(rotated())))
     assert np.array_equal(upright, np.rot90(stored, -1))
-    assert split.picture(1).encoded == image(1)
+    assert split.record(1).encoded == image(1)
 
 
-# -- the work itself
+# -- writing
 
 
 def test_bytes_do_not_depend_on_workers(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_SHARD_BYTES", 3000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 3000)
     put(
         tmp_path / "in", *[f"{split}/{name}/{i}.jpg" for split in ("train", "test") for name in "ab" for i in range(20)]
     )
     for workers in (1, 2, 7):
         run(tmp_path, f"folder:{tmp_path}/in", f"--workers={workers}", out=str(workers))
-    made = Dataset.load(str(tmp_path / "1"))
-    assert len(made.splits["train"].shards) > 3
+    dataset = Dataset.load(str(tmp_path / "1"))
+    assert len(dataset.splits["train"].shards) > 3
     assert tree(tmp_path / "1") == tree(tmp_path / "2") == tree(tmp_path / "7")
 
 
-def test_an_interrupted_run_goes_on_with_what_is_missing(
+def test_an_interrupted_run_resumes_with_what_is_missing(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after the shards were damaged, and where a picture changed meanwhile."""
-    monkeypatch.setattr(writer, "_SHARD_BYTES", 1500)
+    """Also if a shard was damaged meanwhile."""
+    monkeypatch.setattr(writer, "SHARD_BYTES", 1500)
     put(tmp_path / "in", *[f"train/a/{i:02}.jpg" for i in range(30)])
-    run(tmp_path, f"folder:{tmp_path}/in", out="whole")
-    real, made = records.write_shard, []
-
-    def fails_at(number: int) -> Callable[..., object]:
-        def write_shard(folder: str, file: str, wanted: object) -> object:
-            if len(made) == number:
-                raise DataError("disk full")
-            made.append(file)
-            return real(folder, file, wanted)  # type: ignore[arg-type]
-
-        return write_shard
-
-    monkeypatch.setattr(records, "write_shard", fails_at(4))
-    assert "disk full" in refused(tmp_path, f"folder:{tmp_path}/in", "--workers=1")
-    first, shards = made.copy(), len(Dataset.load(str(tmp_path / "whole")).splits["train"].shards)
-    assert shards > 6
-    made.clear()
-    damaged = tmp_path / "out" / first[1]
+    names = [shard.file for shard in run(tmp_path, f"folder:{tmp_path}/in", out="whole").splits["train"].shards]
+    assert len(names) > 6
+    out = tmp_path / "out"
+    (out / names[4] / "in the way").mkdir(parents=True)
+    assert "cannot write a shard" in refused(tmp_path, f"folder:{tmp_path}/in", "--workers=1")
+    assert sorted(tree(out)) == names[:4]
+    shutil.rmtree(out / names[4])
+    damaged = out / names[1]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    monkeypatch.setattr(records, "write_shard", fails_at(99))
+    before = {name: (out / name).stat().st_mtime_ns for name in names[:4]}
     run(tmp_path, f"folder:{tmp_path}/in", "--workers=1")
-    assert set(made) == {f"train-{i:05}-of-{shards:05}.tfrecord" for i in range(shards)} - set(first) | {first[1]}
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert [(out / name).stat().st_mtime_ns == before[name] for name in names[:4]] == [True, False, True, True]
+    assert tree(out) == tree(tmp_path / "whole")
 
 
-def test_a_changed_picture_makes_its_shard_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "_SHARD_BYTES", 1500)
+def test_the_shard_of_a_changed_image_is_written_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "SHARD_BYTES", 1500)
     put(tmp_path / "in", *[f"train/a/{i:02}.jpg" for i in range(20)])
     (tmp_path / "in/train/a/19.jpg").write_bytes(b"bad")
     refused(tmp_path, f"folder:{tmp_path}/in")
     for number in (0, 19):
         (tmp_path / f"in/train/a/{number:02}.jpg").write_bytes(image(99))
-    made = run(tmp_path, f"folder:{tmp_path}/in")
-    split = EncodedSplit(made, made.splits["train"])
-    assert [split.picture(i).encoded == image(99) for i in range(20)] == [True] + [False] * 18 + [True]
+    dataset = run(tmp_path, f"folder:{tmp_path}/in")
+    split = EncodedSplit(dataset, dataset.splits["train"])
+    assert [split.record(i).encoded == image(99) for i in range(20)] == [True] + [False] * 18 + [True]
 
 
 def test_another_unfinished_data_set_is_not_mixed_with(tmp_path: pathlib.Path) -> None:
@@ -464,43 +455,43 @@ def test_another_unfinished_data_set_is_not_mixed_with(tmp_path: pathlib.Path) -
     (tmp_path / "in/train/a/2.jpg").write_bytes(b"bad")
     refused(tmp_path, f"folder:{tmp_path}/in")
     line = refused(tmp_path, f"folder:{tmp_path}/other")
-    assert "another data set was begun" in line
+    assert "holds another data set that is unfinished" in line
     assert f"folder:{tmp_path}/in" in line
-    made = run(tmp_path, f"folder:{tmp_path}/other", "--overwrite")
-    assert EncodedSplit(made, made.splits["train"]).picture(0).encoded == image(5)
+    dataset = run(tmp_path, f"folder:{tmp_path}/other", "--overwrite")
+    assert EncodedSplit(dataset, dataset.splits["train"]).record(0).encoded == image(5)
 
 
-def test_overwriting_leaves_no_shard_of_before(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwriting_leaves_no_old_shard(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "in", *[f"train/a/{i}.jpg" for i in range(9)])
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_SHARD_BYTES", 1000)
+        patch.setattr(writer, "SHARD_BYTES", 1000)
         run(tmp_path, f"folder:{tmp_path}/in")
     assert len(list((tmp_path / "out").iterdir())) > 3
     run(tmp_path, f"folder:{tmp_path}/in", "--overwrite")
     assert sorted(tree(tmp_path / "out")) == ["dataset.json", "train-00000-of-00001.tfrecord"]
 
 
-def test_pictures_under_way_are_few(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    """Whatever the size of the set, a writer holds a bounded number of pictures."""
-    alive, most, lock = 0, 0, threading.Lock()
+def test_few_images_are_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """Whatever the size of the data set, a writer holds a bounded number of images."""
+    alive, peak, lock = 0, 0, threading.Lock()
 
-    class Held(ImageRecord):
+    class CountedRecord(ImageRecord):
         def __del__(self) -> None:
             nonlocal alive
             with lock:
                 alive -= 1
 
-    def check(encoded: bytes, label: int, name: str, where: str, upright: bool = False) -> images.ValidatedImage:  # noqa: ARG001
-        nonlocal alive, most
+    def validate_image(encoded: bytes, label: int, name: str, *_: object) -> images.ValidatedImage:
+        nonlocal alive, peak
         with lock:
             alive += 1
-            most = max(most, alive)
-        return images.ValidatedImage(Held(encoded, 7, 9, label, name))
+            peak = max(peak, alive)
+        return images.ValidatedImage(CountedRecord(encoded, 7, 9, label, name))
 
-    monkeypatch.setattr(images, "validate_image", check)
+    monkeypatch.setattr(images, "validate_image", validate_image)
     put(tmp_path / "in", *[f"train/a/{i}.jpg" for i in range(600)])
     run(tmp_path, f"folder:{tmp_path}/in", "--workers=2")
-    assert 0 < most <= writer._SAMPLE + writer._AHEAD + 8
+    assert 0 < peak <= writer.SAMPLE_IMAGES + writer.IMAGES_AHEAD + 8
 
 
 def test_flags_of_other_kinds_are_refused(tmp_path: pathlib.Path) -> None:
@@ -512,7 +503,7 @@ def test_flags_of_other_kinds_are_refused(tmp_path: pathlib.Path) -> None:
     assert "--seed=-1" in refused(tmp_path, "folder:x", "--seed=-1", code=2)
 
 
-def test_what_it_was_made_from_is_noted(tmp_path: pathlib.Path) -> None:
+def test_dataset_json_says_what_it_was_made_from(tmp_path: pathlib.Path) -> None:
     shard(tmp_path / "in/train.tfrecord", [{"image": image(0), "class": 0}])
     run(tmp_path, f"tfrecord:{tmp_path}/in")
     index = json.loads((tmp_path / "out/dataset.json").read_text())

@@ -1,4 +1,4 @@
-"""trainer.ingest.synthetic: pictures depend on their arguments alone, decode, are balanced and vary."""
+"""Synthetic images depend only on their arguments, decode, are balanced and vary."""
 
 from __future__ import annotations
 
@@ -46,26 +46,26 @@ def test_another_process_draws_the_same_bytes() -> None:
         f"for key in reversed({keys!r}):\n"
         "    print(hashlib.sha256(synthetic.example(*key)[0]).hexdigest())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [_digest(*key) for key in reversed(keys)]
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == [_digest(*key) for key in reversed(keys)]
 
 
 @pytest.mark.parametrize("other", [(1, "train", 0), (0, "test", 0), (0, "train", 20), (0, "train", 1)])
-def test_other_arguments_other_pictures(other: tuple[int, str, int]) -> None:
+def test_other_arguments_give_other_images(other: tuple[int, str, int]) -> None:
     assert _digest(*other) != _digest(0, "train", 0)
 
 
-def test_no_picture_is_drawn_twice() -> None:
+def test_no_image_is_drawn_twice() -> None:
     digests = [_digest(0, split, index) for split in ("train", "test") for index in range(100)]
     assert len(set(digests)) == len(digests)
 
 
-def test_pictures_of_a_species_vary() -> None:
-    pictures = []
+def test_images_of_a_species_vary() -> None:
+    images = []
     for index in range(0, 200, 20):
         with Image.open(io.BytesIO(synthetic.example(0, "train", index, 20, 64)[0])) as image:
-            pictures.append(np.asarray(image.resize((32, 32)), np.float32))
-    apart = [np.abs(a - b).mean() for a, b in itertools.combinations(pictures, 2)]
+            images.append(np.asarray(image.resize((32, 32)), np.float32))
+    apart = [np.abs(a - b).mean() for a, b in itertools.combinations(images, 2)]
     assert min(apart) > 8.0
 
 
@@ -159,9 +159,9 @@ def test_species_share_colours_and_differ_in_shape_where_they_do(seed: int) -> N
     families = [family(kind) for kind in kinds]
     assert sorted(families) == [-1] * 3 + [f for f in range(5) for _ in range(3)]
     for name in set(families):
-        own = [kind for kind, other in zip(kinds, families, strict=True) if other == name]
-        outlines = {(kind.petals, kind.width, kind.blunt) for kind in own}
-        assert len(outlines) == len(own)
+        members = [kind for kind, other in zip(kinds, families, strict=True) if other == name]
+        outlines = {(kind.petals, kind.width, kind.blunt) for kind in members}
+        assert len(outlines) == len(members)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

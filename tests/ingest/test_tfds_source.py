@@ -1,4 +1,4 @@
-"""Sets of tensorflow-datasets: original bytes, the paper's splits, and plain words where a set cannot be had. No network."""
+"""Data sets of tensorflow-datasets: original bytes, the paper's splits, errors. No network."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from trainer.data.dataset import Dataset
 from trainer.data.records import EncodedSplit
 from trainer.ingest import tfds_source, verify, writer
 
-# TFDS's own name of the class decides the name of the set: local_flowers.
+# tensorflow-datasets names the data set after the class: local_flowers.
 COUNTS = {"train": 25, "validation": 6, "test": 11}
 
-# mock_data puts a file system of its own in place while it opens a set, for the whole process: of two threads that do so at
-# once, the last one out leaves it there.
+# mock_data replaces the file system of the whole process while it opens a data set. Two threads
+# that do so at once may leave the replacement in place.
 IN_ONE_THREAD = ("--workers=1",)
 
 
@@ -36,7 +36,7 @@ def image(split: str, number: int) -> bytes:
 
 
 class LocalFlowers(tfds.core.GeneratorBasedBuilder):
-    """A set with everything that sets have: a mask that is an image too, a second label, a box."""
+    """A data set with a second image feature (a mask), a second label and a box."""
 
     VERSION = tfds.core.Version("1.2.3")
 
@@ -72,7 +72,7 @@ class LocalFlowers(tfds.core.GeneratorBasedBuilder):
 
 
 class LocalTwins(LocalFlowers):
-    """The same, and nothing says which image and which label."""
+    """The same without a supervised pair, so that image and label are ambiguous."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(builder=self, features=super()._info().features)
@@ -94,14 +94,14 @@ class LocalWords(tfds.core.GeneratorBasedBuilder):
 
 
 class LocalFar(LocalFlowers):
-    """One whose download breaks off."""
+    """A data set whose download fails."""
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, object]:  # noqa: ARG002
         raise ConnectionError("the cable is out")
 
 
 class LocalGuarded(LocalFlowers):
-    """One that is only given out by hand."""
+    """A data set that must be downloaded manually."""
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = """
     Register at example.org and put flowers.tar
@@ -115,45 +115,45 @@ class LocalGuarded(LocalFlowers):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Where tensorflow-datasets keeps the sets of this file."""
+    """Where tensorflow-datasets keeps the data sets of this module."""
     return str(tmp_path_factory.mktemp("tfds"))
 
 
 def run(tmp_path: pathlib.Path, name: str, data_dir: str, *flags: str, out: str = "out") -> Dataset:
-    done = here("prepare", f"--dataset=tfds:{name}", f"--data_dir={data_dir}", f"--out={tmp_path / out}", *flags)
-    assert done.returncode == 0, done.stderr
+    process = here("prepare", f"--dataset=tfds:{name}", f"--data_dir={data_dir}", f"--out={tmp_path / out}", *flags)
+    assert process.returncode == 0, process.stderr
     return Dataset.load(str(tmp_path / out))
 
 
 def refused(tmp_path: pathlib.Path, name: str, data_dir: str, *flags: str, code: int = 3) -> str:
-    done = here("prepare", f"--dataset=tfds:{name}", f"--data_dir={data_dir}", f"--out={tmp_path / 'out'}", *flags)
-    assert done.returncode == code, done.stderr
+    process = here("prepare", f"--dataset=tfds:{name}", f"--data_dir={data_dir}", f"--out={tmp_path / 'out'}", *flags)
+    assert process.returncode == code, process.stderr
     assert not (tmp_path / "out/dataset.json").exists()
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
 
 
-def contents(made: Dataset, split: str) -> dict[str, tuple[bytes, int]]:
-    encoded = EncodedSplit(made, made.splits[split])
-    every = [encoded.picture(i) for i in range(len(encoded))]
-    return {picture.filename: (picture.encoded, picture.label) for picture in every}
+def contents(dataset: Dataset, split: str) -> dict[str, tuple[bytes, int]]:
+    encoded = EncodedSplit(dataset, dataset.splits[split])
+    images = [encoded.record(i) for i in range(len(encoded))]
+    return {image.filename: (image.encoded, image.label) for image in images}
 
 
 def test_a_local_builder_keeps_bytes_labels_and_names(
     tmp_path: pathlib.Path, data_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_SHARD_BYTES", 4000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 4000)
     for workers in (1, 3):
-        made = run(tmp_path, "local_flowers", data_dir, f"--workers={workers}", out=str(workers))
-    assert made.classes == ("daisy", "rose", "tulip")
-    assert {name: split.examples for name, split in made.splits.items()} == COUNTS
-    assert len(made.splits["train"].shards) > 1
+        dataset = run(tmp_path, "local_flowers", data_dir, f"--workers={workers}", out=str(workers))
+    assert dataset.classes == ("daisy", "rose", "tulip")
+    assert {name: split.examples for name, split in dataset.splits.items()} == COUNTS
+    assert len(dataset.splits["train"].shards) > 1
     for split, count in COUNTS.items():
         expected = {f"{split}-{i}.jpg": (image(split, i), i % 3) for i in range(count)}
-        assert contents(made, split) == expected
-    assert made.image_size == {"max_height": 8, "max_width": 11, "median_height": 8, "median_width": 11}
-    assert made.source["tensorflow_datasets"] == "local_flowers/1.2.3"
+        assert contents(dataset, split) == expected
+    assert dataset.image_size == {"max_height": 8, "max_width": 11, "median_height": 8, "median_width": 11}
+    assert dataset.source["tensorflow_datasets"] == "local_flowers/1.2.3"
     one, three = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in "13")
     assert one == three
 
@@ -161,10 +161,10 @@ def test_a_local_builder_keeps_bytes_labels_and_names(
 def test_split_expressions(tmp_path: pathlib.Path, data_dir: str) -> None:
     whole = list(contents(run(tmp_path, "local_flowers", data_dir, out="whole"), "train").items())
     splits = "--splits=train=train[:80%],validation=train[80%:],test=test+validation[:2]"
-    made = run(tmp_path, "local_flowers:1.2.3", data_dir, splits)
-    assert list(contents(made, "train").items()) == whole[:20]
-    assert list(contents(made, "validation").items()) == whole[20:]
-    assert len(contents(made, "test")) == 13
+    dataset = run(tmp_path, "local_flowers:1.2.3", data_dir, splits)
+    assert list(contents(dataset, "train").items()) == whole[:20]
+    assert list(contents(dataset, "validation").items()) == whole[20:]
+    assert len(contents(dataset, "test")) == 13
     line = refused(tmp_path / "x", "local_flowers", data_dir, "--splits=train=trian", code=2)
     assert "--splits=train=trian" in line
     assert "validation (6)" in line
@@ -177,20 +177,20 @@ def test_several_images_and_labels(tmp_path: pathlib.Path, data_dir: str) -> Non
     assert "--image=image, mask" in line
     line = refused(tmp_path, "local_twins", data_dir, "--image=image", code=2)
     assert "--label=label, colour" in line
-    made = run(tmp_path, "local_twins", data_dir, "--image=image", "--label=colour")
-    assert made.classes == ("0", "1")
-    assert contents(made, "test")["test-3.jpg"] == (image("test", 3), 1)
-    made = run(tmp_path, "local_flowers", data_dir, "--unlabelled", out="bare")
-    assert made.classes == ()
-    assert contents(made, "test")["test-3.jpg"] == (image("test", 3), -1)
+    dataset = run(tmp_path, "local_twins", data_dir, "--image=image", "--label=colour")
+    assert dataset.classes == ("0", "1")
+    assert contents(dataset, "test")["test-3.jpg"] == (image("test", 3), 1)
+    dataset = run(tmp_path, "local_flowers", data_dir, "--unlabelled", out="bare")
+    assert dataset.classes == ()
+    assert contents(dataset, "test")["test-3.jpg"] == (image("test", 3), -1)
     assert "--label=box" in refused(tmp_path / "x", "local_flowers", data_dir, "--label=box", code=2)
     line = refused(tmp_path / "x", "local_words", data_dir)
-    assert "no set of images" in line
+    assert "is not a data set of images" in line
     assert "text" in line
 
 
 def lay_out(data_dir: pathlib.Path, name: str, counts: dict[str, int]) -> pathlib.Path:
-    """Writes a set under its real name, features and version, as tensorflow-datasets would have it on disk."""
+    """Writes a data set with its real name, features and version, as tensorflow-datasets does."""
     builder = tfds.builder(name, data_dir=str(data_dir))
     folder, features = pathlib.Path(builder.data_dir), builder.info.features
     folder.mkdir(parents=True)
@@ -227,44 +227,46 @@ def lay_out(data_dir: pathlib.Path, name: str, counts: dict[str, int]) -> pathli
         ("imagenet2012", {"train": 100, "validation": 6}, {"train": 98, "validation": 2, "test": 6}),
     ],
 )
-def test_the_papers_splits(tmp_path: pathlib.Path, name: str, counts: dict[str, int], expected: dict[str, int]) -> None:
-    """Table 5, on files laid out as tensorflow-datasets does, with its own builder of each set."""
+def test_the_splits_of_the_paper(
+    tmp_path: pathlib.Path, name: str, counts: dict[str, int], expected: dict[str, int]
+) -> None:
+    """Table 5, on files laid out as by tensorflow-datasets, with its builder of each data set."""
     lay_out(tmp_path / "tfds", name, counts)
-    made = run(tmp_path, name, str(tmp_path / "tfds"))
-    assert {split: part.examples for split, part in made.splits.items()} == expected
-    assert len(made.classes) == {"oxford_flowers102": 102, "oxford_iiit_pet": 37, "food101": 101}.get(
+    dataset = run(tmp_path, name, str(tmp_path / "tfds"))
+    assert {split: part.examples for split, part in dataset.splits.items()} == expected
+    assert len(dataset.classes) == {"oxford_flowers102": 102, "oxford_iiit_pet": 37, "food101": 101}.get(
         name, 397 if name == "sun397" else 1000
     )
     test = "validation" if "test" not in counts else "test"
-    pictures = list(contents(made, "test").values())
-    assert pictures == [(image(test, i), i) for i in range(counts[test])]
+    images = list(contents(dataset, "test").values())
+    assert images == [(image(test, i), i) for i in range(counts[test])]
     if "validation" not in counts or test == "validation":
-        last = list(contents(made, "validation").values())
+        last = list(contents(dataset, "validation").values())
         assert last == [(image("train", i), i) for i in range(expected["train"], counts["train"])]
 
 
 def test_mock_data(tmp_path: pathlib.Path) -> None:
-    """tensorflow-datasets' own mock of a set, of which only the description is there."""
+    """The mock of tensorflow-datasets, for a data set of which only the metadata is there."""
     folder = lay_out(tmp_path / "tfds", "oxford_flowers102", {"train": 7, "validation": 3, "test": 5})
     for path in folder.glob("*.tfrecord*"):
         path.unlink()
     with tfds.testing.mock_data(num_examples=7, data_dir=str(tmp_path / "tfds")):
-        made = run(tmp_path, "oxford_flowers102", str(tmp_path / "tfds"), *IN_ONE_THREAD)
-    assert {split: part.examples for split, part in made.splits.items()} == {"train": 7, "validation": 3, "test": 5}
-    assert made.classes[0] == "pink primrose"
+        dataset = run(tmp_path, "oxford_flowers102", str(tmp_path / "tfds"), *IN_ONE_THREAD)
+    assert {split: part.examples for split, part in dataset.splits.items()} == {"train": 7, "validation": 3, "test": 5}
+    assert dataset.classes[0] == "pink primrose"
     assert "15 images in 3 splits" in verify.verify(str(tmp_path / "out"), lambda *_: None)
 
 
-def test_files_that_are_cut_off_are_noticed(tmp_path: pathlib.Path) -> None:
+def test_incomplete_files_are_detected(tmp_path: pathlib.Path) -> None:
     folder = lay_out(tmp_path / "tfds", "oxford_flowers102", {"train": 7, "validation": 3, "test": 5})
     for path in folder.glob("*.tfrecord*"):
         path.unlink()
     with tfds.testing.mock_data(num_examples=4, data_dir=str(tmp_path / "tfds")):
         line = refused(tmp_path, "oxford_flowers102", str(tmp_path / "tfds"), *IN_ONE_THREAD)
-    assert re.search(r"gave 4 pictures of oxford_flowers102/[\d.]+ (train\[0:7\]|test\[0:5\])", line)
+    assert re.search(r"gave 4 images of oxford_flowers102/[\d.]+ (train\[0:7\]|test\[0:5\])", line)
 
 
-def test_sets_that_cannot_be_had(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_data_sets(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     where = str(tmp_path / "tfds")
     assert "did you mean oxford_flowers102?" in refused(tmp_path, "oxford_flower102", where)
     assert "9.9.9" in refused(tmp_path, "local_flowers:9.9.9", where)
@@ -294,7 +296,7 @@ def test_without_the_library(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
     assert "pip install 'funmatch[datasets]'" in refused(tmp_path, "food101", str(tmp_path), code=2)
 
 
-def test_a_set_that_needs_a_package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_needs_a_package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'cv2'", name="cv2")
 
@@ -302,5 +304,5 @@ def test_a_set_that_needs_a_package(tmp_path: pathlib.Path, monkeypatch: pytest.
     assert "opencv-python-headless" in refused(tmp_path, "local_flowers", str(tmp_path / "none"))
 
 
-def test_every_set_of_the_paper_is_known_to_tensorflow_datasets() -> None:
+def test_tensorflow_datasets_has_every_data_set_of_the_paper() -> None:
     assert set(tfds_source.PAPER_SPLITS) <= set(tfds.list_builders())

@@ -42,15 +42,15 @@ def garden(out: str, *flags: str) -> str:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several shards of few pictures, and little patience with a bucket that fails for ever."""
-    monkeypatch.setattr(writer, "_SHARD_BYTES", 5000)
-    monkeypatch.setattr(destination, "_PATIENCE", 3.0)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 5000)
+    monkeypatch.setattr(destination, "RETRY_SECONDS", 3.0)
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What the same command writes to a local folder, by name."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_SHARD_BYTES", 5000)
+        patch.setattr(writer, "SHARD_BYTES", 5000)
         out = tmp_path_factory.mktemp("local") / "out"
         assert not garden(str(out)).startswith("exit")
     return {path.name: path.read_bytes() for path in out.iterdir()}
@@ -117,8 +117,9 @@ def test_what_fails_once_is_tried_again(gcs_here: fake_gcs.Server, local: dict[s
 
 GARDEN = """
 import sys
-from trainer import cli, prepare
-prepare._SHARD_BYTES = 5000
+from trainer import cli
+from trainer.ingest import writer
+writer.SHARD_BYTES = 5000
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -140,7 +141,7 @@ def test_killed_on_the_way_the_same_command_goes_on_and_leaves_nothing(
     assert len(there(gcs_here)) > 3
     (left,) = tmp_path.glob("funmatch-shards-*")
     monkeypatch.setattr(destination.tempfile, "tempdir", str(tmp_path))
-    other = destination.GcsDestination("gs://bucket/other")
+    other = destination.BucketDestination("gs://bucket/other")
     assert left.exists() is False, "the next one that makes shards removes it"
     assert not garden(OUT).startswith("exit")
     assert there(gcs_here) == local
@@ -149,9 +150,9 @@ def test_killed_on_the_way_the_same_command_goes_on_and_leaves_nothing(
     assert set(tmp_path.iterdir()) == set()
 
 
-def place_and_file(size: int) -> tuple[destination.GcsDestination, dataset.Shard, bytes]:
+def place_and_file(size: int) -> tuple[destination.BucketDestination, dataset.Shard, bytes]:
     """An open place, and a shard of one record that waits to be sent."""
-    place = destination.GcsDestination(OUT)
+    place = destination.BucketDestination(OUT)
     encoded = np.random.default_rng(0).bytes(size)
     shard = records.write_shard(place.local, "x.tfrecord", [records.ImageRecord(encoded, 4, 4)])
     return place, shard, (pathlib.Path(place.local) / "x.tfrecord").read_bytes()
@@ -212,7 +213,7 @@ def test_two_writers_do_not_mix(gcs_here: fake_gcs.Server) -> None:
     gcs_here.put("bucket", "sets/flowers/y.tfrecord", b"before")
     place, shard, content = place_and_file(1000)
     gcs_here.put("bucket", "sets/flowers/x.tfrecord", b"another's")
-    with pytest.raises(DataError, match="written by somebody else"):
+    with pytest.raises(DataError, match="written by another process"):
         place.send(shard.file, shard.bytes, shard.crc32c)
     assert gcs_here.get("bucket", "sets/flowers/x.tfrecord") == b"another's"
     gcs_here.put("bucket", "sets/flowers/x.tfrecord", content)
@@ -228,14 +229,14 @@ def test_two_writers_do_not_mix(gcs_here: fake_gcs.Server) -> None:
 def test_a_shard_that_changes_before_the_index_is_noticed(
     gcs_here: fake_gcs.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = writer._Writer._judge
+    changed = destination.BucketDestination.changed
 
-    def meddle(self: writer._Writer, made: list) -> None:
-        judge(self, made)
-        gcs_here.put("bucket", f"sets/flowers/{made[0].file}", b"another's")
+    def meddle(self: destination.BucketDestination, shards: dict[str, tuple[int, int]]) -> list[str]:
+        gcs_here.put("bucket", f"sets/flowers/{min(shards)}", b"another's")
+        return changed(self, shards)
 
-    monkeypatch.setattr(writer._Writer, "_judge", meddle)
-    assert "was changed by somebody else meanwhile" in garden(OUT)
+    monkeypatch.setattr(destination.BucketDestination, "changed", meddle)
+    assert "was changed by another process" in garden(OUT)
     assert "dataset.json" not in there(gcs_here)
 
 
@@ -255,7 +256,7 @@ def test_a_folder_and_a_table_in_a_bucket(gcs_here: fake_gcs.Server, tmp_path: p
     dataset = Dataset.load(data)
     split = records.EncodedSplit(dataset, dataset.splits["validation"])
     for number in range(6):
-        gcs_here.put("bucket", f"raw/{'ab'[number % 2]}/{number}.jpg", split.picture(number).encoded)
+        gcs_here.put("bucket", f"raw/{'ab'[number % 2]}/{number}.jpg", split.record(number).encoded)
     lines = [f"gs://bucket/raw/{'ab'[number % 2]}/{number}.jpg,{number % 2}" for number in range(6)]
     gcs_here.put("bucket", "lists/all.csv", "\n".join(lines).encode())
     for kind, count in (("folder:gs://bucket/raw", 2), ("csv:gs://bucket/lists/all.csv", 2)):
@@ -266,7 +267,7 @@ def test_a_folder_and_a_table_in_a_bucket(gcs_here: fake_gcs.Server, tmp_path: p
         assert made.splits["train"].examples == 6
         assert len(made.classes) == count
         again = records.EncodedSplit(made, made.splits["train"])
-        assert sorted(again.picture(i).encoded for i in range(6)) == sorted(split.picture(i).encoded for i in range(6))
+        assert sorted(again.record(i).encoded for i in range(6)) == sorted(split.record(i).encoded for i in range(6))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_a_folder_and_a_table_in_a_bucket(gcs_here: fake_gcs.Server, tmp_path: p
     [
         ("gs://nowhere/x", "there is no bucket nowhere"),
         ("gs://", "the name of a bucket is missing"),
-        ("s3://bucket/x", "local folders and to gs://"),
+        ("s3://bucket/x", "only local folders and gs:// are supported"),
     ],
 )
 @pytest.mark.usefixtures("gcs_here")

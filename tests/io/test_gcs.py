@@ -109,8 +109,8 @@ def lasting(server: fake_gcs.Server, kind: str, failure: str) -> None:
     expected = {
         "403": "roles/storage.objectAdmin",
         "404": "check that the bucket gs://bucket exists",
-        "412": "another process writes there too",
-        "429": "is asked too often",
+        "412": "another process is writing there",
+        "429": "gets too many requests",
     }.get(failure, "gs://bucket does not answer")
     if (kind, failure) in (
         ("chunk", "404"),
@@ -183,9 +183,9 @@ def test_what_errors_mean() -> None:
     resolve = "Error executing an HTTP request: libcurl code 6 meaning 'Couldn't resolve host name'"
     assert (
         gcs_client.explain(resolve, "gs://b/x")
-        == "libcurl code 6 meaning 'Couldn't resolve host name'; is there a network?"
+        == "libcurl code 6 meaning 'Couldn't resolve host name'; check the network connection"
     )
-    assert gcs_client.explain("anything", "/a/b") == "anything"
+    assert files.reason(ValueError("anything"), "/a/b") == "anything"
 
 
 CHILD = """

@@ -145,7 +145,7 @@ def test_a_model_of_kaggle_comes_as_a_tar_in_its_newest_or_a_named_version(
         kind, path = kaggle.fetch(text, "teacher")
         assert kind == "saved_model"
         assert os.path.getsize(os.path.join(path, "saved_model.pb")) == size
-    assert "cannot be had from Kaggle" in failure("google/bit/noSuchFramework/m-r101x3")
+    assert "cannot be downloaded from Kaggle" in failure("google/bit/noSuchFramework/m-r101x3")
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,8 @@ def test_broken_credentials(server: Server, tmp_path: pathlib.Path, monkeypatch:
     ("status", "known", "words"),
     [
         (401, True, "does not accept the credentials of KAGGLE_USERNAME"),
-        (401, False, "only to those it knows"),
-        (403, False, "only to those it knows"),
+        (401, False, "needs credentials"),
+        (403, False, "needs credentials"),
         (403, True, "accept its terms"),
         (404, True, "there is no data set"),
         (429, True, "answers 429"),
@@ -264,7 +264,7 @@ def test_a_cut_download_goes_on_where_it_was(server: Server, tmp_path: pathlib.P
     server.archives["o/d"] = server.archives[NAME]
     server.seen.clear()
     server.cut = [1 << 20, *[0] * 5]
-    assert "the same command goes on from there" in failure("o/d")
+    assert "the same command resumes the download" in failure("o/d")
     part = tmp_path / "cache" / "kaggle" / "o--d--newest" / "download" / "d.zip"
     assert part.stat().st_size == 1 << 20
     _, path = kaggle.fetch("o/d", "teacher")
@@ -285,8 +285,8 @@ def test_a_cut_download_goes_on_where_it_was(server: Server, tmp_path: pathlib.P
     [
         ({"../../../evil": b"1"}, "leads out"),
         ({"/evil": b"1"}, "absolute"),
-        ({"a\\..\\evil": b"1"}, "of Windows"),
-        ({"zeros.npz": bytes(32 << 20)}, "no proportion"),
+        ({"a\\..\\evil": b"1"}, "a Windows path"),
+        ({"zeros.npz": bytes(32 << 20)}, "out of proportion"),
     ],
 )
 def test_hostile_archives_leave_nothing(server: Server, tmp_path: pathlib.Path, content: dict, words: str) -> None:
@@ -326,13 +326,13 @@ def test_links_and_damage_and_what_a_killed_process_left(server: Server, tmp_pat
 
 def test_a_line_that_says_nothing(server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client itself would wait for ever."""
-    monkeypatch.setattr(kaggle, "_STALL_SECONDS", 1.0)
+    monkeypatch.setattr(kaggle, "STALL_SECONDS", 1.0)
     listener = socket.create_server(("127.0.0.1", 0))
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{listener.getsockname()[1]}")
     monkeypatch.setenv("https_proxy", os.environ["HTTPS_PROXY"])
     del server, tmp_path
     began = time.monotonic()
-    assert "nothing has come" in failure()
+    assert "nothing has arrived" in failure()
     assert time.monotonic() - began < 10
     listener.close()
 
@@ -341,4 +341,4 @@ def test_nobody_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     del server
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    assert "cannot be had from Kaggle (ProxyError)" in failure()
+    assert "cannot be downloaded from Kaggle (ProxyError)" in failure()

@@ -1,4 +1,4 @@
-"""One writer for a workdir: the second is refused, the dead one's place is free, and who lost it stops."""
+"""One writer for a workdir: a second is refused, a dead one is succeeded, and one that lost the workdir stops."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from conftest import ROOT, RecordingConsole
 from trainer.core.errors import DataError
 from trainer.io import lock
 from trainer.io.bucket import Conflict, Unavailable
-from trainer.io.lock import Lease
+from trainer.io.lock import Lease, LeaseStore
 
 console = RecordingConsole()
 
 
-def test_the_second_is_refused_in_fifty_of_fifty_tries(tmp_path: pathlib.Path) -> None:
+def test_a_second_process_is_refused(tmp_path: pathlib.Path) -> None:
     with lock.hold_workdir(str(tmp_path), console):
         for _ in range(50):
-            told = rf"in use by process {os.getpid()} on .* since 20.*UTC"
-            with pytest.raises(DataError, match=told), lock.hold_workdir(str(tmp_path), console):
+            message = rf"in use by process {os.getpid()} on .* since 20.*UTC"
+            with pytest.raises(DataError, match=message), lock.hold_workdir(str(tmp_path), console):
                 pass
     assert os.listdir(tmp_path) == []
     with lock.hold_workdir(str(tmp_path), console):
         pass
 
 
-def test_of_many_at_once_one_gets_it(tmp_path: pathlib.Path) -> None:
-    """Also while others give it back: who removes the file must not let two in."""
+def test_one_of_many_threads_at_a_time_has_the_lock(tmp_path: pathlib.Path) -> None:
+    """Also while others release it: removing the file must not let two in."""
     inside, most, wins, guard = 0, 0, 0, threading.Lock()
 
     def compete() -> None:
@@ -81,7 +81,7 @@ with lock.hold_workdir({str(tmp_path)!r}, Console()):
         held.check()
 
 
-def test_who_lost_the_file_stops(tmp_path: pathlib.Path) -> None:
+def test_a_job_whose_lock_file_was_removed_stops(tmp_path: pathlib.Path) -> None:
     with lock.hold_workdir(str(tmp_path), console) as first:
         first.check()
         (tmp_path / lock.NAME).unlink()
@@ -92,25 +92,24 @@ def test_who_lost_the_file_stops(tmp_path: pathlib.Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-class Memory:
-    """A bucket's object: generations and preconditions, and requests that fail on demand."""
+class Store:
+    """A bucket with one object in memory: generations, preconditions, and requests that fail on demand."""
 
     def __init__(self) -> None:
         self.generation, self.content, self.count = 0, b"", 0
         self.down = False
         self.lose_answers = 0
+        self.deletes = 0
         self.guard = threading.Lock()
 
-    def read(self) -> tuple[int, bytes]:
+    def read(self, name: str) -> tuple[int, bytes]:
         with self.guard:
-            if self.down:
-                raise Unavailable("503")
+            self._require_up(name)
             return self.generation, self.content
 
-    def write(self, content: bytes, generation: int) -> int:
+    def write(self, name: str, content: bytes, generation: int) -> int:
         with self.guard:
-            if self.down:
-                raise Unavailable("503")
+            self._require_up(name)
             if generation != self.generation:
                 raise Conflict
             self.count += 1
@@ -120,125 +119,145 @@ class Memory:
                 raise Conflict  # as when the client repeats a request that was served
             return self.generation
 
-    def delete(self, generation: int) -> None:
+    def delete(self, name: str, generation: int) -> None:
+        del name
         with self.guard:
+            self.deletes += 1
             if generation != self.generation:
                 raise Conflict
             self.generation, self.content = 0, b""
 
-
-def lease(register: Memory, *, silent: bool = False) -> Lease:
-    """A lease of 0.4 s; a silent owner is as good as dead: it never renews by itself."""
-    made = Lease("gs://b/run/.lock", register, 0.4)
-    if silent:
-        made._renew = 1000.0
-    return made
+    def _require_up(self, name: str) -> None:
+        if self.down:
+            raise Unavailable(f"reach {name}", "503", "try later")
 
 
-def test_a_living_owner_keeps_its_bucket_in_fifty_of_fifty_tries() -> None:
-    register = Memory()
-    owner = lease(register).acquire(console)
-    refused = 0
+class PausableStore:
+    """The same bucket as a process sees it whose machine stands still for a while."""
+
+    def __init__(self, store: Store) -> None:
+        self.store, self.running = store, threading.Event()
+        self.running.set()
+
+    def read(self, name: str) -> tuple[int, bytes]:
+        self.running.wait()
+        return self.store.read(name)
+
+    def write(self, name: str, content: bytes, generation: int) -> int:
+        self.running.wait()
+        return self.store.write(name, content, generation)
+
+    def delete(self, name: str, generation: int) -> None:
+        self.running.wait()
+        self.store.delete(name, generation)
+
+
+def lease(store: LeaseStore) -> Lease:
+    """A lease of 0.4 s, not acquired yet."""
+    return Lease("gs://b/run/.lock", store, "run/.lock", 0.4)
+
+
+def test_a_second_job_is_refused_while_the_owner_renews() -> None:
+    store = Store()
+    owner = lease(store).acquire(console)
     for _ in range(50):
         with pytest.raises(DataError, match=rf"--workdir=gs://b/run is in use by process {os.getpid()} on"):
-            lease(register).acquire(console)
-        refused += 1
+            lease(store).acquire(console)
         owner.check()
     owner.release()
-    assert refused == 50
-    assert register.generation == 0
-    lease(register).acquire(console).release()
+    assert store.generation == 0
+    lease(store).acquire(console).release()
 
 
-def test_of_many_that_find_no_object_one_gets_it() -> None:
-    register, won = Memory(), []
+def test_one_of_many_jobs_that_start_together_gets_the_lease() -> None:
+    store, owners = Store(), []
 
     def compete() -> None:
         with contextlib.suppress(DataError):
-            won.append(lease(register).acquire(console))
+            owners.append(lease(store).acquire(console))
 
     threads = [threading.Thread(target=compete) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(won) == 1
-    won[0].release()
+    assert len(owners) == 1
+    owners[0].release()
 
 
-def test_a_dead_owners_bucket_is_free_after_the_lease_and_the_dead_one_stops() -> None:
-    register = Memory()
-    dead = lease(register, silent=True).acquire(console)
+def test_a_job_that_stood_still_loses_its_lease_and_stops() -> None:
+    store = Store()
+    stalled = PausableStore(store)
+    first = lease(stalled).acquire(console)
+    stalled.running.clear()
+    time.sleep(0.1)  # a renewal that began before ends
     began = time.monotonic()
-    heir = lease(register).acquire(console)
+    second = lease(store).acquire(console)
     assert 0.4 <= time.monotonic() - began < 5
+    stalled.running.set()
     with pytest.raises(DataError, match="taken over by another job"):
-        dead.check()
-    heir.check()
-    dead.release()  # must not delete what is another's
-    heir.check()
-    assert json.loads(register.content)["process"] == os.getpid()
-    heir.release()
-    assert register.generation == 0
+        first.check()
+    second.check()
+    first.release()  # must not delete the other job's object
+    second.check()
+    assert json.loads(store.content)["process"] == os.getpid()
+    second.release()
+    assert store.generation == 0
 
 
-def test_a_bucket_that_does_not_answer_is_waited_for_and_not_for_ever() -> None:
-    register = Memory()
-    owner = lease(register).acquire(console)
-    register.down = True
+def test_renewals_may_fail_for_as_long_as_the_lease() -> None:
+    store = Store()
+    owner = lease(store).acquire(console)
+    store.down = True
     time.sleep(0.15)
     owner.check()  # the lease has not run out
     time.sleep(0.5)
     with pytest.raises(DataError, match=r"could not be renewed for \d+ s \(503\)"):
         owner.check()
-    register.down = False
-    owner.check()  # nobody has taken it: it is ours again
+    store.down = False
+    owner.check()  # no other job has taken it
     owner.release()
 
 
-def test_who_ends_for_a_silent_bucket_does_not_wait_for_it_again() -> None:
-    """Each request may take half a minute. Once the bucket answers again, it is given back as ever."""
-
-    class Slow(Memory):
-        deletes = 0
-
-        def delete(self, generation: int) -> None:
-            self.deletes += 1
-            super().delete(generation)
-
-    register = Slow()
-    owner = lease(register).acquire(console)
-    register.down = True
+def test_release_sends_no_request_to_a_bucket_that_does_not_answer() -> None:
+    """Each request may take half a minute. Once renewals succeed again, the object is deleted as usual."""
+    store = Store()
+    owner = lease(store).acquire(console)
+    store.down = True
     time.sleep(0.3)
     owner.release()
-    assert register.deletes == 0
-    register = Slow()
-    owner = lease(register).acquire(console)
-    register.down = True
+    assert store.deletes == 0
+    store = Store()
+    owner = lease(store).acquire(console)
+    store.down = True
     time.sleep(0.2)
-    register.down = False
+    store.down = False
     time.sleep(0.3)
     owner.release()
-    assert (register.deletes, register.generation) == (1, 0)
+    assert (store.deletes, store.generation) == (1, 0)
 
 
-def test_an_answer_that_got_lost_is_no_conflict() -> None:
-    register = Memory()
-    register.lose_answers = 1
-    owner = lease(register, silent=True).acquire(console)
+def test_a_lost_answer_is_no_conflict() -> None:
+    """Neither to the first write nor to a renewal."""
+    store = Store()
+    store.lose_answers = 1
+    owner = lease(store).acquire(console)
     owner.check()
-    register.lose_answers = 1
-    owner._renewed -= 0.3
+    store.lose_answers = 1
+    deadline = time.monotonic() + 5
+    while store.lose_answers and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not store.lose_answers
     owner.check()
     owner.release()
-    assert register.generation == 0
+    assert store.generation == 0
 
 
-def test_a_bucket_that_says_no_is_one_line() -> None:
-    register = Memory()
-    register.down = True
+def test_a_bucket_that_does_not_answer_is_one_line() -> None:
+    store = Store()
+    store.down = True
     with pytest.raises(DataError, match=r"cannot take gs://b/run/\.lock, which keeps other jobs out: 503"):
-        lease(register).acquire(console)
+        lease(store).acquire(console)
 
 
 @pytest.fixture
@@ -249,7 +268,7 @@ def objects(gcs: fake_gcs.Server, monkeypatch: pytest.MonkeyPatch) -> fake_gcs.S
     return gcs
 
 
-def test_a_bucket_is_held_by_preconditions_and_given_back(objects: fake_gcs.Server) -> None:
+def test_a_workdir_in_a_bucket_is_locked_and_released(objects: fake_gcs.Server) -> None:
     with lock.hold_workdir("gs://bucket/run", console, lease=1.0) as held:
         assert json.loads(objects.get("bucket", "run/.lock"))["process"] == os.getpid()
         with (
@@ -262,11 +281,11 @@ def test_a_bucket_is_held_by_preconditions_and_given_back(objects: fake_gcs.Serv
     assert objects.names("bucket") == []
 
 
-def test_a_dead_owner_in_a_bucket_is_followed(objects: fake_gcs.Server) -> None:
+def test_a_dead_owner_in_a_bucket_is_succeeded(objects: fake_gcs.Server) -> None:
     objects.put("bucket", "run/.lock", b'{"process": 1, "host": "gone", "since": "long ago"}')
     with lock.hold_workdir("gs://bucket/run", console, lease=0.5) as held:
         held.check()
-        # Somebody takes it from us as we did from the dead one.
+        # Another job takes it over in the same way.
         objects.put("bucket", "run/.lock", b"{}")
         time.sleep(0.6)
         with pytest.raises(DataError, match="taken over by another job"):
@@ -274,7 +293,7 @@ def test_a_dead_owner_in_a_bucket_is_followed(objects: fake_gcs.Server) -> None:
     assert objects.get("bucket", "run/.lock") == b"{}"
 
 
-def test_a_lost_answer_of_a_bucket_is_no_conflict(objects: fake_gcs.Server) -> None:
+def test_a_lost_answer_of_a_real_client_is_no_conflict(objects: fake_gcs.Server) -> None:
     objects.fail("lost", "upload", times=1)
     with lock.hold_workdir("gs://bucket/run", console, lease=20.0) as held:
         held.check()
@@ -289,3 +308,26 @@ def test_a_bucket_that_refuses_is_one_line(objects: fake_gcs.Server) -> None:
         lock.hold_workdir("gs://bucket/run", console),
     ):
         pass
+
+
+def test_a_bucket_that_does_not_exist_is_one_line(objects: fake_gcs.Server) -> None:
+    del objects
+    with (
+        pytest.raises(DataError, match=r"cannot take gs://nowhere/run/\.lock.*there is no bucket nowhere"),
+        lock.hold_workdir("gs://nowhere/run", console),
+    ):
+        pass
+
+
+def test_without_credentials_a_bucket_is_not_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import google.auth
+
+    def raise_no_credentials(**_: object) -> None:
+        raise google.auth.exceptions.DefaultCredentialsError("nothing")
+
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setattr(google.auth, "default", raise_no_credentials)
+    lines = RecordingConsole()
+    with lock.hold_workdir("gs://bucket/run", lines) as unlocked:
+        unlocked.check()
+    assert "nothing keeps a second job out" in "".join(lines.lines)

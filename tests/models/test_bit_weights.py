@@ -257,7 +257,7 @@ def test_files_over_https_are_fetched_once_and_whole(tmp_path: pathlib.Path, ser
     np.savez(path, **native_layout(shaken()))
     text = f"bit:tiny@{address}/w.npz"
     state["cut"] = True
-    with pytest.raises(DataError, match="bytes came"):
+    with pytest.raises(DataError, match="bytes arrived"):
         teachers.load(Config(teacher=(text,), image_size=IMAGE), CLASSES)
     assert list((tmp_path / "cache").iterdir()) == []
     state["cut"] = False

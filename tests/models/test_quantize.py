@@ -172,7 +172,7 @@ def test_a_job_asks_the_form(make_config: Callable[..., Config]) -> None:
     plain = build_job(dataclasses.replace(config, teacher_precision=("float32",), workdir=f"{config.workdir}p"))
     # The form is part of what a run is.
     assert plain.identity["teacher_precision"] != job.identity["teacher_precision"]
-    losses = [one.advance(2, ExampleSampler(0, len(one.train), 8))["loss"] for one in (job, plain)]
+    losses = [one.run_steps(2, ExampleSampler(0, len(one.train_store), 8))["loss"] for one in (job, plain)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
 
@@ -183,7 +183,7 @@ def test_a_form_says_the_same_to_one_and_two_replicas(make_config: Callable[...,
     losses = []
     for replicas in (1, 2):
         job = build_job(dataclasses.replace(config, workdir=f"{config.workdir}{replicas}"), replicas)
-        losses.append(job.advance(2, ExampleSampler(0, len(job.train), 8))["loss"])
+        losses.append(job.run_steps(2, ExampleSampler(0, len(job.train_store), 8))["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -201,7 +201,7 @@ def test_scales_are_a_function_of_the_seed(make_config: Callable[..., Config]) -
     def scales(seed: int) -> list[float]:
         config = dataclasses.replace(job.config, seed=seed)
         ((form, _),) = teacher_precision.convert_and_compare(
-            config, job.teachers[0], job.train, ("int8",), native=False, jit_compile=False
+            config, job.teachers[0], job.train_store, ("int8",), native=False, jit_compile=False
         )
         return [x._grid.scale for x in form.model.layers if isinstance(x, quantize.Int8Conv2D)]
 
@@ -236,9 +236,9 @@ def test_what_is_measured_is_the_definition(make_config: Callable[..., Config]) 
     job = build_job(config)
     (teacher,) = job.teachers
     ((form, found),) = teacher_precision.convert_and_compare(
-        job.config, teacher, job.train, ("bfloat16",), native=False, jit_compile=False
+        job.config, teacher, job.train_store, ("bfloat16",), native=False, jit_compile=False
     )
-    asked = teacher_precision.training_views(job.config, job.train, teacher.size, 128, 1)
+    asked = teacher_precision.training_views(job.config, job.train_store, teacher.size, 128, 1)
     assert len(asked) == 2
     assert not (asked[0] == asked[1]).all()
     a, b = (np.concatenate([t.logits(tf.constant(v)).numpy() for v in asked]) for t in (teacher, form))

@@ -15,14 +15,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, IMAGE, ROOT, opinionated, strategy
+from conftest import CLASSES, IMAGE, ROOT, build_job, opinionated, strategy
 
 from trainer.core.config import Config
-from trainer.core.console import Console
 from trainer.data.order import ExampleSampler
 from trainer.models import bit, saved_model_to_bit, saved_models, teachers
-from trainer.run import build
-from trainer.run.accelerator import Accelerator
 
 ARCH = bit.ARCHS["tiny"]
 
@@ -336,7 +333,7 @@ def test_the_examples_own_teacher_made_by_keras_2(tmp_path: pathlib.Path, make_c
     results = []
     for replicas in (1, 2):
         config = make_config(teacher=(f"saved_model:{tmp_path}/T",), teacher_range=("0,255",))
-        job = build.build(config, Accelerator(strategy(replicas), "CPU", 10), Console())
-        results.append(job.advance(2, ExampleSampler(0, len(job.train), 8)))
+        job = build_job(config, replicas)
+        results.append(job.run_steps(2, ExampleSampler(0, len(job.train_store), 8)))
     assert results[0] == pytest.approx(results[1], rel=2e-3)
     assert not [name for name in sys.modules if name.split(".")[0] in ("tf_keras", "tensorflow_hub")]

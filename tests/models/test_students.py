@@ -20,6 +20,7 @@ from trainer.data.order import ExampleSampler
 from trainer.models import bit, keras_files, students, teachers
 from trainer.output import export
 from trainer.run import build, loop
+from trainer.run.plan import make_plan
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_batch_statistics_are_of_the_global_batch(make_config: Callable[..., Con
         job = build_job(dataclasses.replace(config, workdir=f"{config.workdir}{replicas}"), replicas)
         assert [x.synchronized for x in students.batch_norms(job.student)] == [replicas > 1] * 2
         before = state(job)
-        job.advance(6, ExampleSampler(0, len(job.train), 8))
+        job.run_steps(6, ExampleSampler(0, len(job.train_store), 8))
         found[replicas] = state(job)
     moving = [name for name in found[1] if "moving" in name]
     assert len(moving) == 4
@@ -109,7 +110,7 @@ def test_moving_statistics_are_the_mean_of_what_was_seen(
         for kind in (keras.layers.Conv2D, keras.layers.BatchNormalization)
     )
     seen = tf.nn.conv2d(first_batch(job).student, keras.ops.convert_to_numpy(convolution.kernel), 2, "VALID").numpy()
-    job.advance(1, ExampleSampler(0, len(job.train), 8))
+    job.run_steps(1, ExampleSampler(0, len(job.train_store), 8))
     mean, variance = (keras.ops.convert_to_numpy(v) for v in (norm.moving_mean, norm.moving_variance))
     assert np.allclose(mean, 0.2 * seen.mean((0, 1, 2)), atol=1e-5)
     assert np.allclose(variance, 0.8 + 0.2 * seen.var((0, 1, 2)), atol=1e-5)
@@ -122,15 +123,15 @@ def test_a_resumed_run_has_the_same_statistics(
     """Moving statistics, and the state of what little dropout a user's own file has, are in the checkpoint."""
     config = make_config(student=f"keras:{normalized(tmp_path / 's.keras', dropout=dropout)}")
     whole, first, second = (build_job(config) for _ in range(3))
-    order = ExampleSampler(0, len(whole.train), 8)
+    order = ExampleSampler(0, len(whole.train_store), 8)
     for _ in range(3):
-        whole.advance(2, order)
-    first.advance(2, order)
+        whole.run_steps(2, order)
+    first.run_steps(2, order)
     journal, checkpoints = build.open_run(first)
     loop.save(first, journal, checkpoints)
     loop.resume(second, *build.open_run(second), Console())
     for _ in range(2):
-        second.advance(2, order)
+        second.run_steps(2, order)
     expected, found = state(whole), state(second)
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
@@ -138,7 +139,7 @@ def test_a_resumed_run_has_the_same_statistics(
 
 def test_what_is_exported_normalises_alone(make_config: Callable[..., Config], tmp_path: pathlib.Path) -> None:
     job = build_job(make_config(student=f"keras:{normalized(tmp_path / 's.keras')}"), 2)
-    job.advance(2, ExampleSampler(0, len(job.train), 8))
+    job.run_steps(2, ExampleSampler(0, len(job.train_store), 8))
     copy = export.single_device_copy(job.student)
     assert [x.synchronized for x in students.batch_norms(copy)] == [False, False]
     for mine, theirs in zip(copy.variables, job.student.variables, strict=True):
@@ -149,11 +150,11 @@ def test_what_is_exported_normalises_alone(make_config: Callable[..., Config], t
 @pytest.mark.parametrize("name", ["mobilenetv3-small", "mobilenetv3-small-gn"])
 def test_mobilenets_learn(make_config: Callable[..., Config], name: str) -> None:
     job = build_job(make_config(student=name, image_size=32, steps=60, warmup_steps=6, learning_rate=0.003))
-    order = ExampleSampler(0, len(job.train), 8)
-    first = job.advance(2, order)
+    order = ExampleSampler(0, len(job.train_store), 8)
+    first = job.run_steps(2, order)
     for _ in range(28):
-        job.advance(2, order)
-    assert job.advance(2, order)["kl"] < 0.8 * first["kl"]
+        job.run_steps(2, order)
+    assert job.run_steps(2, order)["kl"] < 0.8 * first["kl"]
 
 
 # First weights.
@@ -200,13 +201,13 @@ def test_a_students_file_is_known_by_its_content_and_not_by_its_place(
         model.set_weights([rng.normal(0, 1, w.shape).astype(np.float32) for w in model.get_weights()])
         model.save(tmp_path / "made.keras")
         (tmp_path / name).write_bytes((tmp_path / "made.keras").read_bytes())
-        return build.identify(make_config(student=f"keras:{tmp_path / name}"))[3]
+        return make_plan(make_config(student=f"keras:{tmp_path / name}")).identity
 
     one = identity("one.keras")
     (tmp_path / "two.keras").write_bytes((tmp_path / "one.keras").read_bytes())
-    assert build.identify(make_config(student=f"keras:{tmp_path / 'two.keras'}"))[3] == one
+    assert make_plan(make_config(student=f"keras:{tmp_path / 'two.keras'}")).identity == one
     assert identity("three.keras", 1) != one
-    assert build.identify(make_config(student="bit-tiny"))[3] != one
+    assert make_plan(make_config(student="bit-tiny")).identity != one
 
 
 def test_a_named_student_starts_from_weights_of_other_classes(tmp_path: pathlib.Path) -> None:

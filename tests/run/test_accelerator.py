@@ -39,7 +39,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Nothing in the environment, nothing made before, and the seconds that would have been waited."""
     for name in ("TPU_NAME", "TPU_CONFIG", "KUBE_GOOGLE_CLOUD_TPU_ENDPOINTS", "TF_CONFIG", "CLUSTER_SPEC"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(accelerator, "_made", {})
+    monkeypatch.setattr(accelerator, "_strategies", {})
     waited: list[float] = []
     monkeypatch.setattr(accelerator, "_sleep", waited.append)
     return waited

@@ -233,7 +233,7 @@ def test_another_format_is_refused_and_not_passed_over(tmp_path: pathlib.Path) -
     filled(tmp_path, 1, 2)
     path = tmp_path / "checkpoint-0000000002.json"
     path.write_text(path.read_text().replace("funmatch-checkpoint/1", "funmatch-checkpoint/9"))
-    for look in (Checkpoints.restore, Checkpoints.require_ours):
+    for look in (Checkpoints.restore, Checkpoints.require_same_run):
         with pytest.raises(DataError, match=r"format 'funmatch-checkpoint/9'.*version that began the run"):
             look(Checkpoints(str(tmp_path), IDENTITY, 1))
 
@@ -252,7 +252,7 @@ def test_a_folder_that_does_not_answer_is_no_damage(tmp_path: pathlib.Path, monk
         return real(path, what)
 
     monkeypatch.setattr(files, "read", read)
-    for look in (Checkpoints.restore, Checkpoints.require_ours):
+    for look in (Checkpoints.restore, Checkpoints.require_same_run):
         with pytest.raises(DataError, match=r"0000000002\.json: 503"):
             look(Checkpoints(str(tmp_path), IDENTITY, 2))
 

@@ -87,7 +87,7 @@ def mistake(told: str) -> str:
 
 def after(count: int, **then: Any) -> dict[str, Any]:
     """Once the job has made `count` + 1 steps."""
-    return {"hook": "call", "where": "trainer.run.job:Job.advance", "count": count, "then": then}
+    return {"hook": "call", "where": "trainer.run.job:Job.run_steps", "count": count, "then": then}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_prepared_stopped_and_gone_on_with_it_is_the_same_to_the_bit(world: Worl
         assert prepared == {name: here.server.get("bucket", name) for name in here.server.names("bucket", "data/")}
         code, told = here.wait(here.begin(after(5, signal="SIGTERM")))
         assert code == 75, told
-        assert "at step 6 of 12; saved: the same command goes on" in told
+        assert "at step 6 of 12; saved: the same command resumes" in told
         assert here.server.names("bucket", "run/.lock") == []
         code, told = here.wait(here.begin())
         assert code == 0, told
@@ -198,7 +198,7 @@ def killed(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
                 return f"the same command again ended with {code}: {told[-1500:]}"
             if "Traceback" in told:
                 return f"showed a traceback: {told[-1500:]}"
-            waited = "its owner is given 5 s to show that it lives" in told
+            waited = "waiting 5 s to see whether its owner is alive" in told
             if waited != bool(there and "finished: nothing to do" not in told):
                 return f"a lease was {'' if there else 'not '}there, and {'' if waited else 'not '}waited for"
             if name == "the result was written":  # nobody writes to a finished run, so nobody takes its lease away
@@ -375,5 +375,5 @@ def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", LASTING)
 def test_a_fault_that_lasts_is_one_line_and_nothing_is_lost(fault: str, lasted: dict[str, str]) -> None:
-    """It ends within a minute after the fault began to be felt; when it is over, the same command goes on."""
+    """It ends within a minute after the fault began to be felt; when it is over, the same command resumes."""
     assert not lasted[fault]

@@ -17,19 +17,20 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, IMAGE, ROOT, SIDE, funmatch, here
+from conftest import CLASSES, IMAGE, ROOT, SIDE, build_job, funmatch, here, reconfigure
 from matrix import final_state, result, rows
 from PIL import Image
 
-from trainer import task
 from trainer.core.config import Config
 from trainer.core.console import Console
 from trainer.core.errors import DataError, Diverged, Stopped
 from trainer.io import files
+from trainer.output import finish
 from trainer.run import build, loop
 from trainer.run import metric_writer as journal_module
 from trainer.run.checkpoint import Background, Checkpoints
 from trainer.run.job import Job
+from trainer.run.plan import make_plan
 
 
 def same(one: str, other: str) -> None:
@@ -138,7 +139,7 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS)
 def test_other_ways_resume_to_the_bit_too(flags: list[str], tmp_path: pathlib.Path, way: list[str]) -> None:
     assert here(*flags, *way, f"--workdir={tmp_path}/whole/run").returncode == 0
-    assert killed([*flags, *way], f"{tmp_path}/cut/run", "run.job:Job.advance", 4, "SIGKILL") == -signal.SIGKILL
+    assert killed([*flags, *way], f"{tmp_path}/cut/run", "run.job:Job.run_steps", 4, "SIGKILL") == -signal.SIGKILL
     assert here(*flags, *way, f"--workdir={tmp_path}/cut/run").returncode == 0
     same(f"{tmp_path}/whole/run", f"{tmp_path}/cut/run")
 
@@ -183,7 +184,7 @@ def killed(flags: list[str], workdir: str, where: str, count: int, number: str, 
 
 
 KILLS = [  # (function, which call, before or after it); test_kills.py has many more, in forked processes
-    ("run.job:Job.advance", 3, True),
+    ("run.job:Job.run_steps", 3, True),
     ("output.export:write", 0, True),
 ]
 
@@ -212,7 +213,7 @@ def test_killed_once_the_same_command_ends_equal_to_the_bit(
 ) -> None:
     """After step 8's checkpoint and two steps more, which are made again."""
     workdir = str(tmp_path / "run")
-    assert killed(flags, workdir, "run.job:Job.advance", 7, "SIGKILL") == -signal.SIGKILL
+    assert killed(flags, workdir, "run.job:Job.run_steps", 7, "SIGKILL") == -signal.SIGKILL
     done = funmatch(*flags, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert "resumed at step 8 of 12" in done.stderr
@@ -222,7 +223,7 @@ def test_killed_once_the_same_command_ends_equal_to_the_bit(
 def test_sigterm_saves_says_so_and_exits_75(flags: list[str], uninterrupted: str, tmp_path: pathlib.Path) -> None:
     """Stopped at step 11, which is due for nothing: the row of metrics under way goes on after it."""
     workdir = str(tmp_path / "run")
-    assert killed(flags, workdir, "run.job:Job.advance", 6, "SIGTERM") == 75
+    assert killed(flags, workdir, "run.job:Job.run_steps", 6, "SIGTERM") == 75
     (commit,) = pathlib.Path(workdir, "checkpoints").glob("checkpoint-*11.json")
     assert json.loads(commit.read_text())["extra"]["pending"]
     # Gone on with in a process that has made other optimizers before.
@@ -255,20 +256,16 @@ def test_a_signal_from_outside_stops_it(flags: list[str], tmp_path: pathlib.Path
 
 @pytest.fixture
 def built(make_config: Callable[..., Config]) -> Job:
-    from conftest import strategy
-
-    from trainer.run.accelerator import Accelerator
-
-    return build.build(make_config(), Accelerator(strategy(1), "CPU", 10), Console())
+    return build_job(make_config())
 
 
 @pytest.mark.parametrize("what", ["student", "teacher", "optimizer"])
 def test_what_is_not_finite_stops_before_a_commit(built: Job, what: str) -> None:
     """Poison after step 6: the last good checkpoint is of step 4, finite, and stays."""
     journal, checkpoints = build.open_run(built)
-    real = built.advance
+    real = built.run_steps
 
-    def poisoned(steps: int, order: object) -> dict[str, float]:
+    def poisoned(steps: int) -> dict[str, float]:
         if built.step == 6:
             target = {
                 "student": built.student.trainable_variables[0],
@@ -276,9 +273,9 @@ def test_what_is_not_finite_stops_before_a_commit(built: Job, what: str) -> None
                 "optimizer": built.optimizer.variables[3],
             }[what]
             target.assign(np.full(target.shape, np.nan, np.float32))
-        return real(steps, order)
+        return real(steps)
 
-    built.advance = poisoned  # type: ignore[method-assign]
+    built.run_steps = poisoned  # type: ignore[method-assign]
     told = {
         "student": "in step 7 of 12: the student's weights",
         "teacher": "in step 7 of 12: the teacher's output",
@@ -314,7 +311,7 @@ def test_rows_are_durable_before_the_state_and_the_state_before_its_commit(
         journal.add("train", 4, {"loss": 2.0})
         for variable in built.student.trainable_variables:
             variable.assign_add(tf.ones_like(variable))
-        built.pending.append((1, {"loss": 9.0}))
+        built.pending_metrics.append((1, {"loss": 9.0}))
         gate.set()
     assert written == ["metrics.jsonl", "state", "checkpoint"]
     restored = checkpoints.restore()
@@ -349,7 +346,7 @@ def test_tensorboard_is_a_convenience(tmp_path: pathlib.Path) -> None:
     for step in (1, 2):
         journal.add("train", step, {"loss": 1.0})
         journal.flush()
-    assert [w.partition(":")[0] for w in journal.warnings] == [f"nothing more goes to {tmp_path}/tensorboard"]
+    assert [w.partition(":")[0] for w in journal.warnings] == [f"nothing more is written to {tmp_path}/tensorboard"]
     assert [row["step"] for row in rows(str(tmp_path))] == [1, 2]
 
 
@@ -360,7 +357,7 @@ def test_the_best_evaluation_is_kept_and_exported(
     said = {"student_top1": iter([0.1, 0.6, 0.6, 0.5, float("nan"), 0.2]), "kl": iter([3.0, 1.0, 1.0, 2.0, 5.0, 1.5])}
     for by in said:
         settings = make_config(keep_best=by, export_from="best", eval_every=2, checkpoint_every=12, keep_checkpoints=1)
-        built.config = dataclasses.replace(settings, workdir=f"{settings.workdir}-{by}").resolve(40)
+        reconfigure(built, dataclasses.replace(settings, workdir=f"{settings.workdir}-{by}").resolve(40))
         journal, checkpoints = build.open_run(built)
         kept = {}
 
@@ -408,7 +405,7 @@ def test_state_goes_out_and_in_unchanged(built: Job) -> None:
 def test_other_flags_in_the_same_workdir_are_refused(built: Job) -> None:
     journal, checkpoints = build.open_run(built)
     loop.save(built, journal, checkpoints)
-    identity = built.identity | {"temperature": 9.0}
+    identity = built.plan.identity | {"temperature": 9.0}
     with pytest.raises(DataError, match=r"temperature: 1\.0 there, 9\.0 here"):
         Checkpoints(f"{built.config.workdir}/checkpoints", identity, 2).restore()
 
@@ -419,11 +416,11 @@ def test_a_teacher_changed_between_runs_is_refused(
     path = tmp_path / "teacher.keras"
     path.write_bytes(pathlib.Path(teacher_file).read_bytes())
     config = make_config(teacher=(f"keras:{path}",))
-    before = build.identify(config)[3]
+    before = make_plan(config).identity
     model = keras.saving.load_model(path)
     model.set_weights([w * 1.01 for w in model.get_weights()])
     model.save(path)
-    assert build.identify(config)[3]["teacher"] != before["teacher"]
+    assert make_plan(config).identity["teacher"] != before["teacher"]
 
 
 def test_journal_goes_back_to_the_checkpoint(tmp_path: pathlib.Path) -> None:
@@ -521,4 +518,4 @@ def test_stopped_is_75_and_signals_are_given_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.name == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) is before
-    assert task.versions()["tensorflow"] == tf.__version__
+    assert finish.versions()["tensorflow"] == tf.__version__

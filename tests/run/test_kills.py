@@ -26,12 +26,12 @@ KILLED = -signal.SIGKILL
 
 # Where a job is in each phase: a call that is made then, its number, and whether the signal comes after it.
 PHASES = {
-    "start": ("trainer.run.build:identify", 0, True),
+    "start": ("trainer.run.plan:make_plan", 0, True),
     "lock": ("trainer.io.lock:hold_workdir", 0, True),
     "teacher": ("trainer.models.teachers:load", 0, False),
     "data": ("trainer.data.store:decode_square", 20, True),
     "compile": ("trainer.method.views:training_views", 0, True),  # traced, not run: the step is being compiled
-    "step": ("trainer.run.job:Job.advance", 5, True),
+    "step": ("trainer.run.job:Job.run_steps", 5, True),
     "evaluate": ("trainer.run.evaluator:Evaluator.run", 0, True),
     "save": ("trainer.run.checkpoint:Checkpoints.save", 1, False),
     "final": ("trainer.run.evaluator:Evaluator.run", 2, True),
@@ -46,7 +46,7 @@ ENDINGS = {
     "after the Keras model": ("trainer.output.export:save_keras", 0, True),
     "after the export": ("trainer.output.export:write", 0, True),
     "after the report": ("trainer.output.report:render", 0, True),
-    "before the result": ("trainer.task:_write_json", 1, False),
+    "before the result": ("trainer.output.finish:write_json", 1, False),
 }
 # The steps of writing a file (tests/hooks.py, storage), for what a save changes, and what it deletes.
 WRITTEN = ("made", "half", "written", "flushed", "renamed", "flushed")
@@ -59,7 +59,7 @@ def at(phase: tuple[str, int, bool], number: str, times: int = 1) -> dict[str, A
 
 
 def step(count: int, number: str = "SIGKILL") -> dict[str, Any]:
-    return at(("trainer.run.job:Job.advance", count, True), number)
+    return at(("trainer.run.job:Job.run_steps", count, True), number)
 
 
 def disk(kill_at: int) -> dict[str, Any]:
@@ -84,7 +84,7 @@ POINTS = [
         for name, phase in {
             "start": PHASES["start"],
             "data": PHASES["data"],
-            "step": ("trainer.run.job:Job.advance", 2, True),
+            "step": ("trainer.run.job:Job.run_steps", 2, True),
             "save": ("trainer.run.checkpoint:Checkpoints.save", 0, False),
         }.items()
     ),
@@ -221,7 +221,7 @@ def newest(workdir: pathlib.Path) -> int:
 
 def after(count: int, **then: Any) -> dict[str, Any]:
     """A hook after a step. `once=saved(workdir)`: the save of step 4, which goes on beside the steps, is to be whole by then."""
-    return {"hook": "call", "where": "trainer.run.job:Job.advance", "count": count, "then": then}
+    return {"hook": "call", "where": "trainer.run.job:Job.run_steps", "count": count, "then": then}
 
 
 def saved(workdir: pathlib.Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import strategy
+from conftest import reconfigure, strategy
 
 from trainer.core.config import Config
 from trainer.core.console import Console
@@ -17,6 +17,7 @@ from trainer.method import optim
 from trainer.method import step as step_module
 from trainer.run import build, loop
 from trainer.run.accelerator import Accelerator
+from trainer.run.plan import make_plan
 
 STEPS = 12
 PLACES = {
@@ -52,33 +53,36 @@ def test_stopped_before_a_commit_and_named(
     if place == "gradient":
         monkeypatch.setattr(optim, "apply_gradients", apply)
     config = make_config(steps=STEPS, eval_every=STEPS, checkpoint_every=2, log_every=STEPS, keep_checkpoints=1)
-    job = build.build(config, Accelerator(strategy(1), "CPU", 1), Console())
+    job = build.build(make_plan(config), Accelerator(strategy(1), "CPU", 1), Console())
     start = job.state()
     target = {"weight": job.student.trainable_variables[0], "teacher": job.teachers[0].model.variables[-1]}.get(place)
     good = None if target is None else target.numpy()
-    advance = job.advance
+    advance = job.run_steps
     caught = 0
     for at in range(STEPS):
         job.load(start)
-        job.step, job.pending = 0, []
+        job.step, job.pending_metrics = 0, []
         value = np.float32([np.nan, np.inf, -np.inf][at % 3])
-        job.config = make_config(
-            **{name: getattr(config, name) for name in ("steps", "eval_every", "log_every", "keep_checkpoints")},
-            checkpoint_every=2,
-            steps_per_loop=(1, 2, 4)[at % 3],
-            workdir=f"{config.workdir}-{at}",
-        ).resolve(40)
+        reconfigure(
+            job,
+            make_config(
+                **{name: getattr(config, name) for name in ("steps", "eval_every", "log_every", "keep_checkpoints")},
+                checkpoint_every=2,
+                steps_per_loop=(1, 2, 4)[at % 3],
+                workdir=f"{config.workdir}-{at}",
+            ).resolve(40),
+        )
 
-        def poisoned(steps: int, order: object, step: int = at, value: np.float32 = value) -> dict[str, float]:
+        def poisoned(steps: int, step: int = at, value: np.float32 = value) -> dict[str, float]:
             # A step within a loop of several: weights and teachers are spoilt before it, as only a loop of one step can be.
             if target is not None and job.step <= step < job.step + steps:
                 while job.step < step:
-                    advance(1, order)
+                    advance(1)
                     steps -= 1
                 target.assign(np.full(target.shape, value, np.float32))
-            return advance(steps, order)
+            return advance(steps)
 
-        job.advance = poisoned  # type: ignore[method-assign]
+        job.run_steps = poisoned  # type: ignore[method-assign]
         if target is None:
             poisoned_step.assign(at)
             poison.assign(value)

@@ -45,7 +45,10 @@ def test_every_example_once_whatever_the_batch(
     """23 examples, so that the last batch is never full but for two of these."""
     found = outcome(store, teacher_file, batch, replicas)
     expected = outcome(store, teacher_file, 5, 1)
-    for one, other in ((found.student, expected.student), (found.teacher, expected.teacher)):
+    for one, other in (
+        (found.student_logits, expected.student_logits),
+        (found.teacher_logits, expected.teacher_logits),
+    ):
         assert one.shape == (23, CLASSES)
         assert np.allclose(one, other, atol=1e-4)
     assert (found.labels == store.labels).all()
@@ -96,7 +99,7 @@ def test_the_teacher_is_computed_once(store: MemoryStore, teacher_file: str) -> 
         student = bit.bit("tiny", CLASSES, IMAGE)
     first, second = evaluating.run(student, (counting,)), evaluating.run(student, (counting,))
     assert len(calls) == 1
-    assert first.teacher is second.teacher
+    assert first.teacher_logits is second.teacher_logits
 
 
 @pytest.mark.parametrize(
@@ -120,14 +123,14 @@ def test_export_gives_what_was_evaluated(
             student = opinionated(bit.bit("tiny", CLASSES, IMAGE, seed=2), 5)
     finally:
         keras.config.set_dtype_policy(policy)
-    measured = evaluator.Evaluator(config, strategy(1), store, jit_compile=False).run(student, ()).student
+    measured = evaluator.Evaluator(config, strategy(1), store, jit_compile=False).run(student, ()).student_logits
     # In bfloat16 training precision the exported float32 model is the more exact of the two.
     near = 1e-4 if precision == "float32" else 0.2
     dataset = Dataset.load(data)
     export.write(str(tmp_path), student, dataset.classes, config, {"student": "bit-tiny"})
     loaded = tf.saved_model.load(str(tmp_path / "saved_model"))
     encoded = EncodedSplit(dataset, dataset.splits["test"])
-    pictures = [encoded.picture(i).encoded for i in range(23)]
+    pictures = [encoded.record(i).encoded for i in range(23)]
     served = loaded.signatures["serving_default"](image_bytes=tf.constant(pictures))
     assert np.abs(served["logits"].numpy() - measured).max() < near
     assert np.allclose(served["probabilities"].numpy().sum(1), 1, atol=1e-5)

@@ -19,7 +19,7 @@ from trainer import recipes
 from trainer.core.config import Config
 from trainer.core.console import Console
 from trainer.data.order import ExampleSampler
-from trainer.method import views
+from trainer.method import counter_rng, views
 from trainer.models import teachers
 from trainer.run import build, loop
 
@@ -77,8 +77,8 @@ def test_hyperrule_squashes_then_crops() -> None:
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 0.9])
 def test_beta_is_scipys(alpha: float) -> None:
-    draws = views.uniform(5, 7, tf.range(4000), 16, 100)
-    found, true = views.beta(draws, alpha).numpy()[:, 0], stats.beta(alpha, alpha)
+    draws = counter_rng.uniform(5, 7, tf.range(4000), 16, 100)
+    found, true = counter_rng.beta(draws, alpha).numpy()[:, 0], stats.beta(alpha, alpha)
     # Next to 1, float32 is coarser than this distribution is steep: its lower half is compared, and how much that is.
     low = found[found < 0.5]
     assert abs(len(low) / len(found) - 0.5) < 0.03
@@ -90,7 +90,9 @@ def test_mixups_coefficient_is_betas(mixup: str) -> None:
     config = Config(image_size=8, mixup_alpha=0.1, mixup=mixup, batch_size=32, steps=9).resolve(64)
     images, sizes = tf.zeros([33, 16, 16, 3], tf.uint8), tf.ones([33, 2]) * 16
     rows = views.BatchRows.of(0, 1, 32, "roll")
-    made = [views.training_views(config, images, sizes, rows, tf.constant(s), ()).share.numpy() for s in range(40)]
+    made = [
+        views.training_views(config, images, sizes, rows, tf.constant(s), ()).mixup_ratios.numpy() for s in range(40)
+    ]
     shares = np.array(made)[:, :, 0]
     assert shares.shape == (40, 32)
     assert (np.ptp(shares, axis=1) == 0).all() == (mixup == "batch")
@@ -101,7 +103,7 @@ def test_mixups_coefficient_is_betas(mixup: str) -> None:
     half = views.training_views(
         config, images[:17], sizes[:17], views.BatchRows.of(1, 2, 32, "roll"), tf.constant(5), ()
     )
-    assert (half.share.numpy() == made[5][16:]).all()
+    assert (half.mixup_ratios.numpy() == made[5][16:]).all()
 
 
 RULE = {
@@ -123,14 +125,14 @@ RULE = {
 def test_fine_tuning_resumes_to_the_bit(make_config: Callable[..., Config]) -> None:
     config = make_config(**RULE)
     whole, first, second = (build_job(config) for _ in range(3))
-    order = ExampleSampler(0, len(whole.train), 8)
+    order = ExampleSampler(0, len(whole.train_store), 8)
     for _ in range(3):
-        whole.advance(2, order)
-    first.advance(2, order)
+        whole.run_steps(2, order)
+    first.run_steps(2, order)
     loop.save(first, *build.open_run(first))
     loop.resume(second, *build.open_run(second), Console())
     for _ in range(2):
-        second.advance(2, order)
+        second.run_steps(2, order)
     expected, found = state(whole), state(second)
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
@@ -142,7 +144,7 @@ def test_one_and_two_replicas_fine_tune_alike(make_config: Callable[..., Config]
     found = []
     for replicas in (1, 2):
         job = build_job(make_config(**RULE, workdir=f"{make_config().workdir}{replicas}"), replicas)
-        job.advance(6, ExampleSampler(0, len(job.train), 8))
+        job.run_steps(6, ExampleSampler(0, len(job.train_store), 8))
         found.append(state(job))
     assert all(np.allclose(found[0][n], found[1][n], rtol=1e-3, atol=1e-5) for n in found[0])
 

@@ -1,4 +1,5 @@
-"""A prepared data set and its way into memory: index, TFRecords, cache of shards, decoded images, order of examples.
+"""Reads a prepared data set: index, TFRecords, cache of shards, decoded images, sampling order.
 
-Imports: core, io. A new way to keep images is a subclass of `ImageStore` in store.py and a row in memory.py.
+Imports: core, io. A new way to keep images is a subclass of `ImageStore` in store.py and a row in
+memory.py.
 """

@@ -1,12 +1,15 @@
-"""Copies of shards on this machine's disk, for splits that do not fit into memory: made once, checked, shared by all runs.
+"""Copies of remote shards on this machine's disk, for splits that do not fit into memory.
 
-A shard is known by its CRC32C and length, so splits and data sets with the same shard have one copy. In the folder:
+All runs share them.
 
-    shards/CRC32C-BYTES.tfrecord    copies; a shard that lies on a disk already is used where it is and has none
-    index/SPLIT-CLASSES.npy         where the records of a split are (trainer.data.records.ENTRY), memory-mapped
-    leases/ID.json                  the copies that a living process uses; it holds a lock on the file, which the kernel
-                                    drops with the process however that ends
-    lock                            held while room is made
+A copy is keyed by the shard's CRC32C and length, so splits and data sets that share a shard share
+its copy. The folder:
+
+    shards/CRC32C-BYTES.tfrecord    the copies; shards on a local disk are read in place
+    index/SPLIT-CLASSES.npy         where a split's records are (`records.INDEX_DTYPE`), memory-mapped
+    leases/ID.json                  the copies in use by a living process, which holds a lock on the
+                                    file; the kernel releases it when the process ends, however it ends
+    lock                            held while space is allocated
 
 Safe for any number of processes on one machine, on a file system with flock.
 """
@@ -32,138 +35,152 @@ import numpy as np
 
 from trainer.core.errors import DataError
 from trainer.data import records
-from trainer.data.dataset import INDEX, Dataset, Shard, Split
+from trainer.data.dataset import INDEX_FILE, Dataset, Shard, Split
 from trainer.data.records import CorruptRecordLog, EncodedShard
 from trainer.io import files
 
-_SPARE = 1 << 30  # bytes that are left free on the disk when no limit is given
-_COPIERS = 4  # shards read at a time, each whole in memory
+_RESERVED_BYTES = 1 << 30  # left free on the disk if no limit is given
+_COPY_THREADS = 4  # each holds a whole shard in memory
+_SPARE_FILES = 256  # that this process may open beside the shards
 
 
-def name(shard: Shard) -> str:
-    """The file name of a shard's copy."""
+def copy_name(shard: Shard) -> str:
+    """Returns the file name of a shard's copy."""
     return f"{shard.crc32c:08x}-{shard.bytes}.tfrecord"
 
 
 @dataclasses.dataclass(frozen=True)
-class Need:
-    """Bytes that some splits take on the disk, and what there is.
+class DiskSpace:
+    """Disk space for copies of shards.
 
     Attributes:
-        copies: bytes of copies that must be there, those that are there already included.
-        room: bytes that copies may take: what the limit or the disk leaves when all that no living process uses is gone.
+        required: bytes of all copies needed, including those already present.
+        available: bytes they may take: what the limit or the disk leaves once all copies not in
+            use are deleted.
     """
 
-    copies: int
-    room: int
+    required: int
+    available: int
 
 
 class Cache:
-    """The cache in a folder, as one process sees it."""
+    """The cache in a folder, as used by one process.
+
+    Its leases last until `close` or until it is garbage-collected.
+    """
 
     def __init__(self, folder: str, limit: int = 0) -> None:
         """
         Args:
-            folder: on this machine's disk; made if it is not there.
-            limit: bytes that all copies together may take; 0: what the disk has, but for a gibibyte.
+            folder: on a local disk; created if missing.
+            limit: bytes that all copies together may take; 0: the free disk space less 1 GiB.
         """
         self.folder, self._limit = folder, limit
         self._leases: list[int] = []
         weakref.finalize(self, _close, self._leases)
 
-    def need(self, splits: list[tuple[Dataset, Split]]) -> Need:
-        """What `splits` take and what there is, before anything is copied."""
-        wanted = {
-            name(s): s.bytes for dataset, split in splits if files.is_remote(dataset.folder) for s in split.shards
+    def space(self, splits: list[tuple[Dataset, Split]]) -> DiskSpace:
+        """Returns the disk space that copies of `splits` require and that is available."""
+        required = {
+            copy_name(shard): shard.bytes
+            for dataset, split in splits
+            if files.is_remote(dataset.folder)
+            for shard in split.shards
         }
-        if not wanted:
-            return Need(0, 0)
+        if not required:
+            return DiskSpace(0, 0)
         with self._locked():
-            others = {other: size for other, size in self._leased().items() if other not in wanted}
-            return Need(sum(wanted.values()), self._room() - sum(others.values()))
+            in_use = sum(size for name, size in self._leased().items() if name not in required)
+            return DiskSpace(sum(required.values()), self._capacity() - in_use)
 
     def open(
         self,
         dataset: Dataset,
         split: Split,
         progress: Callable[[int, int], None] = lambda *_: None,
-        damage: CorruptRecordLog | None = None,
+        corrupt: CorruptRecordLog | None = None,
     ) -> list[EncodedShard]:
-        """The shards of a split as open files. What is not here yet is copied, and what was never checked is checked.
+        """Opens the shards of a split.
+
+        Copies the remote ones that are missing, and checks what was never checked.
 
         Args:
-            dataset, split: which.
-            progress: called with bytes copied or checked so far and in all.
-            damage: counts bad records; by default the first one is an error.
+            dataset: the data set of the split.
+            split: which split to open.
+            progress: called with the number of bytes copied or checked so far and in all.
+            corrupt: collects corrupt records; by default the first one raises.
 
         Raises:
             DataError: a shard is missing or damaged, or the copies do not fit.
         """
-        damage = damage or CorruptRecordLog(dataset, split)
+        corrupt = corrupt or CorruptRecordLog(dataset, split)
         remote = files.is_remote(dataset.folder)
         if remote:
-            self._lease({name(shard): shard.bytes for shard in split.shards})
-        index = os.path.join(self.folder, "index", f"{split.crc32c}-{len(dataset.classes)}.npy")
-        table = _load(index, split)
-        if table is not None and (damage.limit or (table["offset"] < 0).any()):
-            table = None  # made by a run that counted otherwise
-        todo = {name(s): s for s in split.shards if table is None or (remote and not self._has(s))}
-        done, total, lock = 0, sum(shard.bytes for shard in todo.values()), threading.Lock()
+            self._lease({copy_name(shard): shard.bytes for shard in split.shards})
+        index_path = os.path.join(self.folder, "index", f"{split.crc32c}-{len(dataset.classes)}.npy")
+        index = _load_index(index_path, split)
+        if index is not None and (corrupt.max_fraction or (index["offset"] < 0).any()):
+            index = None  # it was built under another limit on corrupt records
+        unchecked = {copy_name(s): s for s in split.shards if index is None or (remote and not self._has(s))}
+        done, total, lock = 0, sum(shard.bytes for shard in unchecked.values()), threading.Lock()
 
-        def take(shard: Shard) -> np.ndarray:
+        def fetch(shard: Shard) -> np.ndarray:
             nonlocal done
-            found = self._take(dataset, shard, remote, damage)
+            entries = self._fetch(dataset, shard, remote, corrupt)
             with lock:
                 done += shard.bytes
                 progress(done, total)
-            return found
+            return entries
 
-        with concurrent.futures.ThreadPoolExecutor(_COPIERS) as pool:
+        with concurrent.futures.ThreadPoolExecutor(_COPY_THREADS) as pool:
             try:
-                tables = dict(zip(todo, pool.map(take, todo.values()), strict=True))
+                entries = dict(zip(unchecked, pool.map(fetch, unchecked.values()), strict=True))
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # the first error ends it, and not after the last shard
+                pool.shutdown(cancel_futures=True)  # do not wait for the other shards
                 raise
-        if table is None:
-            table = _store(index, np.concatenate([tables[name(shard)] for shard in split.shards]))
-        _allow_open_files(len(split.shards))
+        if index is None:
+            index = _save_index(index_path, np.concatenate([entries[copy_name(shard)] for shard in split.shards]))
+        _raise_open_file_limit(len(split.shards))
         opened, start = [], 0
         for shard in split.shards:
             path = self._path(dataset, shard, remote)
-            opened.append(EncodedShard(path, table[start : start + shard.examples], _open(path, shard)))
+            opened.append(EncodedShard(path, index[start : start + shard.examples], _open(path, shard)))
             start += shard.examples
         return opened
 
     def _path(self, dataset: Dataset, shard: Shard, remote: bool) -> str:
-        return os.path.join(self.folder, "shards", name(shard)) if remote else files.join(dataset.folder, shard.file)
+        if remote:
+            return os.path.join(self.folder, "shards", copy_name(shard))
+        return files.join(dataset.folder, shard.file)
 
     def _has(self, shard: Shard) -> bool:
         try:
-            return os.path.getsize(os.path.join(self.folder, "shards", name(shard))) == shard.bytes
+            return os.path.getsize(os.path.join(self.folder, "shards", copy_name(shard))) == shard.bytes
         except OSError:
             return False
 
-    def _take(self, dataset: Dataset, shard: Shard, remote: bool, damage: CorruptRecordLog) -> np.ndarray:
-        """Checks a shard, copies it if it lies elsewhere and has no copy, and returns its index."""
+    def _fetch(self, dataset: Dataset, shard: Shard, remote: bool, corrupt: CorruptRecordLog) -> np.ndarray:
+        """Checks a shard, copies it if it is remote and has no copy, and returns its index."""
         path = self._path(dataset, shard, remote)
         source = files.join(dataset.folder, shard.file)
         if not remote:
-            return records.index_shard(dataset, shard, files.read(source, "a shard"), source, damage)
-        # Whoever holds this lock copies; another process waits here and finds the copy made.
+            return records.index_shard(dataset, shard, files.read(source, "a shard"), source, corrupt)
+        # The lock's holder copies; another process waits here and then uses the copy.
         with _flock(f"{path}.copying"):
             if self._has(shard):
-                return records.index_shard(dataset, shard, files.read(path, "a copy of a shard"), path, damage)
+                return records.index_shard(dataset, shard, files.read(path, "a copy of a shard"), path, corrupt)
             content = files.read(source, "a shard")
-            found = records.index_shard(dataset, shard, content, source, damage)
+            entries = records.index_shard(dataset, shard, content, source, corrupt)
             if google_crc32c.value(content) != shard.crc32c:
-                # The copy would pass for the whole one with every run that has the same shard.
+                # The cache is keyed by CRC32C, so a corrupt copy would be served to every run that
+                # shares this shard.
                 raise DataError(
-                    f"{source} does not have the CRC32C that {INDEX} says: it was damaged after it was prepared. "
-                    "--store=disk keeps copies that other runs share, and none of such a shard whatever --max_bad_fraction: "
-                    "copy the shard again, or leave its bad records out with --store=host"
+                    f"{source} does not have the CRC32C in {INDEX_FILE}: it was damaged after it was prepared. "
+                    "--store=disk shares copies between runs and keeps none of a damaged shard, whatever "
+                    "--max_bad_fraction: copy the shard again, or leave its bad records out with --store=host"
                 )
             files.write(path, content, "a copy of a shard")
-            return found
+            return entries
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -172,42 +189,45 @@ class Cache:
         with _flock(os.path.join(self.folder, "lock")):
             yield
 
-    def _lease(self, wanted: dict[str, int]) -> None:
-        """Says that this process uses the copies `wanted` (bytes by name), and deletes others until there is room.
+    def _lease(self, required: dict[str, int]) -> None:
+        """Leases the copies `required` (bytes by name), and deletes others until they fit.
 
         Raises:
-            DataError: there is not enough.
+            DataError: there is not enough space.
         """
         with self._locked():
-            leased = self._leased() | wanted
-            room, need = self._room(), sum(leased.values())
-            if need > room:
-                raise DataError(f"{too_little(Need(need, room), self.folder)} (all runs on this machine together)")
+            leased = self._leased() | required
+            capacity, size = self._capacity(), sum(leased.values())
+            if size > capacity:
+                shortage = describe_shortage(DiskSpace(size, capacity), self.folder)
+                raise DataError(f"{shortage} (all runs on this machine together)")
             shards = os.path.join(self.folder, "shards")
-            for other in os.listdir(shards):  # of a process that ended while it copied
-                if not other.endswith(".tfrecord") and other.split(".tfrecord")[0] + ".tfrecord" not in leased:
-                    os.unlink(os.path.join(shards, other))
-            here = self._copies()
-            # The longest unused go first.
-            idle = sorted((found.used, other) for other, found in here.items() if other not in leased)
-            total = need + sum(here[other].bytes for _, other in idle)
-            for _, other in idle:
-                if total <= room:
+            for name in os.listdir(shards):  # files of processes that ended while they copied
+                if not name.endswith(".tfrecord") and name.split(".tfrecord")[0] + ".tfrecord" not in leased:
+                    os.unlink(os.path.join(shards, name))
+            copies = self._copies()
+            least_recent_first = sorted((copy.last_used, name) for name, copy in copies.items() if name not in leased)
+            total = size + sum(copies[name].bytes for _, name in least_recent_first)
+            for _, name in least_recent_first:
+                if total <= capacity:
                     break
-                os.unlink(os.path.join(shards, other))
-                total -= here[other].bytes
+                os.unlink(os.path.join(shards, name))
+                total -= copies[name].bytes
             path = os.path.join(self.folder, "leases", f"{uuid.uuid4().hex}.json")
             with open(path, "x") as file:
-                json.dump(wanted, file)
+                json.dump(required, file)
             handle = os.open(path, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_EX)
             self._leases.append(handle)
-            for used in wanted.keys() & here.keys():
-                os.utime(os.path.join(shards, used))
+            for name in required.keys() & copies.keys():
+                os.utime(os.path.join(shards, name))
 
     def _leased(self) -> dict[str, int]:
-        """Bytes by name of what living processes use; leases of dead ones are deleted."""
-        found: dict[str, int] = {}
+        """Returns bytes by name of all copies in use by living processes.
+
+        Deletes the leases of dead ones.
+        """
+        leased: dict[str, int] = {}
         folder = os.path.join(self.folder, "leases")
         for lease in os.listdir(folder):
             path = os.path.join(folder, lease)
@@ -215,30 +235,32 @@ class Cache:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    found |= json.load(file)
+                    leased |= json.load(file)
                 else:
                     os.unlink(path)
-        return found
+        return leased
 
     def _copies(self) -> dict[str, _Copy]:
         with os.scandir(os.path.join(self.folder, "shards")) as entries:
             return {e.name: _Copy(e.stat().st_size, e.stat().st_mtime) for e in entries if e.name.endswith(".tfrecord")}
 
-    def _room(self) -> int:
-        """Bytes that copies may take in all."""
-        here = sum(copy.bytes for copy in self._copies().values())
-        on_disk = max(0, shutil.disk_usage(self.folder).free - _SPARE) + here
+    def _capacity(self) -> int:
+        """Returns the bytes that all copies together may take."""
+        copied = sum(copy.bytes for copy in self._copies().values())
+        on_disk = max(0, shutil.disk_usage(self.folder).free - _RESERVED_BYTES) + copied
         return min(self._limit, on_disk) if self._limit else on_disk
 
     def close(self) -> None:
-        """Gives the copies back: another run may delete them. Otherwise this object's end does it."""
+        """Releases the leases: other runs may delete the copies."""
         _close(self._leases)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Copy:
+    """A copy's length in bytes and the time of its last use, in seconds since the epoch."""
+
     bytes: int
-    used: float
+    last_used: float
 
 
 def _close(handles: list[int]) -> None:
@@ -246,12 +268,12 @@ def _close(handles: list[int]) -> None:
         os.close(handles.pop())
 
 
-def too_little(need: Need, folder: str) -> str:
-    """One line on copies that do not fit."""
+def describe_shortage(space: DiskSpace, folder: str) -> str:
+    """Returns one line for users about copies that do not fit into the cache at `folder`."""
     return (
-        f"copies of the shards take {need.copies / 2**30:.2f} GiB and --cache_dir={folder} has room for "
-        f"{max(0, need.room) / 2**30:.2f} GiB: give a larger --cache_gb if that is the limit, a --cache_dir on a larger disk, "
-        "or smaller images"
+        f"copies of the shards take {space.required / 2**30:.2f} GiB and --cache_dir={folder} has room for "
+        f"{max(0, space.available) / 2**30:.2f} GiB: give a larger --cache_gb if that is the limit, a --cache_dir on a "
+        "larger disk, or smaller images"
     )
 
 
@@ -265,8 +287,8 @@ def _flock(path: str) -> Iterator[None]:
         os.close(handle)
 
 
-def _load(path: str, split: Split) -> np.ndarray | None:
-    """An index made earlier, memory-mapped; None if there is none that is whole."""
+def _load_index(path: str, split: Split) -> np.ndarray | None:
+    """Loads a saved index, memory-mapped; None if it is missing or damaged."""
     try:
         with open(path, "rb") as file:
             crc, left = google_crc32c.Checksum(), os.path.getsize(path) - 4
@@ -275,16 +297,16 @@ def _load(path: str, split: Split) -> np.ndarray | None:
                 left -= min(left, 1 << 24)
             if file.read() != crc.digest():
                 return None
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return table if table.dtype == records.ENTRY and table.shape == (split.examples,) else None
+    return index if index.dtype == records.INDEX_DTYPE and index.shape == (split.examples,) else None
 
 
-def _store(path: str, table: np.ndarray) -> np.ndarray:
-    """Keeps an index, followed by its CRC32C, and returns it memory-mapped."""
+def _save_index(path: str, index: np.ndarray) -> np.ndarray:
+    """Saves an index followed by its CRC32C, and returns it memory-mapped."""
     buffer = io.BytesIO()
-    np.save(buffer, table)
+    np.save(buffer, index)
     buffer.write(google_crc32c.Checksum(buffer.getvalue()).digest())
     files.write(path, buffer.getvalue(), "the index of a split (--cache_dir)")
     return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -297,22 +319,25 @@ def _open(path: str, shard: Shard) -> int:
     except OSError as error:
         raise DataError(f"cannot read a shard {path}: {files.reason(error)}") from error
     if size != shard.bytes:
-        raise DataError(f"{path} has {size} bytes; {INDEX} says {shard.bytes}: prepare or copy it again")
+        raise DataError(f"{path} has {size} bytes; {INDEX_FILE} says {shard.bytes}: prepare or copy it again")
     return handle
 
 
-def _allow_open_files(more: int) -> None:
-    """Raises this process's limit of open files: shards stay open, so that nobody can take them away under a run.
+def _raise_open_file_limit(shards: int) -> None:
+    """Raises this process's soft limit of open files.
+
+    Shards stay open, so that deleting one does not break a run.
 
     Raises:
-        DataError: the system does not let it.
+        DataError: the hard limit is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = len(os.listdir("/proc/self/fd")) + more + 256
-    if soft == resource.RLIM_INFINITY or wanted <= soft:
+    limit = len(os.listdir("/proc/self/fd")) + shards + _SPARE_FILES
+    if soft == resource.RLIM_INFINITY or limit <= soft:
         return
-    if hard != resource.RLIM_INFINITY and wanted > hard:
+    if hard != resource.RLIM_INFINITY and limit > hard:
         raise DataError(
-            f"{more} shards must be open at once and this process may open {hard} files: raise it (`ulimit -Hn {wanted}`)"
+            f"{shards} shards must be open at once and this process may open {hard} files: raise the limit "
+            f"(`ulimit -Hn {limit}`)"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

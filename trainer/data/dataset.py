@@ -12,12 +12,19 @@ from trainer.core.errors import DataError
 from trainer.io import files
 
 FORMAT = "funmatch-dataset/1"
-INDEX = "dataset.json"
+INDEX_FILE = "dataset.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of a split: its name in the data set's folder, records, length in bytes, CRC32C of the whole file."""
+    """One TFRecord file of a split, as dataset.json describes it.
+
+    Attributes:
+        file: name in the data set's folder.
+        examples: number of records.
+        bytes: length of the file.
+        crc32c: CRC32C of the whole file.
+    """
 
     file: str
     examples: int
@@ -27,34 +34,35 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A named part of a data set."""
+    """A named part of a data set, in one or more shards."""
 
     name: str
     shards: tuple[Shard, ...]
 
     @property
     def examples(self) -> int:
-        """Records in all shards."""
+        """Number of records in all shards."""
         return sum(shard.examples for shard in self.shards)
 
     @property
     def crc32c(self) -> str:
-        """A short name of the split's content: CRC32C (8 hex digits) over its shards' lengths and CRCs."""
+        """Checksum of the content: CRC32C over the shards' lengths and CRC32Cs, 8 hex digits."""
         text = ",".join(f"{shard.bytes}:{shard.crc32c}" for shard in self.shards)
         return f"{google_crc32c.value(text.encode()):08x}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """What dataset.json says.
+    """The content of dataset.json.
 
     Attributes:
-        folder: where it lies, on a disk or gs://.
-        name: of the source, for people.
-        classes: class names; the label of a record is a position in it. Empty: unlabelled.
-        splits: by name.
+        folder: where the data set is stored, a local path or gs:// prefix. Not part of
+            dataset.json.
+        name: display name of the source.
+        classes: class names; a record's label is an index into them. Empty: unlabelled.
+        splits: splits by name.
         image_size: largest and median height and width of the originals, in pixels.
-        source: what it was made from and how, for people and for the report.
+        source: what the data set was made from and how. Shown in the report.
     """
 
     folder: str
@@ -65,20 +73,22 @@ class Dataset:
     source: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def split(self, name: str, flag: str) -> Split:
-        """The split called `name`, which must not be empty.
+        """Returns the split `name`, which must not be empty.
+
+        Messages name `flag` as the origin of the name.
 
         Raises:
-            DataError: there is none or it has no examples; `flag` says where the name came from.
+            DataError: there is no such split, or it has no examples.
         """
         if name not in self.splits:
-            known = ", ".join(f"{s.name} ({s.examples})" for s in self.splits.values()) or "none"
-            raise DataError(f"{self.folder} has no split {name!r} (from --{flag}); it has: {known}")
+            available = ", ".join(f"{s.name} ({s.examples})" for s in self.splits.values()) or "none"
+            raise DataError(f"{self.folder} has no split {name!r} (from --{flag}); it has: {available}")
         if not self.splits[name].examples:
             raise DataError(f"split {name!r} (from --{flag}) of {self.folder} is empty: prepare it with images in it")
         return self.splits[name]
 
-    def index(self) -> bytes:
-        """The content of dataset.json."""
+    def to_json(self) -> bytes:
+        """Serializes to the bytes of dataset.json."""
         value = dataclasses.asdict(self) | {"format": FORMAT}
         del value["folder"]
         value["splits"] = {
@@ -92,19 +102,19 @@ class Dataset:
 
     def save(self) -> None:
         """Writes dataset.json, which makes the data set complete."""
-        files.write(files.join(self.folder, INDEX), self.index(), "the data set's index")
+        files.write(files.join(self.folder, INDEX_FILE), self.to_json(), "the data set's index")
 
     @classmethod
     def load(cls, folder: str, flag: str = "data") -> Dataset:
-        """Reads dataset.json in `folder`.
+        """Reads dataset.json in `folder`. Messages name `--flag` as the origin of the folder.
 
         Raises:
-            DataError: there is none, or it is not one of ours.
+            DataError: dataset.json is missing, damaged, or of another format version.
         """
-        path = files.join(folder, INDEX)
+        path = files.join(folder, INDEX_FILE)
         if not files.exists(path):
             raise DataError(
-                f"no data set at --{flag}={folder}: {INDEX} is not there; "
+                f"no data set at --{flag}={folder}: {INDEX_FILE} is not there; "
                 "make one with `python -m trainer.prepare --dataset=... --out=...`"
             )
         try:

@@ -1,7 +1,8 @@
-"""What the bytes of an encoded picture say of themselves, read without decoding it: format, size, and whether the end is there.
+"""Checks encoded images without decoding them: format, size in pixels, and completeness.
 
-A decoder believes any size that a header claims, TensorFlow's takes all frames of a GIF into memory to give one, and makes
-8 bits of 16 without a word. So a picture is looked at here before it is decoded: some microseconds, and no memory.
+A decoder allocates whatever size a header claims. TensorFlow's decodes every frame of a GIF to
+return one, and silently reduces 16 bits per channel to 8. This check runs before decoding; it
+takes microseconds and allocates nothing.
 """
 
 from __future__ import annotations
@@ -9,126 +10,140 @@ from __future__ import annotations
 import dataclasses
 import struct
 
-# A decoder's output is resized as float32, 12 bytes a pixel: 0.8 GB in each decoding thread for a picture of this size. It is above
-# what cameras of 60 megapixels make, and below what a few hundred hostile bytes can claim.
+# A decoded image is resized as float32, 12 bytes per pixel: 0.8 GB per decoding thread at this
+# size. Cameras of 60 megapixels stay below it; the sizes that a few hundred hostile bytes can
+# claim do not.
 MAX_PIXELS = 1 << 26
 
-_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame; the three are tables and an extension
-_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
+_SOF = frozenset(range(0xC0, 0xD0)) - {
+    0xC4,
+    0xC8,
+    0xCC,
+}  # start of frame; the excluded three are tables and an extension
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
 
 
 class InvalidImage(ValueError):
-    """The picture cannot be used; the text says why."""
+    """An encoded image that cannot be used; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What an encoded picture claims to be: "JPEG", "PNG", "GIF" or "BMP"; height and width in pixels."""
+    """What the header of an encoded image declares.
 
-    kind: str
+    Attributes:
+        format: "JPEG", "PNG", "GIF" or "BMP".
+        height: in pixels.
+        width: in pixels.
+    """
+
+    format: str
     height: int
     width: int
 
 
 def parse_header(encoded: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """Reads the header, and finds the end.
+    """Parses the header of an image file and checks that the file is complete.
 
     Args:
         encoded: a whole file.
-        max_pixels: largest height x width that is let through to a decoder.
+        max_pixels: largest height x width to accept.
 
     Raises:
-        Unfit: not one of the four formats, of no or too many pixels, with more than 8 bits a channel (PNG) or one frame (GIF),
-            or cut off.
+        InvalidImage: none of the four formats, no pixels or too many, more than 8 bits per
+            channel, more than one frame (GIF), or cut off.
     """
-    for magic, kind, read in _FORMATS:
+    for magic, format_name, read_size in _FORMATS:
         if encoded.startswith(magic):
             try:
-                height, width = read(encoded)
+                height, width = read_size(encoded)
             except (IndexError, struct.error) as error:
-                raise InvalidImage(f"a {kind} that is cut off in its header, after {len(encoded):,} bytes") from error
+                raise InvalidImage(
+                    f"a {format_name} that is cut off in its header, after {len(encoded):,} bytes"
+                ) from error
             if height < 1 or width < 1:
-                raise InvalidImage(f"a {kind} of {height} x {width} pixels")
+                raise InvalidImage(f"a {format_name} of {height} x {width} pixels")
             if height * width > max_pixels:
-                raise InvalidImage(f"a {kind} of {height:,} x {width:,} pixels, more than {max_pixels:,} in all")
-            return Header(kind, height, width)
-    raise InvalidImage("no JPEG, PNG, GIF or BMP" if encoded else "an empty image")
+                raise InvalidImage(f"a {format_name} of {height:,} x {width:,} pixels, more than {max_pixels:,} in all")
+            return Header(format_name, height, width)
+    raise InvalidImage("not a JPEG, PNG, GIF or BMP" if encoded else "an empty image")
 
 
 def _jpeg(encoded: bytes) -> tuple[int, int]:
-    place, size = 2, None
+    position, size = 2, None
     while True:
-        if encoded[place] != 0xFF:
-            raise InvalidImage(f"a damaged JPEG: no marker at its byte {place:,}")
-        marker = encoded[place + 1]
+        if encoded[position] != 0xFF:
+            raise InvalidImage(f"a damaged JPEG: no marker at byte {position:,}")
+        marker = encoded[position + 1]
         if marker == 0xFF:  # padding
-            place += 1
+            position += 1
             continue
-        if marker in _ALONE:
-            place += 2
+        if marker in _STANDALONE:
+            position += 2
             continue
         if marker == 0xD9:
-            raise InvalidImage("a JPEG without a picture")
-        (length,) = struct.unpack_from(">H", encoded, place + 2)
+            raise InvalidImage("a JPEG without image data")
+        (length,) = struct.unpack_from(">H", encoded, position + 2)
         if marker in _SOF:
-            bits, *size = struct.unpack_from(">BHH", encoded, place + 4)
+            bits, *size = struct.unpack_from(">BHH", encoded, position + 4)
             if bits != 8:
-                raise InvalidImage(f"a JPEG of {bits} bits a channel: training decodes 8")
+                raise InvalidImage(f"a JPEG of {bits} bits per channel: training decodes 8")
         if marker == 0xDA:
             break
-        place += 2 + length
-    # Within a scan 0xFF is always followed by a zero or a restart, so an end marker is the end and nothing else.
-    if encoded.find(b"\xff\xd9", place) < 0:
+        position += 2 + length
+    # Within a scan 0xFF is followed by zero or a restart marker only, so an end marker found here
+    # is the real end.
+    if encoded.find(b"\xff\xd9", position) < 0:
         raise InvalidImage(f"a JPEG that is cut off: {len(encoded):,} bytes and no end-of-image marker")
     if not size:
-        raise InvalidImage("a JPEG that names no size")
+        raise InvalidImage("a JPEG without a frame header")
     return size[0], size[1]
 
 
 def _png(encoded: bytes) -> tuple[int, int]:
     width, height, bits = struct.unpack_from(">IIB", encoded, 16)
     if bits > 8:
-        raise InvalidImage(f"a PNG of {bits} bits a channel: training decodes 8, and would drop the rest unseen")
-    place = 8
-    while encoded[place + 4 : place + 8] != b"IEND":
-        (length,) = struct.unpack_from(">I", encoded, place)
-        place += 12 + length
-        if place + 12 > len(encoded):
+        raise InvalidImage(f"a PNG of {bits} bits per channel: training decodes 8 and would silently drop the rest")
+    position = 8
+    while encoded[position + 4 : position + 8] != b"IEND":
+        (length,) = struct.unpack_from(">I", encoded, position)
+        position += 12 + length
+        if position + 12 > len(encoded):
             raise InvalidImage(f"a PNG that is cut off: {len(encoded):,} bytes and no IEND chunk")
     return height, width
 
 
 def _gif(encoded: bytes) -> tuple[int, int]:
     width, height, flags = struct.unpack_from("<HHB", encoded, 6)
-    place = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     frames = 0
     try:
-        while (kind := encoded[place]) != 0x3B:
-            if kind == 0x2C:
+        while (block := encoded[position]) != 0x3B:
+            if block == 0x2C:
                 frames += 1
-                wide, high, flags = struct.unpack_from("<HHB", encoded, place + 5)
-                width, height = max(width, wide), max(height, high)
-                place += 10 + (3 << (flags & 7) + 1 if flags & 0x80 else 0) + 1
-            elif kind == 0x21:
-                place += 2
+                frame_width, frame_height, flags = struct.unpack_from("<HHB", encoded, position + 5)
+                width, height = max(width, frame_width), max(height, frame_height)
+                position += 10 + (3 << (flags & 7) + 1 if flags & 0x80 else 0) + 1
+            elif block == 0x21:
+                position += 2
             else:
-                raise InvalidImage(f"a damaged GIF: block {kind:#04x} at its byte {place:,}")
-            while encoded[place]:
-                place += 1 + encoded[place]
-            place += 1
+                raise InvalidImage(f"a damaged GIF: block {block:#04x} at byte {position:,}")
+            while encoded[position]:
+                position += 1 + encoded[position]
+            position += 1
     except (IndexError, struct.error) as error:
         raise InvalidImage(f"a GIF that is cut off: {len(encoded):,} bytes and no trailer") from error
     if frames != 1:
-        raise InvalidImage(f"a GIF of {frames} frames: training takes one")
+        raise InvalidImage(f"a GIF of {frames} frames: training takes single images")
     return height, width
 
 
 def _bmp(encoded: bytes) -> tuple[int, int]:
     start, _, width, height, _, bits = struct.unpack_from("<IIiiHH", encoded, 10)
-    height = abs(height)  # negative: stored from the top
-    rows = (width * bits + 31) // 32 * 4 * height
-    if width > 0 and len(encoded) < start + rows:
-        raise InvalidImage(f"a BMP that is cut off: {len(encoded):,} of {start + rows:,} bytes")
+    height = abs(height)  # negative: rows are stored top to bottom
+    pixel_bytes = (width * bits + 31) // 32 * 4 * height
+    if width > 0 and len(encoded) < start + pixel_bytes:
+        raise InvalidImage(f"a BMP that is cut off: {len(encoded):,} of {start + pixel_bytes:,} bytes")
     return height, width
 
 

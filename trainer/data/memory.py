@@ -1,4 +1,4 @@
-"""Memory and processors that a process may use, and where that leaves room for images."""
+"""Memory and processors available to this process, and the choice of image stores that fit."""
 
 from __future__ import annotations
 
@@ -6,42 +6,46 @@ import os
 
 from trainer.data.dataset import Split
 
-_SHARE_OF_MEMORY = 0.7  # that images may take; the rest is for models, encoded images and what is made ahead
+_IMAGE_SHARE = 0.7  # of free memory; the rest is for models, encoded images and prefetched batches
 
 
-def choose_stores(kind: str, device: int, memory: int, train: int, held_out: int) -> tuple[str, str]:
-    """Where the training images and the evaluation images are kept.
+def choose_stores(
+    kind: str, device_bytes: int, memory_bytes: int, train_bytes: int, eval_bytes: int
+) -> tuple[str, str]:
+    """Chooses where the training images and the evaluation images are kept.
 
     Args:
-        kind: of --store: "device", "host", "disk", or "auto" for the first of these that has room.
-        device: bytes that the accelerator has for images.
-        memory: bytes that are free on the host.
-        train, held_out: bytes of the decoded images.
+        kind: value of --store: "device", "host", "disk", or "auto" for the first of these with
+            enough room.
+        device_bytes: accelerator memory available for images.
+        memory_bytes: free host memory.
+        train_bytes: size of the decoded training images.
+        eval_bytes: size of the decoded evaluation images.
 
     Returns:
-        A kind for each; held-out images are on the "host" or the "disk".
+        The kind of store for training images, and for evaluation images ("host" or "disk").
     """
-    room = int(_SHARE_OF_MEMORY * memory)
+    room = int(_IMAGE_SHARE * memory_bytes)
     if kind == "auto":
-        # What goes to the device is held on the host too.
-        kind = "device" if train <= device and 2 * train + held_out <= room else "host"
-        if kind == "host" and train + held_out > room:
-            return "disk", "host" if held_out <= room // 2 else "disk"
+        # Images on the device are kept in host memory too.
+        kind = "device" if train_bytes <= device_bytes and 2 * train_bytes + eval_bytes <= room else "host"
+        if kind == "host" and train_bytes + eval_bytes > room:
+            return "disk", "host" if eval_bytes <= room // 2 else "disk"
     return kind, "disk" if kind == "disk" else "host"
 
 
 def decoded_bytes(split: Split, side: int) -> int:
-    """Bytes of a split's squares."""
+    """Returns the bytes of a split's images, decoded and resized to `side` x `side` pixels."""
     return split.examples * side * side * 3
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Returns the number of processors that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: of the machine, or of its container if that allows less."""
+    """Returns the bytes this process may still allocate on this machine and in its cgroup."""
     with open("/proc/meminfo") as file:
         lines = dict(line.split(":") for line in file)
     free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -50,8 +54,8 @@ def free_memory() -> int:
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
         try:
-            with open(limit) as top, open(used) as now:
-                free = min(free, int(top.read()) - int(now.read()))
-        except (OSError, ValueError):  # no such group, or its limit is "max"
+            with open(limit) as limit_file, open(used) as used_file:
+                free = min(free, int(limit_file.read()) - int(used_file.read()))
+        except (OSError, ValueError):  # no such cgroup, or its limit is "max"
             continue
     return max(0, free)

@@ -1,4 +1,4 @@
-"""Which examples make batch t: a function of (seed, position), with nothing to save."""
+"""The order of examples: batch t is a function of (seed, t), so there is no state to save."""
 
 from __future__ import annotations
 
@@ -9,50 +9,62 @@ import numpy as np
 
 from trainer.core.errors import ConfigError, DataError
 
-_CYCLE = 10_000  # rows over which sets are mixed in exact shares
-_PATTERN = 0xFFFFFFFF  # the stream that says which set a row is from
+_CYCLE = 10_000  # rows in which every data set has exactly its share
+_MIXING_STREAM = 0xFFFFFFFF  # random stream that assigns rows to data sets
 
 
 def permutation(seed: int, epoch: int, examples: int, stream: int = 0) -> np.ndarray:
-    """The order of epoch `epoch`: int32 [examples], each id once.
+    """Returns the example ids of one epoch in their order.
 
-    Sorting Philox's raw 64-bit stream, because NumPy promises that stream for ever and does not promise
-    `Generator.permutation`'s.
+    Sorts Philox's raw 64-bit stream, because NumPy guarantees that stream across versions and does
+    not guarantee `Generator.permutation`.
 
     Args:
         seed: 0 to 2^31 - 1.
-        epoch: from 0.
-        examples: below 2^31.
-        stream: 0 to 2^32 - 1, one for each set that has epochs of its own.
+        epoch: >= 0.
+        examples: number of examples, below 2^31.
+        stream: 0 to 2^32 - 1, a different one for each data set with its own epochs.
+
+    Returns:
+        int32 [examples], each id in 0 .. examples - 1 once.
     """
     raw = np.random.Philox(key=[seed + (stream << 32), epoch]).random_raw(examples)
     return np.argsort(raw, kind="stable").astype(np.int32)
 
 
-class _Epochs:
-    """Permutations of one stream, one after the other without a seam; those in use are kept."""
+class _EpochStream:
+    """Consecutive epochs of one data set as one long sequence of ids.
+
+    Caches the permutations of the last request.
+    """
 
     def __init__(self, seed: int, examples: int, stream: int) -> None:
         self._seed, self._examples, self._stream = seed, examples, stream
-        self._kept: dict[int, np.ndarray] = {}
+        self._cache: dict[int, np.ndarray] = {}
 
     def ids(self, start: int, stop: int) -> np.ndarray:
-        """int32 [stop - start], in time independent of `start`."""
-        epochs = range(start // self._examples, -(-stop // self._examples))
-        self._kept = {e: self._kept[e] if e in self._kept else self._make(e) for e in epochs}
-        parts = [self._kept[e][max(0, start - e * self._examples) : max(0, stop - e * self._examples)] for e in epochs]
-        return np.concatenate([np.zeros(0, np.int32), *parts])
+        """Returns ids [start, stop) of the sequence: int32 [stop - start].
 
-    def _make(self, epoch: int) -> np.ndarray:
-        return permutation(self._seed, epoch, self._examples, self._stream)
+        Takes time independent of `start`.
+        """
+        epochs = range(start // self._examples, -(-stop // self._examples))
+        self._cache = {
+            e: self._cache[e] if e in self._cache else permutation(self._seed, e, self._examples, self._stream)
+            for e in epochs
+        }
+        parts = [self._cache[e][max(0, start - e * self._examples) : max(0, stop - e * self._examples)] for e in epochs]
+        return np.concatenate([np.zeros(0, np.int32), *parts])
 
 
 class ExampleSampler:
-    """Which example ids make batch t: epochs follow one another without a seam, each shows every example once.
+    """Samples the example ids of batch t.
 
-    Of several sets, an id is a position in all of them, one after the other. Without weights they are one set. With weights,
-    each set goes through epochs of its own, and each 10,000 rows, counted from the start of the run, hold every set in its
-    exact share (to a ten-thousandth), in an order drawn anew. Which set a row is from is a function of (seed, step, row).
+    Each epoch holds every example once; batches may span two epochs.
+
+    With several data sets, an id is an index into their concatenation. Without weights they are
+    sampled as one set. With weights, each set has its own epochs, and every 10,000 rows from the
+    start of the run hold each set in its exact share (rounded to 1/10,000), in a newly drawn
+    order. The data set of a row is a function of (seed, step, row).
     """
 
     def __init__(
@@ -61,55 +73,65 @@ class ExampleSampler:
         """
         Args:
             seed: 0 to 2^31 - 1.
-            examples: of the set, or of each set.
+            examples: number of examples of the data set, or of each data set.
             batch_size: rows of the global batch.
-            weights: of each set, > 0, of any sum; none: the sets are one.
+            weights: relative weight of each data set, > 0; empty: all sets are sampled as one.
 
         Raises:
-            ConfigError: a set would be in no row of 10,000.
-            DataError: more examples than an int32 counts.
+            ConfigError: a data set would have no row in 10,000.
+            DataError: more examples than int32 ids can address.
         """
-        sets = [examples] if isinstance(examples, int) else list(examples)
-        if sum(sets) >= 2**31:
-            raise DataError(f"{sum(sets):,} examples; at most {2**31 - 1:,} can be trained on at once")
-        self._batch, self._seed = batch_size, seed
-        self._shares = np.array([_CYCLE])
-        if len(sets) > 1 and weights:
-            self._shares = _shares(weights)
+        sizes = [examples] if isinstance(examples, int) else list(examples)
+        if sum(sizes) >= 2**31:
+            raise DataError(f"{sum(sizes):,} examples; at most {2**31 - 1:,} can be trained on at once")
+        self._batch_size, self._seed = batch_size, seed
+        self._rows_per_cycle = np.array([_CYCLE])
+        if len(sizes) > 1 and weights:
+            self._rows_per_cycle = rows_per_cycle(weights)
         else:
-            sets = [sum(sets)]
-        self._starts = np.cumsum([0, *sets])[:-1]
-        self._sets = [_Epochs(seed, size, number) for number, size in enumerate(sets)]
+            sizes = [sum(sizes)]
+        self._starts = np.cumsum([0, *sizes])[:-1]
+        self._streams = [_EpochStream(seed, size, number) for number, size in enumerate(sizes)]
 
     def batches(self, first: int, count: int) -> np.ndarray:
-        """Ids int32 [count, batch] of batches `first` .. `first + count - 1`, in time independent of `first`."""
-        start, stop = first * self._batch, (first + count) * self._batch
-        if len(self._sets) == 1:
-            return self._sets[0].ids(start, stop).reshape(count, self._batch)
+        """Returns the ids of batches `first` .. `first + count - 1`: int32 [count, batch_size].
+
+        Takes time independent of `first`.
+        """
+        start, stop = first * self._batch_size, (first + count) * self._batch_size
+        if len(self._streams) == 1:
+            return self._streams[0].ids(start, stop).reshape(count, self._batch_size)
         cycles = range(start // _CYCLE, -(-stop // _CYCLE))
-        which = np.concatenate([self._pattern(cycle) for cycle in cycles])
+        set_of_row = np.concatenate([self._sets_in_cycle(cycle) for cycle in cycles])
         skip = start - cycles[0] * _CYCLE
-        before, which = which[:skip], which[skip : skip + stop - start]
-        found = np.empty(stop - start, np.int32)
-        for number, epochs in enumerate(self._sets):
-            own = which == number
-            seen = cycles[0] * int(self._shares[number]) + int((before == number).sum())
-            found[own] = epochs.ids(seen, seen + int(own.sum())) + self._starts[number]
-        return found.reshape(count, self._batch)
+        before, set_of_row = set_of_row[:skip], set_of_row[skip : skip + stop - start]
+        ids = np.empty(stop - start, np.int32)
+        for number, stream in enumerate(self._streams):
+            rows = set_of_row == number
+            seen = cycles[0] * int(self._rows_per_cycle[number]) + int((before == number).sum())
+            ids[rows] = stream.ids(seen, seen + int(rows.sum())) + self._starts[number]
+        return ids.reshape(count, self._batch_size)
 
-    def _pattern(self, cycle: int) -> np.ndarray:
-        """The set of each row of a cycle."""
-        rows = np.repeat(np.arange(len(self._shares)), self._shares)
-        return rows[permutation(self._seed, cycle, _CYCLE, _PATTERN)]
+    def _sets_in_cycle(self, cycle: int) -> np.ndarray:
+        """Returns the data set of each row of a cycle: int [10,000]."""
+        sets = np.repeat(np.arange(len(self._rows_per_cycle)), self._rows_per_cycle)
+        return sets[permutation(self._seed, cycle, _CYCLE, _MIXING_STREAM)]
 
 
-def _shares(weights: Sequence[float]) -> np.ndarray:
-    """Rows of each set in a cycle: weights rounded so that they sum to it, the largest remainders up."""
+def rows_per_cycle(weights: Sequence[float]) -> np.ndarray:
+    """Returns the rows of each data set in 10,000: int [sets], rounded by largest remainder.
+
+    Raises:
+        ConfigError: a data set would have none.
+    """
     exact = [Fraction(weight) * _CYCLE / sum(map(Fraction, weights)) for weight in weights]
-    shares = [int(share) for share in exact]
-    by_rest = sorted(range(len(exact)), key=lambda k: shares[k] - exact[k])
-    for k in by_rest[: _CYCLE - sum(shares)]:
-        shares[k] += 1
-    if min(shares) < 1:
-        raise ConfigError(f"--data_weights={','.join(map(str, weights))}: a share below 1 in {_CYCLE:,} is no share")
-    return np.array(shares)
+    rows = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda k: rows[k] - exact[k])
+    for k in by_remainder[: _CYCLE - sum(rows)]:
+        rows[k] += 1
+    if min(rows) < 1:
+        raise ConfigError(
+            f"--data_weights={','.join(map(str, weights))}: a data set has less than 1 row in {_CYCLE:,}; "
+            "give it a larger weight or leave it out of --data"
+        )
+    return np.array(rows)

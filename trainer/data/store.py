@@ -1,8 +1,8 @@
-"""Images of a split as squares, in memory or decoded from the disk when asked for, and which of them make batch t.
+"""Stores of decoded square images, in memory or decoded from disk on demand.
 
-Order is a function of (seed, position): there is no shuffle buffer and nothing to save. An image is kept as a
-square uint8 picture, squashed to it whatever its aspect ratio; its original height and width stay beside it, so that a
-crop sampled in the original's proportions is still exact (trainer.method.views).
+An image is resized to a square whatever its aspect ratio. Its original height and width are kept
+beside it, so that a crop sampled in the original's proportions is still exact
+(trainer.method.views).
 """
 
 from __future__ import annotations
@@ -23,9 +23,16 @@ from trainer.data.records import CorruptRecordLog, EncodedShard, EncodedSplit
 
 
 def squash(images: tf.Tensor, side: int | tf.Tensor) -> tf.Tensor:
-    """Resizes to a square whatever the aspect, antialiased: uint8 [..., height, width, 3] -> uint8 [..., side, side, 3].
+    """Resizes images to squares, whatever their aspect ratio, with antialiasing.
 
-    The exported model uses this function too: what it sees is what was evaluated.
+    The exported model resizes with this function too, so its inputs equal those of the evaluation.
+
+    Args:
+        images: uint8 [..., height, width, 3].
+        side: in pixels.
+
+    Returns:
+        uint8 [..., side, side, 3].
     """
     resized = tf.image.resize(images, [side, side], method="bilinear", antialias=True)
     return tf.cast(tf.clip_by_value(tf.round(resized), 0.0, 255.0), tf.uint8)
@@ -33,18 +40,18 @@ def squash(images: tf.Tensor, side: int | tf.Tensor) -> tf.Tensor:
 
 @tf.function(input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int32)], autograph=False)
 def decode_square(encoded: tf.Tensor, side: tf.Tensor) -> tf.Tensor:
-    """Decodes one image and squashes it to a square: string scalar -> uint8 [side, side, 3]."""
+    """Decodes an image to a square: string scalar, int32 scalar -> uint8 [side, side, 3]."""
     return squash(records.decode(encoded), side)
 
 
 class ImageStore:
-    """The images of a split as squares, reached by example id.
+    """The images of a split as squares, read by example id.
 
     Attributes:
         labels: int32 [examples], -1 where there is none.
         sizes: float32 [examples, 2], height and width of the originals in pixels.
         classes: class names.
-        shape: of a square: (side, side, 3).
+        shape: shape of one image, (side, side, 3).
     """
 
     labels: np.ndarray
@@ -56,7 +63,7 @@ class ImageStore:
         return len(self.labels)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """The squares of examples `ids` (int [n]) in that order: uint8 [n, side, side, 3].
+        """Returns the images of examples `ids` (int [n]) in that order: uint8 [n, side, side, 3].
 
         Raises:
             DataError: an image cannot be read or decoded.
@@ -77,48 +84,56 @@ class MemoryStore(ImageStore):
         split: Split,
         side: int,
         progress: Callable[[int, int], None],
-        damage: CorruptRecordLog | None = None,
+        corrupt: CorruptRecordLog | None = None,
     ) -> None:
-        """Reads, checks and decodes the whole split with a thread per core; of the encoded images, one shard at a time is held.
+        """Reads, checks and decodes the whole split, with a thread per core.
+
+        Holds one encoded shard in memory at a time.
 
         Args:
-            dataset, split: which.
-            side: of a square, in pixels.
-            progress: called with images decoded so far and in all.
-            damage: counts bad records, which are left out; by default the first one is an error.
+            dataset: the data set of the split.
+            split: which split to decode.
+            side: height and width of the decoded images, in pixels.
+            progress: called with the number of images decoded so far and in all.
+            corrupt: collects corrupt records, which are left out; by default the first one raises.
 
         Raises:
-            DataError: a shard is damaged, an image cannot be decoded (file, record, offset and name are given), or the
-                decoded split does not fit into this machine's memory.
+            DataError: a shard is damaged, an image cannot be decoded (the message has file,
+                record, offset and name), or the decoded split does not fit into this machine's
+                memory.
         """
-        need, have = decoded_bytes(split, side), free_memory()
-        if need > have:
+        required, available = decoded_bytes(split, side), free_memory()
+        if required > available:
             raise DataError(
-                f"split {split.name!r} of {dataset.folder} needs {need / 2**30:.1f} GiB decoded at {side} x {side} pixels; "
-                f"{have / 2**30:.1f} GiB of memory are free: use --store=disk, a smaller --store_size or a machine with more memory"
+                f"split {split.name!r} of {dataset.folder} needs {required / 2**30:.1f} GiB decoded at {side} x {side} "
+                f"pixels; {available / 2**30:.1f} GiB of memory are free: use --store=disk, a smaller --store_size or a "
+                "machine with more memory"
             )
         self.classes, self.shape = dataset.classes, (side, side, 3)
         self.images = np.empty((split.examples, side, side, 3), np.uint8)
-        tables, start = [], 0
+        entries, start = [], 0
         with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
-            for shard in records.read_shards(dataset, split, damage):
-                place = self.images[start : start + len(shard.table)]
-                for done, _ in enumerate(pool.map(_decoder(shard, side, place), range(len(place))), start + 1):
+            for shard in records.read_shards(dataset, split, corrupt):
+                output = self.images[start : start + len(shard.entries)]
+                for done, _ in enumerate(pool.map(_decoder(shard, side, output), range(len(output))), start + 1):
                     if done % 64 == 0 or done == split.examples:
                         progress(done, split.examples)
-                tables.append(shard.table)
-                start += len(place)
+                entries.append(shard.entries)
+                start += len(output)
         self.images = self.images[:start]
-        table = np.concatenate(tables)
-        self.labels, self.sizes = table["label"].astype(np.int32), records.original_sizes(table)
+        index = np.concatenate(entries)
+        self.labels, self.sizes = index["label"].astype(np.int32), records.original_sizes(index)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """See `Store`."""
+        """See `ImageStore`."""
         return self.images[ids]
 
 
 class DiskStore(ImageStore):
-    """A split whose images stay encoded on the disk; those asked for are read and decoded, a thread per core."""
+    """A split whose images stay encoded on disk.
+
+    Requested images are read and decoded by a pool of threads.
+    """
 
     def __init__(
         self,
@@ -128,87 +143,92 @@ class DiskStore(ImageStore):
         cache: Cache,
         progress: Callable[[int, int], None],
         threads: int = 0,
-        damage: CorruptRecordLog | None = None,
+        corrupt: CorruptRecordLog | None = None,
     ) -> None:
         """
         Args:
-            dataset, split: which.
-            side: of a square, in pixels.
-            cache: where copies of shards are kept that do not lie on a disk.
-            progress: called with bytes copied or checked so far and in all.
-            threads: that decode; 0: one for each core.
-            damage: counts bad records, which are left out; by default the first one is an error.
+            dataset: the data set of the split.
+            split: which split to read.
+            side: height and width of the decoded images, in pixels.
+            cache: keeps copies of remote shards. This store keeps it alive, and with it the lease
+                on the copies.
+            progress: called with the number of bytes copied or checked so far and in all.
+            threads: number of decoding threads; 0: one per core.
+            corrupt: collects corrupt records, which are left out; by default the first one raises.
 
         Raises:
-            DataError: a shard is missing or damaged, or there is no room for the copies.
+            DataError: a shard is missing or damaged, or the copies do not fit on the disk.
         """
-        self._cache, self.shape = cache, (side, side, 3)  # with the cache goes the lease on the copies
-        self._encoded = EncodedSplit(dataset, split, cache.open(dataset, split, progress, damage))
+        self._cache, self.shape = cache, (side, side, 3)
+        self._encoded = EncodedSplit(dataset, split, cache.open(dataset, split, progress, corrupt))
         self.labels, self.sizes, self.classes = self._encoded.labels, self._encoded.sizes, dataset.classes
         self._pool = concurrent.futures.ThreadPoolExecutor(threads or cores(), "decode")
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """See `Store`."""
+        """See `ImageStore`."""
         images = np.empty((len(ids), *self.shape), np.uint8)
-        one = _decoder(self._encoded, self.shape[0], images)
-        for _ in self._pool.map(one, range(len(ids)), ids.tolist()):
+        decode = _decoder(self._encoded, self.shape[0], images)
+        for _ in self._pool.map(decode, range(len(ids)), ids.tolist()):
             pass
         return images
 
 
-class SeveralStores(ImageStore):
-    """Sets one after the other: the ids of each follow those of the one before."""
+class ConcatenatedStore(ImageStore):
+    """Several stores as one: the ids of each store follow those of the store before."""
 
-    def __init__(self, parts: Sequence[ImageStore]) -> None:
+    def __init__(self, stores: Sequence[ImageStore]) -> None:
         """
         Args:
-            parts: with the same square; the classes are those of the first.
+            stores: with images of one shape. The classes are those of the first.
         """
-        self.parts = tuple(parts)
-        self._starts = np.cumsum([0, *(len(part) for part in parts)])
-        self.labels = np.concatenate([part.labels for part in parts])
-        self.sizes = np.concatenate([part.sizes for part in parts])
-        self.classes, self.shape = parts[0].classes, parts[0].shape
+        self._stores = tuple(stores)
+        self._starts = np.cumsum([0, *(len(store) for store in stores)])
+        self.labels = np.concatenate([store.labels for store in stores])
+        self.sizes = np.concatenate([store.sizes for store in stores])
+        self.classes, self.shape = stores[0].classes, stores[0].shape
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """See `Store`."""
+        """See `ImageStore`."""
         images = np.empty((len(ids), *self.shape), np.uint8)
-        which = np.searchsorted(self._starts, ids, side="right") - 1
-        for number, part in enumerate(self.parts):
-            own = which == number
-            if own.any():
-                images[own] = part.take(ids[own] - self._starts[number])
+        store_of_id = np.searchsorted(self._starts, ids, side="right") - 1
+        for number, store in enumerate(self._stores):
+            rows = store_of_id == number
+            if rows.any():
+                images[rows] = store.take(ids[rows] - self._starts[number])
         return images
 
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
-def prefetched(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """Yields `make` of each item in turn; the next one is made, on a thread, while the last one is used."""
+def prefetched(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yields `function(item)` for each item in order.
+
+    A thread computes the next result while the caller uses the last.
+    """
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        waiting: concurrent.futures.Future[Made] | None = None
+        pending: concurrent.futures.Future[Result] | None = None
         for item in items:
-            begun = thread.submit(make, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = begun
-        if waiting is not None:
-            yield waiting.result()
+            submitted = thread.submit(function, item)
+            if pending is not None:
+                yield pending.result()
+            pending = submitted
+        if pending is not None:
+            yield pending.result()
 
 
 def _decoder(encoded: EncodedShard | EncodedSplit, side: int, images: np.ndarray) -> Callable[..., None]:
-    """A function that decodes example `number` (by default `place`) into `images[place]`."""
+    """Returns a function that decodes example `number` (by default `row`) into `images[row]`."""
 
-    def decode(place: int, number: int | None = None) -> None:
-        example = place if number is None else number
-        picture = encoded.picture(example)
+    def decode(row: int, number: int | None = None) -> None:
+        example = row if number is None else number
+        record = encoded.record(example)
         try:
-            images[place] = decode_square(tf.constant(picture.encoded), tf.constant(side)).numpy()
+            images[row] = decode_square(tf.constant(record.encoded), tf.constant(side)).numpy()
         except tf.errors.OpError as error:
             raise DataError(
-                f"{encoded.where(example)} ({picture.filename}): the image cannot be decoded; "
+                f"{encoded.location(example)} ({record.filename}): the image cannot be decoded; "
                 "replace it and prepare the data set again"
             ) from error
 

@@ -15,25 +15,39 @@ from trainer.core.errors import ConfigError, DataError
 from trainer.ingest import images
 from trainer.ingest.images import SUFFIXES, ValidatedImage
 from trainer.ingest.sources import (
-    _CHUNK,
-    SPLITS,
-    Load,
+    SPLIT_NAMES,
+    Loader,
     Progress,
     Source,
     SourceOptions,
     SourceSplit,
-    by_share,
-    choose,
-    class_numbers,
-    digest,
-    in_order,
+    content_hash,
+    number_classes,
+    run_in_order,
+    select_splits,
+    split_by_share,
 )
 from trainer.io import destination, files
+
+_HASHES_AHEAD = 256  # files read at a time to assign them to splits by their content
+# Headers that name a column of a table, in lower case.
+_COLUMN_NAMES = {
+    "path": ("path", "file", "filename", "file_name", "filepath", "image", "image_path"),
+    "label": ("label", "class", "class_name", "category", "target"),
+    "split": ("split", "subset", "partition"),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _File:
-    """An image file: where it is, what its record is called, its class ("" for none), and what changes with it."""
+    """An image file.
+
+    Attributes:
+        path: where it is.
+        name: file name for its record.
+        label: class name; "": none.
+        mark: a text that changes when the file does.
+    """
 
     path: str
     name: str
@@ -41,14 +55,20 @@ class _File:
     mark: str
 
 
-def folder_source(path: str, wanted: SourceOptions, progress: Progress) -> Source:
-    """Image files in folders: PATH/SPLIT/CLASS/IMAGE, PATH/CLASS/IMAGE, PATH/SPLIT/IMAGE or PATH/IMAGE.
+def folder_source(path: str, options: SourceOptions, progress: Progress) -> Source:
+    """Image files as PATH/SPLIT/CLASS/IMAGE, PATH/CLASS/IMAGE, PATH/SPLIT/IMAGE or PATH/IMAGE.
 
-    Of two levels, the upper one are splits if all of its names mean a split (`SPLITS`), and classes otherwise. Without a
-    split, all is `train`; without a class, pictures are unlabelled.
+    Of two levels, the upper one is the split if all its names mean a split (`SPLIT_NAMES`), and the
+    class otherwise. Without a split level, all images are `train`; without a class level, images
+    are unlabelled.
+
+    Args:
+        path: local folder or gs:// prefix.
+        options: flags common to all sources.
+        progress: called with what is being done, how many are done, and how many in all.
 
     Raises:
-        DataError: no folder, no image, or images at different depths.
+        DataError: the folder is missing, or has no images, or has images at different depths.
     """
     flag = f"--dataset=folder:{path}"
     if not files.is_remote(path) and not os.path.isdir(path):
@@ -61,43 +81,45 @@ def folder_source(path: str, wanted: SourceOptions, progress: Progress) -> Sourc
         )
     depths = {len(parts): "/".join(parts) for parts, _ in entries}
     if len(depths) > 1 or max(depths) > 3:
-        shown = " and ".join(sorted(depths.values())[:2])
+        examples = " and ".join(sorted(depths.values())[:2])
         raise DataError(
-            f"{flag} has images at {shown}: all must lie at one depth, as SPLIT/CLASS/NAME, CLASS/NAME, SPLIT/NAME or NAME"
+            f"{flag} has images at {examples}: all must lie at one depth, as SPLIT/CLASS/NAME, CLASS/NAME, SPLIT/NAME or "
+            "NAME"
         )
     depth = max(depths)
-    split_level = depth == 3 or (depth == 2 and all(parts[0].lower() in SPLITS for parts, _ in entries))
+    split_level = depth == 3 or (depth == 2 and all(parts[0].lower() in SPLIT_NAMES for parts, _ in entries))
     class_level = depth - split_level > 1
-    found: dict[str, list[_File]] = {}
+    by_split: dict[str, list[_File]] = {}
     for parts, mark in entries:
-        name = "/".join(parts)
-        label = parts[-2] if class_level and wanted.labelled else ""
-        found.setdefault(parts[0] if split_level else "", []).append(_File(files.join(path, *parts), name, label, mark))
+        label = parts[-2] if class_level and options.labelled else ""
+        file = _File(files.join(path, *parts), "/".join(parts), label, mark)
+        by_split.setdefault(parts[0] if split_level else "", []).append(file)
     name = f"folder {posixpath.basename(path.rstrip('/'))}"
-    return of_files(name, flag, found, wanted, progress)
+    return _source_of_files(name, flag, by_split, options, progress)
 
 
-def csv_source(path: str, columns: dict[str, str], wanted: SourceOptions, progress: Progress) -> Source:
-    """A CSV file with a line for each picture: path, label, split; the last two may be missing.
+def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progress: Progress) -> Source:
+    """A CSV file with a line for each image: path, label, split; the last two may be missing.
 
-    The first line is a header if no cell of it ends as an image file does. Paths are relative to the table's folder,
-    absolute, or gs://. Labels are names, or, if all are numbers, positions in the classes.
+    The first line is a header unless one of its cells ends like an image file. Paths are relative
+    to the table's folder, absolute, or gs://. Labels are class names, or, if all are whole
+    numbers, class numbers.
 
     Args:
-        path: the table; comma, semicolon or tab separate.
-        columns: of path, label and split: names in the header, or numbers from 0. Empty: found by their names, else
-            path and label come first, and a third column is the split if it holds nothing but split names.
-        wanted: the rest.
-        progress: called with what, done, total.
+        path: the table, separated by comma, semicolon or tab.
+        columns: of path, label and split: names in the header, or numbers from 0. Empty: found by
+            usual names in the header; without one, path and label come first, and a third column
+            that holds only split names is the split.
+        options: flags common to all sources.
+        progress: called with what is being done, how many are done, and how many in all.
 
     Raises:
-        ConfigError: no such column.
-        DataError: not such a table; the line is named.
+        ConfigError: a column in `columns` does not exist.
+        DataError: not such a table; the message has the line number.
     """
     flag = f"--dataset=csv:{path}"
     text = files.read(path, "a table").decode("utf-8-sig", errors="replace")
-    first = text.split("\n", 1)[0]
-    separator = max(",;\t", key=first.count)
+    separator = max(",;\t", key=text.split("\n", 1)[0].count)
     rows = [
         (number, [cell.strip() for cell in row])
         for number, row in enumerate(csv.reader(io.StringIO(text), delimiter=separator), 1)
@@ -108,92 +130,98 @@ def csv_source(path: str, columns: dict[str, str], wanted: SourceOptions, progre
     header = [] if any(cell.lower().endswith(SUFFIXES) for cell in rows[0][1]) else rows[0][1]
     if header:
         rows = rows[1:]
-    where = _columns(flag, header, rows, columns)
-    base = posixpath.dirname(path)
-    found: dict[str, list[_File]] = {}
+    positions = _column_positions(flag, header, rows, columns)
+    folder = posixpath.dirname(path)
+    by_split: dict[str, list[_File]] = {}
     for number, row in rows:
-        cells = {name: row[column] if column < len(row) else "" for name, column in where.items()}
+        cells = {name: row[column] if column < len(row) else "" for name, column in positions.items()}
         if not cells["path"]:
             raise DataError(f"{flag}: line {number} names no file")
-        if "split" in where and not cells["split"]:
+        if "split" in positions and not cells["split"]:
             raise DataError(f"{flag}: line {number} ({cells['path']}) has no split")
-        label = cells.get("label", "") if wanted.labelled else ""
-        place = cells["path"] if files.is_remote(cells["path"]) else files.join(base, cells["path"])
-        entry = _File(place, cells["path"], label, destination.mark(place))
-        found.setdefault(cells.get("split", ""), []).append(entry)
-    if not found:
-        raise DataError(f"{flag} has a header and no pictures")
-    return of_files(f"csv {posixpath.basename(path)}", flag, found, wanted, progress)
+        label = cells.get("label", "") if options.labelled else ""
+        image_path = cells["path"] if files.is_remote(cells["path"]) else files.join(folder, cells["path"])
+        file = _File(image_path, cells["path"], label, destination.mark(image_path))
+        by_split.setdefault(cells.get("split", ""), []).append(file)
+    if not by_split:
+        raise DataError(f"{flag} has a header and no images")
+    name = f"csv {posixpath.basename(path)}"
+    return _source_of_files(name, flag, by_split, options, progress, numeric_labels=True)
 
 
-def _columns(flag: str, header: list[str], rows: list[tuple[int, list[str]]], asked: dict[str, str]) -> dict[str, int]:
-    """Where path, label and split stand in a row."""
-    known = {
-        "path": ("path", "file", "filename", "file_name", "filepath", "image", "image_path"),
-        "label": ("label", "class", "class_name", "category", "target"),
-        "split": ("split", "subset", "partition"),
-    }
-    lower, width = [name.lower() for name in header], max((len(row) for _, row in rows), default=0)
-    where: dict[str, int] = {}
-    for name, column in asked.items():
+def _column_positions(
+    flag: str, header: list[str], rows: list[tuple[int, list[str]]], columns: dict[str, str]
+) -> dict[str, int]:
+    """Returns the position of path, label and split in a row, as far as the table has them."""
+    names, width = [name.lower() for name in header], max((len(row) for _, row in rows), default=0)
+    positions: dict[str, int] = {}
+    for name, column in columns.items():
         if column in header:
-            where[name] = header.index(column)
+            positions[name] = header.index(column)
         elif column.isdigit() and int(column) < max(width, len(header)):
-            where[name] = int(column)
+            positions[name] = int(column)
         else:
-            there = ", ".join(header) if header else f"{width} without a header: 0 to {width - 1}"
-            raise ConfigError(f"--columns: {flag} has no column {column!r} for {name}; there are {there}")
-    for name, words in known.items():
-        if name not in where and (here := [lower.index(word) for word in words if word in lower]):
-            where[name] = here[0]
-    where.setdefault("path", 0)
-    if not header and not asked:
+            available = ", ".join(header) if header else f"{width} without a header: 0 to {width - 1}"
+            raise ConfigError(f"--columns: {flag} has no column {column!r} for {name}; there are {available}")
+    for name, usual_names in _COLUMN_NAMES.items():
+        if name not in positions and (matches := [names.index(usual) for usual in usual_names if usual in names]):
+            positions[name] = matches[0]
+    positions.setdefault("path", 0)
+    if not header and not columns:
         if width > 1:
-            where["label"] = 1
-        if width == 3 and all(len(row) == 3 and row[2].lower() in SPLITS for _, row in rows):
-            where["split"] = 2
-    elif "label" not in where and not asked and len(header) == 2 and where["path"] == 0:
-        where["label"] = 1
-    return where
+            positions["label"] = 1
+        if width == 3 and all(len(row) == 3 and row[2].lower() in SPLIT_NAMES for _, row in rows):
+            positions["split"] = 2
+    elif "label" not in positions and not columns and len(header) == 2 and positions["path"] == 0:
+        positions["label"] = 1
+    return positions
 
 
-def of_files(name: str, flag: str, found: dict[str, list[_File]], wanted: SourceOptions, progress: Progress) -> Source:
-    """Splits, classes and loads of image files; `found` is by the source's own split, "" where it has none."""
-    everything = [file for part in found.values() for file in part]
-    classes, numbers = class_numbers(flag, (file.label for file in everything), wanted)
-    splits = choose(flag, {own: list(range(len(part))) for own, part in found.items()}, wanted)
-    if splits is None:
+def _source_of_files(
+    name: str,
+    flag: str,
+    by_split: dict[str, list[_File]],
+    options: SourceOptions,
+    progress: Progress,
+    *,
+    numeric_labels: bool = False,
+) -> Source:
+    """A source of image files, given by the source's own split ("" where it has none)."""
+    all_files = [file for members in by_split.values() for file in members]
+    classes, numbers = number_classes(flag, (file.label for file in all_files), options, numeric=numeric_labels)
+    selected = select_splits(flag, by_split, options)
+    if selected is None:
         hashes: list[bytes] = []
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = (functools.partial(_digest, file.path, wanted.seed) for file in everything)
-            for result in in_order(pool, jobs, _CHUNK):
+            jobs = (functools.partial(_hash, file.path, options.seed) for file in all_files)
+            for result in run_in_order(pool, jobs, _HASHES_AHEAD):
                 hashes.append(result())
-                progress("hash", len(hashes), len(everything))
-        labels = [numbers[file.label] for file in everything]
-        dealt = by_share(len(everything), wanted.shares, wanted.seed, labels, hashes)
-        chosen = {split: [everything[position] for position in positions] for split, positions in dealt.items()}
+                progress("hash", len(hashes), len(all_files))
+        labels = [numbers[file.label] for file in all_files]
+        assigned = split_by_share(options.shares, options.seed, labels, hashes)
+        members_of = {split: [all_files[number] for number in members] for split, members in assigned.items()}
     else:
-        chosen = {ours: [file for own in owns for file in found[own]] for ours, owns in splits.items()}
+        members_of = {split: by_split[source_split] for split, source_split in selected.items()}
 
-    def part(split: str, members: list[_File]) -> SourceSplit:
-        def loads(start: int, stop: int) -> Iterator[Load]:
+    def source_split(split: str, members: list[_File]) -> SourceSplit:
+        def loaders(start: int, stop: int) -> Iterator[Loader]:
             for file in members[start:stop]:
-                yield functools.partial(_load, file, numbers[file.label], wanted.upright)
+                yield functools.partial(_load, file, numbers[file.label], options.upright)
 
         def key(start: int, stop: int) -> str:
             return "\n".join(f"{file.path}\t{numbers[file.label]}\t{file.mark}" for file in members[start:stop])
 
-        return SourceSplit(split, len(members), loads, key)
+        return SourceSplit(split, len(members), loaders, key)
 
-    return Source(name, classes, tuple(part(split, members) for split, members in chosen.items()))
+    return Source(name, classes, tuple(source_split(split, members) for split, members in members_of.items()))
 
 
-def _digest(path: str, seed: int) -> bytes:
-    """Of a file that cannot be read, its path's: that it cannot be read is told later."""
+def _hash(path: str, seed: int) -> bytes:
+    """Hashes a file's content; its path if it cannot be read, which `_load` reports later."""
     try:
-        return digest(files.read(path, "an image"), seed)
+        return content_hash(files.read(path, "an image"), seed)
     except DataError:
-        return digest(path.encode(), seed)
+        return content_hash(path.encode(), seed)
 
 
 def _load(file: _File, label: int, upright: bool) -> ValidatedImage:

@@ -1,7 +1,8 @@
-"""Where pictures come from: what a source is, how it is split, and the plainest ones: folders, tables, drawn gardens.
+"""The interface of sources of images, and what they share: options, splits, class names.
 
-A source knows its classes and, for each split, how many pictures there are and how to load any range of them. Order is
-fixed: two machines with any number of workers read the same pictures in the same order.
+A source has class names and, for each split, the number of images and a way to load any range of
+them. The order is fixed: any number of workers on any machine reads the same images in the same
+order.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,12 +21,13 @@ from trainer.core.errors import ConfigError, DataError
 from trainer.ingest.images import ValidatedImage
 from trainer.io import files
 
-Load = Callable[[], ValidatedImage]
-Progress = Callable[[str, int, int], None]
+Loader = Callable[[], ValidatedImage]
+Progress = Callable[[str, int, int], None]  # (phase, items done, items in all)
 T = TypeVar("T")
-_CHUNK = 256
-# Names that mean a split where a folder or a file could as well mean a class.
-SPLITS = (
+_EPSILON = 1e-9  # rounding error allowed where shares add up to 1
+
+# Names of files and folders that mean a split rather than a class.
+SPLIT_NAMES = (
     "train",
     "training",
     "validation",
@@ -42,69 +44,53 @@ SPLITS = (
 
 @dataclasses.dataclass(frozen=True)
 class SourceSplit:
-    """A split to be.
+    """One split that a source offers.
 
     Attributes:
         name: of the split.
-        count: pictures, usable or not.
-        loads: for a range [start, stop), yields what loads each picture; a load may run in any thread, and raises
-            `pictures.Unusable` for one that cannot be used.
-        key: for a range, a text that changes when its pictures do.
+        count: number of images, usable or not.
+        loaders: for a range [start, stop), yields a function for each image that loads it. It may
+            be called in any thread, and raises `UnusableImage` for an image that cannot be used.
+        key: for a range [start, stop), a text that changes when its images do.
     """
 
     name: str
     count: int
-    loads: Callable[[int, int], Iterator[Load]]
+    loaders: Callable[[int, int], Iterator[Loader]]
     key: Callable[[int, int], str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """All of a data set to be.
+    """Everything that a data set is written from.
 
     Attributes:
-        name: for people.
+        name: display name.
         classes: class names; empty: unlabelled.
-        parts: its splits.
-        facts: for dataset.json's `source`.
-        close: ends what was started for it.
+        splits: in the order in which they are written.
+        metadata: for the field `source` of dataset.json.
+        close: releases what the source holds, such as worker processes.
     """
 
     name: str
     classes: tuple[str, ...]
-    parts: tuple[SourceSplit, ...]
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    splits: tuple[SourceSplit, ...]
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     close: Callable[[], None] = lambda: None
-
-
-def in_order(
-    pool: concurrent.futures.Executor, jobs: Iterable[Callable[[], T]], ahead: int
-) -> Iterator[Callable[[], T]]:
-    """Runs jobs in a pool, at most `ahead` of them at a time, and yields what gives (or raises) each result, in order."""
-    waiting: collections.deque[concurrent.futures.Future[T]] = collections.deque()
-    try:
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result
-        while waiting:
-            yield waiting.popleft().result
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceOptions:
-    """What the flags say, for every kind of source.
+    """The flags that apply to every kind of source.
 
     Attributes:
-        splits: by our name, what the source calls it: a split of its own, a pattern, an expression. Empty: its own.
-        shares: by our name, the share of all pictures, in (0, 1]. Excludes `splits`.
-        seed: of the shares.
-        labelled: take the labels that there are.
-        upright: obey EXIF.
-        classes: class names in their order; empty: from the source.
+        splits: by the name to write, what to take from the source: one of its splits, a pattern of
+            paths, or a split expression. Empty: the source's own splits.
+        shares: by the name to write, its share of all images, in (0, 1]. Excludes `splits`.
+        seed: of the random assignment by `shares`, >= 0.
+        labelled: whether labels are taken.
+        upright: whether EXIF rotations are applied.
+        classes: class names in order; empty: the source's.
     """
 
     splits: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -116,10 +102,13 @@ class SourceOptions:
 
 
 def parse_splits(text: str) -> tuple[dict[str, str], dict[str, float]]:
-    """`--splits`: NAME=WHERE items or NAME:SHARE items, with commas between.
+    """Parses `--splits`: comma-separated NAME=WHERE or NAME:SHARE items.
+
+    Returns:
+        WHERE by name, and share by name; at least one of them is empty.
 
     Raises:
-        ConfigError: neither, both, a name twice, or shares out of range.
+        ConfigError: an item of neither form, both forms, a repeated name, or shares out of range.
     """
     splits: dict[str, str] = {}
     shares: dict[str, float] = {}
@@ -130,28 +119,33 @@ def parse_splits(text: str) -> tuple[dict[str, str], dict[str, float]]:
                 f"--splits={text}: {item!r} is neither NAME=WHERE nor NAME:SHARE, as train=train or train:0.9"
             )
         if name in splits or name in shares:
-            raise ConfigError(f"--splits={text}: {name!r} stands there twice")
+            raise ConfigError(f"--splits={text}: {name!r} is there twice; name each split once")
         if sign == "=":
             splits[name] = value
             continue
         try:
             shares[name] = float(value)
         except ValueError:
-            raise ConfigError(f"--splits={text}: {value!r} is no share; write train:0.9, or train=WHERE") from None
+            raise ConfigError(f"--splits={text}: {value!r} is not a share; write train:0.9, or train=WHERE") from None
         if not 0 < shares[name] <= 1:
             raise ConfigError(f"--splits={text}: a share must be above 0 and at most 1")
     if splits and shares:
         raise ConfigError(f"--splits={text} mixes NAME=WHERE and NAME:SHARE; use one of them")
-    if sum(shares.values()) > 1 + 1e-9:
+    if sum(shares.values()) > 1 + _EPSILON:
         raise ConfigError(f"--splits={text}: the shares add up to {sum(shares.values()):g}, which is more than 1")
     return splits, shares
 
 
 def parse_pairs(flag: str, text: str, names: tuple[str, ...]) -> dict[str, str]:
-    """NAME:VALUE items with commas between, of known names.
+    """Parses comma-separated NAME:VALUE items.
+
+    Args:
+        flag: name of the flag, for messages.
+        text: value of the flag.
+        names: the allowed names.
 
     Raises:
-        ConfigError: another form, or another name.
+        ConfigError: an item of another form, or with another name.
     """
     pairs: dict[str, str] = {}
     for item in filter(None, (item.strip() for item in text.split(","))):
@@ -162,112 +156,154 @@ def parse_pairs(flag: str, text: str, names: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
-def names_in(path: str) -> tuple[str, ...]:
-    """Class names, one a line.
+def read_class_names(path: str) -> tuple[str, ...]:
+    """Reads class names from a text file, one per line.
 
     Raises:
-        DataError: the file cannot be read, is empty, or has a name twice.
+        DataError: the file cannot be read, is empty, or repeats a name.
     """
     lines = files.read(path, "class names").decode("utf-8-sig", errors="replace").splitlines()
     names = tuple(line.strip() for line in lines if line.strip())
     if not names:
-        raise DataError(f"{path} names no classes: it must have one name a line")
+        raise DataError(f"{path} has no class names: it must have one name per line")
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path} names the class {twice!r} twice")
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path} has the class name {repeated!r} twice: remove one")
     return names
 
 
-def by_share(
-    count: int, shares: dict[str, float], seed: int, labels: Iterable[int], digests: list[bytes]
+def split_by_share(
+    shares: dict[str, float], seed: int, labels: Sequence[int], hashes: Sequence[bytes]
 ) -> dict[str, list[int]]:
-    """Deals pictures out to splits by what is in them.
+    """Assigns images to splits at random, by their content.
 
-    Within each class, pictures are ordered by a hash of their bytes and cut at the shares, so that every split has its
-    share of every class. Neither names nor order count, and equal pictures of a class go the same way.
+    Within each class, images are ordered by a hash of their bytes and cut at the shares, so every
+    split has its share of every class. Names and order of the images do not matter, and equal
+    images of a class go to the same split.
 
     Args:
-        count: pictures.
-        shares: by split, in (0, 1], at most 1 together; the rest is left out.
-        seed: another one deals otherwise.
-        labels: of each picture.
-        digests: a hash of each picture's bytes.
+        shares: by split, in (0, 1], together at most 1; the remaining images are left out.
+        seed: another seed gives another assignment.
+        labels: class number of each image.
+        hashes: `content_hash` of each image.
 
     Returns:
-        Positions by split, ascending.
+        Image numbers by split, ascending.
     """
-    classes: dict[int, list[int]] = {}
+    images_of_class: dict[int, list[int]] = {}
     for number, label in enumerate(labels):
-        classes.setdefault(label, []).append(number)
+        images_of_class.setdefault(label, []).append(number)
     names, edges = list(shares), np.cumsum(list(shares.values()))
-    dealt: dict[str, list[int]] = {name: [] for name in names}
-    for label, members in classes.items():
-        ranked = sorted(members, key=lambda number: (digests[number], number))
-        # The cut's remainder is rounded by a number of the class's own, so that small classes do not all round alike.
+    assigned: dict[str, list[int]] = {name: [] for name in names}
+    for label, members in images_of_class.items():
+        ranked = sorted(members, key=lambda number: (hashes[number], number))
+        # Each class rounds its cuts by an offset of its own, so that small classes do not all
+        # round the same way.
         drawn = hashlib.blake2b(f"{seed}:{label}".encode(), digest_size=8).digest()
         offset = int.from_bytes(drawn, "big") / 2.0**64
         ends = [int(np.floor(edge * len(ranked) + offset)) for edge in edges]
-        if edges[-1] > 1 - 1e-9:
+        if edges[-1] > 1 - _EPSILON:
             ends[-1] = len(ranked)
-        place, previous = 0, b""
+        split, previous = 0, b""
         for rank, number in enumerate(ranked):
-            if digests[number] != previous:
-                while place < len(names) and rank >= ends[place]:
-                    place += 1
-            previous = digests[number]
-            if place < len(names):
-                dealt[names[place]].append(number)
-    assert sum(map(len, dealt.values())) <= count
-    return {name: sorted(numbers) for name, numbers in dealt.items()}
+            if hashes[number] != previous:
+                while split < len(names) and rank >= ends[split]:
+                    split += 1
+            previous = hashes[number]
+            if split < len(names):
+                assigned[names[split]].append(number)
+    return {name: sorted(numbers) for name, numbers in assigned.items()}
 
 
-def digest(content: bytes | memoryview, seed: int) -> bytes:
-    """What `by_share` orders by."""
+def content_hash(content: bytes | memoryview, seed: int) -> bytes:
+    """Returns the hash by which `split_by_share` orders images: 8 bytes, keyed by `seed`."""
     return hashlib.blake2b(content, digest_size=8, key=seed.to_bytes(8, "big")).digest()
 
 
-def class_numbers(flag: str, labels: Iterable[str], wanted: SourceOptions) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Class names, and the number of each label text; "" is no label, -1."""
+def number_classes(
+    flag: str, labels: Iterable[str], options: SourceOptions, *, numeric: bool = False
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Determines class names and numbers from the labels of a source.
+
+    Args:
+        flag: the source as given by the user, for messages.
+        labels: label texts; "" is no label.
+        options: its `classes`, if any, fix names and order.
+        numeric: whether labels that are all whole numbers are class numbers rather than names.
+
+    Returns:
+        Class names, and the class number of each label text; "" has -1.
+
+    Raises:
+        DataError: a label is not among `options.classes`.
+    """
     texts = set(labels) - {""}
     numbers = {"": -1}
     if not texts:
-        return wanted.classes if wanted.labelled else (), numbers
-    if wanted.classes and texts <= set(wanted.classes):
-        return wanted.classes, numbers | {text: wanted.classes.index(text) for text in texts}
-    if all(re.fullmatch(r"\d+", text) for text in texts) and flag.startswith("--dataset=csv"):
-        count = len(wanted.classes) or max(map(int, texts)) + 1
-        if over := [text for text in texts if int(text) >= count]:
-            raise DataError(f"{flag} has label {over[0]}; --classes names {count} classes, from 0 to {count - 1}")
-        return wanted.classes or tuple(map(str, range(count))), numbers | {text: int(text) for text in texts}
-    if wanted.classes:
-        unknown = sorted(texts - set(wanted.classes))[0]
-        raise DataError(f"{flag} has class {unknown!r}, which --classes does not name")
+        return options.classes if options.labelled else (), numbers
+    if options.classes and texts <= set(options.classes):
+        return options.classes, numbers | {text: options.classes.index(text) for text in texts}
+    if numeric and all(re.fullmatch(r"\d+", text) for text in texts):
+        count = len(options.classes) or max(map(int, texts)) + 1
+        if too_large := [text for text in texts if int(text) >= count]:
+            raise DataError(f"{flag} has label {too_large[0]}; --classes has {count} classes, from 0 to {count - 1}")
+        return options.classes or tuple(map(str, range(count))), numbers | {text: int(text) for text in texts}
+    if options.classes:
+        unknown = sorted(texts - set(options.classes))[0]
+        raise DataError(f"{flag} has class {unknown!r}, which is not in the file --classes")
     classes = tuple(sorted(texts))
     return classes, numbers | {text: number for number, text in enumerate(classes)}
 
 
-def choose(flag: str, own: dict[str, list[Any]], wanted: SourceOptions) -> dict[str, list[str]] | None:
-    """Which of a source's own splits make each of ours; None: the shares decide.
+def select_splits(flag: str, available: Collection[str], options: SourceOptions) -> dict[str, str] | None:
+    """Chooses the source's split for each split to write.
 
     Args:
-        flag: names the source in messages.
-        own: the source's splits; "" stands for all where it has none.
-        wanted: the flags.
+        flag: the source as given by the user, for messages.
+        available: names of the source's splits; "" stands for all images of a source without
+            splits.
+        options: its `splits` and `shares`.
+
+    Returns:
+        The source's split by the name to write; None: images are assigned by `options.shares`.
 
     Raises:
-        DataError: --splits asks for what is not there.
+        DataError: --splits names a split that the source does not have.
     """
-    has = [name for name in own if name]
-    if wanted.shares:
-        if has:
+    named = [name for name in available if name]
+    if options.shares:
+        if named:
             raise DataError(
-                f"{flag} has splits of its own ({', '.join(has)}): name them as --splits=train={has[0]},..., or leave "
+                f"{flag} has splits of its own ({', '.join(named)}): name them as --splits=train={named[0]},..., or leave "
                 "--splits out; shares are for sources without splits"
             )
         return None
-    if wanted.splits:
-        if missing := [name for name in wanted.splits.values() if name not in has]:
-            there = ", ".join(has) or "none; give shares, as --splits=train:0.9,validation:0.1"
-            raise DataError(f"{flag} has no split {missing[0]!r} (from --splits); it has: {there}")
-        return {ours: [name] for ours, name in wanted.splits.items()}
-    return {name or "train": [name] for name in own}
+    if options.splits:
+        if missing := [name for name in options.splits.values() if name not in named]:
+            hint = ", ".join(named) or "none; give shares, as --splits=train:0.9,validation:0.1"
+            raise DataError(f"{flag} has no split {missing[0]!r} (from --splits); it has: {hint}")
+        return options.splits
+    return {name or "train": name for name in available}
+
+
+def run_in_order(
+    pool: concurrent.futures.Executor, jobs: Iterable[Callable[[], T]], ahead: int
+) -> Iterator[Callable[[], T]]:
+    """Runs jobs in a pool and yields, in order, functions that return a result or raise its error.
+
+    Args:
+        pool: runs the jobs.
+        jobs: consumed as they are submitted.
+        ahead: number of jobs under way at a time.
+    """
+    pending: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+    try:
+        for job in jobs:
+            pending.append(pool.submit(job))
+            if len(pending) >= ahead:
+                yield pending.popleft().result
+        while pending:
+            yield pending.popleft().result
+    finally:
+        for future in pending:
+            future.cancel()

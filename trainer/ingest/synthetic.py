@@ -1,9 +1,9 @@
 """Draws flowers: a stand-in for Flowers102 that any machine can make, offline.
 
-A species has its own number and shape of petals, colours and centre. Colours come from a few
-families that species share, so that colour alone does not tell them apart. A picture has its own
-pose, light, background and clutter. Everything is a function of (seed, split, index): any picture
-can be drawn alone, in any order, by any process. NumPy draws; Pillow only encodes JPEG.
+Each species has its own number and shape of petals, colours and centre. Petal colours come from a
+few families that species share, so colour alone does not identify a species. Each image has its
+own pose, light, background and clutter. Everything is a function of (seed, split, index): any
+image can be drawn alone, in any order, by any process. NumPy draws; Pillow only encodes JPEG.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _PETALS = (3, 4, 5, 5, 6, 7, 8, 10, 13, 18)
 
 @dataclasses.dataclass(frozen=True)
 class Species:
-    """What makes a species, the same in all of its pictures.
+    """The parameters of a species, the same in all its images.
 
     Lengths are in flower radii; hues, saturations and values are those of HSV, in 0..1.
 
     Attributes:
-        petals: how many in a whorl, 3 to 18.
+        petals: number in a whorl, 3 to 18.
         width: half-width of a petal, 0.05 to 0.46.
         rise: how slowly a petal widens from its base; 0.35 (paddle) to 1.5 (club).
         blunt: shape of the tip, 1 (pointed) to 6 (square).
         notch: depth of the dent in the tip, 0 to 0.3.
         whorl: length of a second whorl, set between the petals; 0: none; up to 0.8: in front of
-            the first; else behind it.
+            the first one; above: behind it.
         base: hue, saturation, value at the petal's base.
         tip: the same at its tip.
         pattern: one of PATTERNS.
@@ -72,17 +72,17 @@ class Species:
 
 
 def species(index: int, seed: int) -> Species:
-    """Species number `index` (>= 0) of the garden `seed` (>= 0).
+    """Returns species number `index` (>= 0) for `seed` (>= 0).
 
-    Families take turns, and so do petal numbers within a family: any consecutive species use all
-    colours evenly, and none is told by its colour alone.
+    Species cycle through the colour families, and within a family through the numbers of petals:
+    consecutive species use all colours evenly, and colour alone does not identify one.
     """
-    garden = _generator(seed, 0)
-    families, petals = garden.permutation(len(_FAMILIES)), garden.permutation(len(_PETALS))
-    turn, place = divmod(index, len(_FAMILIES))
-    number = _PETALS[int(petals[(turn + 3 * place) % len(_PETALS)])]
+    shuffle = _generator(seed, 0)
+    families, petals = shuffle.permutation(len(_FAMILIES)), shuffle.permutation(len(_PETALS))
+    turn, family = divmod(index, len(_FAMILIES))
+    number = _PETALS[int(petals[(turn + 3 * family) % len(_PETALS)])]
     rng = _generator(seed, 1, index)
-    hue, saturation, value = _FAMILIES[int(families[place])]
+    hue, saturation, value = _FAMILIES[int(families[family])]
     hue = (hue + rng.uniform(-0.02, 0.02)) % 1.0
     base = (hue, saturation * rng.uniform(0.75, 1.1), value * rng.uniform(0.85, 1.03))
     tip = (
@@ -96,7 +96,7 @@ def species(index: int, seed: int) -> Species:
     marks = (dark, gold) if base[1] < 0.2 else (dark, pale)
     return Species(
         petals=number,
-        # A share of the room that a petal has between its neighbours.
+        # A fraction of the space between the neighbouring petals.
         width=float(min(0.46, rng.uniform(0.6, 1.3) * 0.62 * np.tan(np.pi / number))),
         rise=float(rng.uniform(0.35, 1.5)),
         blunt=float(rng.choice([1.0, 1.6, 2.5, 4.0, 6.0])),
@@ -113,16 +113,16 @@ def species(index: int, seed: int) -> Species:
 
 
 def species_name(index: int) -> str:
-    """The class name of species `index`, such as "species_007"."""
+    """Returns the class name of species `index`, such as "species_007"."""
     return f"species_{index:03d}"
 
 
 def draw(species: Species, rng: np.random.Generator, size: int) -> np.ndarray:
-    """One picture of a species.
+    """Draws one image of a species.
 
     Args:
         species: what to draw.
-        rng: decides everything else; advanced by an amount that depends on the picture.
+        rng: determines everything else; advanced by an amount that depends on the image.
         size: pixels of the longer side, >= 16.
 
     Returns:
@@ -153,11 +153,11 @@ def draw(species: Species, rng: np.random.Generator, size: int) -> np.ndarray:
 def example(
     seed: int, split: str, index: int, classes: int, size: int, quality: int = 90
 ) -> tuple[bytes, int, tuple[int, int]]:
-    """Picture `index` of a split, a function of the arguments alone.
+    """Draws and encodes image `index` of a split, a function of the arguments alone.
 
     Args:
-        seed: of the garden, >= 0.
-        split: any name; splits share the species and no picture.
+        seed: of species and images, >= 0.
+        split: any name; splits share the species and have different images.
         index: >= 0.
         classes: number of species, >= 1; the label is `index % classes`.
         size: pixels of the longer side, >= 16.
@@ -177,7 +177,19 @@ def example(
 def examples(
     seed: int, split: str, start: int, stop: int, classes: int, size: int
 ) -> list[tuple[bytes, int, tuple[int, int]]]:
-    """Pictures `start` to `stop - 1` of a split, for a process of its own; see `example`."""
+    """Draws several images; worker processes call this function.
+
+    Args:
+        seed: see `example`, as for `split`, `classes` and `size`.
+        split: name of the split.
+        start: index of the first image.
+        stop: index after the last image.
+        classes: number of species.
+        size: pixels of the longer side.
+
+    Returns:
+        The results of `example` for each index.
+    """
     return [example(seed, split, index, classes, size) for index in range(start, stop)]
 
 
@@ -191,26 +203,26 @@ def _clip(hsv: tuple[float, float, float]) -> tuple[float, float, float]:
 
 
 def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
-    """A colour, float32 [3, 1, 1]."""
+    """Converts a colour to RGB: float32 [3, 1, 1]."""
     rgb = colorsys.hsv_to_rgb(*_clip((hue, saturation, value)))
     return np.asarray(rgb, np.float32)[:, None, None]
 
 
 @functools.lru_cache(maxsize=4096)
 def _taps(coarse: int, fine: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `fine` places the coarse point before it, intp [fine], and how far on, [fine]."""
-    at = np.linspace(0.0, coarse - 1.0, fine)
-    before = np.minimum(at.astype(np.intp), coarse - 2)
-    part = at - before
-    # Flat at the coarse points, where straight lines would show as a lattice.
-    on = (part * part * (3.0 - 2.0 * part)).astype(np.float32)
+    """Interpolation from `coarse` to `fine` points: index before, weight of the next: [fine]."""
+    position = np.linspace(0.0, coarse - 1.0, fine)
+    before = np.minimum(position.astype(np.intp), coarse - 2)
+    fraction = position - before
+    # Smoothstep: linear interpolation would show the coarse points as a lattice.
+    weight = (fraction * fraction * (3.0 - 2.0 * fraction)).astype(np.float32)
     before.setflags(write=False)
-    on.setflags(write=False)
-    return before, on
+    weight.setflags(write=False)
+    return before, weight
 
 
 def _noise(rng: np.random.Generator, cells: int, height: int, width: int) -> np.ndarray:
-    """Smooth noise, float32 [height, width], of about `cells` features along a side; 0 +- 1."""
+    """Smooth noise, about `cells` features per side: float32 [height, width], 0 +- 1."""
     grid = rng.standard_normal((cells, cells), np.float32)
     # No matrix product: its rounding may depend on the number of threads.
     (row, down), (column, right) = _taps(cells, height), _taps(cells, width)
@@ -259,12 +271,12 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _paint(area: np.ndarray, mask: np.ndarray, colour: np.ndarray) -> None:
-    """Covers an area [3, h, w] in place, where `mask` [h, w] in 0..1 says how much."""
+    """Blends `colour` into an area [3, h, w] in place, with opacity `mask` [h, w] in 0..1."""
     area += mask * (colour - area)
 
 
 def _window(canvas: np.ndarray, y: float, x: float, reach: float) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """The part of a canvas within `reach` of a point: area [3, h, w], dy [h, 1], dx [1, w]."""
+    """Cuts out what is within `reach` of a point: area [3, h, w], dy [h, 1], dx [1, w]."""
     _, height, width = canvas.shape
     top, bottom = max(0, int(y - reach)), min(height, int(y + reach) + 2)
     left, right = max(0, int(x - reach)), min(width, int(x + reach) + 2)
@@ -276,7 +288,7 @@ def _window(canvas: np.ndarray, y: float, x: float, reach: float) -> tuple[np.nd
 
 
 def _disc(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """A light out of focus."""
+    """Paints a light out of focus."""
     _, height, width = canvas.shape
     radius = min(height, width) * float(rng.uniform(0.05, 0.16))
     window = _window(canvas, height * rng.uniform(0, 1), width * rng.uniform(0, 1), radius)
@@ -290,7 +302,7 @@ def _disc(rng: np.random.Generator, canvas: np.ndarray) -> None:
 
 
 def _clutter(rng: np.random.Generator, canvas: np.ndarray, side: int) -> None:
-    """Leaves, sharp and blurred, and blossoms too far away to be seen as more than a blot."""
+    """Paints leaves, sharp and blurred, and distant blossoms that are mere blots."""
     _, height, width = canvas.shape
     for _ in range(int(rng.integers(1, 5))):
         length = side * float(rng.uniform(0.15, 0.5))
@@ -314,7 +326,7 @@ def _clutter(rng: np.random.Generator, canvas: np.ndarray, side: int) -> None:
 
 
 def _blade(rng: np.random.Generator, canvas: np.ndarray, x: float, y: float, half: float, below: bool) -> None:
-    """A stem (`below` the point only) or a blade of grass through a point, `half` its width."""
+    """Paints a stem (only `below` the point) or a blade of grass, of half width `half` pixels."""
     _, height, width = canvas.shape
     lean, bend = rng.normal(0, 0.35), rng.normal(0, 0.4)
     colour = _rgb(rng.uniform(0.2, 0.38), rng.uniform(0.35, 0.9), rng.uniform(0.2, 0.7))
@@ -356,7 +368,7 @@ def _flower(
     mask = np.float32(rng.uniform(0, 0.6)) * np.clip(2.2 - 2.0 * shadow, 0, 1)
     area *= 1.0 - mask
 
-    # Pixels to flower radii in the plane of the petals; the rim nearer to the viewer looks larger.
+    # From pixels to flower radii in the plane of the petals; the nearer rim looks larger.
     cos, sin = np.float32(np.cos(lean) / radius), np.float32(np.sin(lean) / radius)
     u, v = dx * cos + dy * sin, (dy * cos - dx * sin) / np.float32(tilt)
     near = 1.0 + np.float32(rng.uniform(0, 0.5) * (1.0 - tilt)) * np.clip(v, -1.3, 1.3)
@@ -384,7 +396,7 @@ def _flower(
     elif kind.texture == "ring":
         shade = shade * np.clip(1.0 - 4.0 * (q - 0.62), 0.4, 1.0)
     elif kind.texture == "stamens":
-        # Seen as a ragged rim rather than a disc.
+        # A ragged rim rather than a disc.
         q = q * (1.0 - 0.3 * np.sin(angle * np.float32(22 * np.pi)))
     mask = np.clip((1.0 - q) * (kind.centre * pixels) + 0.5, 0, 1)
     _paint(area, mask, core * shade)
@@ -405,7 +417,7 @@ def _whorl(
     """Paints one ring of petals, each deformed in its own way.
 
     Args:
-        rng: decides the deformations.
+        rng: determines the deformations.
         area: float32 [3, h, w], painted in place.
         kind: of flower.
         r: radius of each pixel in the flower's plane, float32 [h, w].
@@ -435,7 +447,7 @@ def _whorl(
     outline *= np.float32(_fullness(kind.rise, kind.blunt))
     side = np.abs(across)
     mask = np.clip((outline - side) * widths * pixels + 0.5, 0, 1)
-    # Past the tip the outline is a line, not nothing.
+    # Beyond the tip the outline would be a line of nonzero opacity.
     mask *= np.clip((1.0 - t) * lengths * pixels + 0.5, 0, 1)
 
     base, tip, mark = colours
@@ -457,13 +469,13 @@ def _whorl(
 
 @functools.lru_cache(maxsize=4096)
 def _fullness(rise: float, blunt: float) -> float:
-    """What makes the outline's widest place 1."""
+    """Returns the factor that scales the outline's largest width to 1."""
     t = np.linspace(0, 1, 257)
     return float(1.0 / np.max(t**rise * np.sqrt(1.0 - t**blunt)))
 
 
 def _develop(rng: np.random.Generator, canvas: np.ndarray, light: float) -> np.ndarray:
-    """Light and camera: float32 [3, height, width] to uint8 [height, width, 3]."""
+    """Applies light and camera: float32 [3, height, width] -> uint8 [height, width, 3]."""
     _, height, width = canvas.shape
     rows = np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None] * np.float32(np.sin(light))
     columns = np.linspace(-0.5, 0.5, width, dtype=np.float32) * np.float32(np.cos(light))
@@ -476,7 +488,7 @@ def _develop(rng: np.random.Generator, canvas: np.ndarray, light: float) -> np.n
     canvas += haze * (np.float32(0.7) - canvas)
     if rng.random() < 0.35:
         blur, step = np.float32(rng.uniform(0.1, 0.33)), 1
-        # Wider steps in larger pictures, so that a picture is as blurred at any size.
+        # Wider steps in larger images, so that the blur looks the same at any size.
         while 64 * step <= max(64, height, width):
             inner = canvas[:, step:-step]
             inner += blur * (canvas[:, : -2 * step] + canvas[:, 2 * step :] - 2.0 * inner)

@@ -1,7 +1,9 @@
-"""Any image classification set of tensorflow-datasets, its encoded bytes untouched.
+"""Image classification data sets of tensorflow-datasets as sources.
 
-tensorflow-datasets is the extra `datasets`; it downloads and lays out, we only read. The sets of the paper have the paper's
-splits (Table 5).
+Encoded images keep their bytes.
+
+tensorflow-datasets (the extra `datasets`) downloads and prepares its files; this module reads
+them. The data sets of the paper have the paper's splits (Table 5).
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ import sys
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.core.errors import ConfigError, DataError
 from trainer.ingest import images
-from trainer.ingest.sources import Load, Source, SourceOptions, SourceSplit
+from trainer.ingest.sources import Loader, Source, SourceOptions, SourceSplit
 from trainer.io import files
 
-# Paper, Table 5. What it calls the test split of food101 and of ImageNet is `validation` here.
+# Paper, Table 5. Its test splits of food101 and ImageNet are called `validation` in
+# tensorflow-datasets.
 PAPER_SPLITS = {
     "oxford_flowers102": {"train": "train", "validation": "validation", "test": "test"},
     "oxford_iiit_pet": {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"},
@@ -34,23 +37,26 @@ PAPER_SPLITS = {
 }
 
 
-def source(name: str, data_dir: str, image: str, label: str, wanted: SourceOptions) -> Source:
-    """A set by its name in tensorflow-datasets: NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION.
+def tfds_source(name: str, data_dir: str, image: str, label: str, options: SourceOptions) -> Source:
+    """A data set of tensorflow-datasets: NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION.
 
     Args:
-        name: of the set.
-        data_dir: where tensorflow-datasets keeps its files, on a disk or gs://; empty: where it does by itself.
-        image: feature with the picture; empty: the one there is, or the one for supervised learning.
-        label: feature with the class, likewise.
-        wanted: `splits` are split expressions of tensorflow-datasets, by our names.
+        name: of the data set.
+        data_dir: where tensorflow-datasets keeps its files, a local folder or gs://; empty: its
+            default.
+        image: feature that holds the image; empty: the only image, or the one of the supervised
+            pair.
+        label: feature that holds the class; empty: likewise.
+        options: flags common to all sources; `splits` are split expressions of
+            tensorflow-datasets.
 
     Raises:
-        ConfigError: tensorflow-datasets is not installed, or a feature or split is not there.
-        DataError: there is no such set, or it cannot be had: no network, a package that it needs, or files that are
-            only given out by hand.
+        ConfigError: tensorflow-datasets is not installed, or a feature or split does not exist.
+        DataError: the data set does not exist or cannot be obtained: no network, a missing
+            package, or files that must be downloaded manually.
     """
     tfds = _library(name)
-    if wanted.shares:
+    if options.shares:
         raise ConfigError(
             "--splits with shares is for sources without splits; tensorflow-datasets cuts its own: "
             "--splits=train=train[:90%],validation=train[90%:]"
@@ -59,26 +65,31 @@ def source(name: str, data_dir: str, image: str, label: str, wanted: SourceOptio
     _prepare(tfds, builder, name)
     features = builder.info.features
     image = _feature("image", image, 0, tfds.features.Image, builder, name)
-    take = {image: True}
+    label = _feature("label", label, 1, tfds.features.ClassLabel, builder, name) if options.labelled else ""
     classes: tuple[str, ...] = ()
-    if wanted.labelled and (label := _feature("label", label, 1, tfds.features.ClassLabel, builder, name)):
-        take[label] = True
-        known = features[label]
-        classes = wanted.classes or tuple(known.names or map(str, range(known.num_classes)))
-        if len(classes) != known.num_classes:
-            raise DataError(f"--classes names {len(classes)} classes; {name} has {known.num_classes}")
-    else:
-        label = ""
-    text = next((f for f in ("file_name", "filename", "image/filename") if f in features), "")
-    if text:
-        take[text] = True
-    have = builder.info.splits
-    splits = wanted.splits or PAPER_SPLITS.get(builder.name) or {own: own for own in have}
-    parts = tuple(
-        _part(tfds, builder, ours, own, take, (image, label, text), wanted.upright) for ours, own in splits.items()
+    if label:
+        class_label = features[label]
+        classes = options.classes or tuple(class_label.names or map(str, range(class_label.num_classes)))
+        if len(classes) != class_label.num_classes:
+            raise DataError(f"--classes has {len(classes)} classes; {name} has {class_label.num_classes}")
+    filename = next((f for f in ("file_name", "filename", "image/filename") if f in features), "")
+    splits = (
+        options.splits or PAPER_SPLITS.get(builder.name) or {own_split: own_split for own_split in builder.info.splits}
     )
-    facts = {"tensorflow_datasets": builder.info.full_name, "splits": splits}
-    return Source(f"tfds {builder.info.full_name}", classes, parts, facts)
+    source_splits = tuple(
+        _source_split(tfds, builder, split, expression, _Keys(image, label, filename), options.upright)
+        for split, expression in splits.items()
+    )
+    metadata = {"tensorflow_datasets": builder.info.full_name, "splits": splits}
+    return Source(f"tfds {builder.info.full_name}", classes, source_splits, metadata)
+
+
+class _Keys(NamedTuple):
+    """Names of the features to read; "": none."""
+
+    image: str
+    label: str
+    filename: str
 
 
 def _library(name: str) -> Any:
@@ -89,7 +100,8 @@ def _library(name: str) -> Any:
             f"--dataset=tfds:{name} needs tensorflow-datasets ({error}): pip install 'funmatch[datasets]'"
         ) from error
     if importlib.util.find_spec("importlib_resources") is None:
-        # tensorflow-datasets 4.9.10 imports it and requires it on old Pythons only. The standard library's is the same.
+        # tensorflow-datasets 4.9.10 imports this backport but requires it on old Pythons only. The
+        # standard library's module is the same.
         sys.modules["importlib_resources"] = importlib.resources
     return tensorflow_datasets
 
@@ -103,39 +115,39 @@ def _builder(tfds: Any, name: str, data_dir: str) -> Any:
     except tfds.core.DatasetNotFoundError as error:
         near = difflib.get_close_matches(name.split("/")[0].split(":")[0], tfds.list_builders(), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise DataError(f"--dataset=tfds:{name}: tensorflow-datasets has no such set{hint}") from error
-    except Exception as error:  # another config or version, or a name that is no name: their own many classes
+        raise DataError(f"--dataset=tfds:{name}: tensorflow-datasets has no such data set{hint}") from error
+    except Exception as error:  # tensorflow-datasets raises many types
         raise DataError(f"--dataset=tfds:{name}: {_line(error)}") from error
 
 
 def _prepare(tfds: Any, builder: Any, name: str) -> None:
-    """Downloads and lays out what is not there yet."""
+    """Downloads and prepares the data set if it is not there yet."""
     if builder.is_prepared():
         return
     manual = " ".join((getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None) or "").split())
-    place = f"{builder._data_dir_root}/downloads/manual"
-    _resolve(builder, name)
+    manual_dir = f"{builder._data_dir_root}/downloads/manual"
+    _check_network(builder, name)
     try:
         with _quiet():
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=place))
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
     except ImportError as error:
         package = {"cv2": "opencv-python-headless"}.get(error.name or "", error.name)
         raise DataError(
-            f"--dataset=tfds:{name} needs the package {package or error} to be made: pip install it and run again"
+            f"--dataset=tfds:{name} needs the package {package or error}: pip install it and run the same command again"
         ) from error
-    except Exception as error:  # whatever a set's own code and the network bring
-        if manual and not isinstance(error, MemoryError) and not _network(error):
+    except Exception as error:  # a data set's own code may raise anything
+        if manual and not isinstance(error, MemoryError) and not _is_network_error(error):
             raise DataError(
-                f"--dataset=tfds:{name} is only given out by hand. Put its files into {place} and run the same command "
-                f"again. tensorflow-datasets says: {manual}"
+                f"--dataset=tfds:{name} must be downloaded manually. Put its files into {manual_dir} and run the same "
+                f"command again. Instructions of tensorflow-datasets: {manual}"
             ) from error
-        if _network(error):
+        if _is_network_error(error):
             raise DataError(_no_network(name, _line(error))) from error
-        raise DataError(f"--dataset=tfds:{name}: tensorflow-datasets cannot make it: {_line(error)}") from error
+        raise DataError(f"--dataset=tfds:{name}: tensorflow-datasets cannot prepare it: {_line(error)}") from error
 
 
-def _resolve(builder: Any, name: str) -> None:
-    """Says at once that there is no network; tensorflow-datasets would try for minutes."""
+def _check_network(builder: Any, name: str) -> None:
+    """Raises at once if there is no network; tensorflow-datasets would retry for minutes."""
     hosts = {urllib.parse.urlsplit(str(url)).hostname or "" for url in builder.url_infos or {}} - {""}
     proxied = any(urllib.request.getproxies().get(scheme) for scheme in ("http", "https"))
     if not hosts or proxied or files.names(f"{builder._data_dir_root}/downloads"):
@@ -149,14 +161,14 @@ def _resolve(builder: Any, name: str) -> None:
 
 def _no_network(name: str, why: str) -> str:
     return (
-        f"--dataset=tfds:{name} cannot be downloaded ({why}). Without a network here, make it on a machine that has one and "
-        "give its folder as --data_dir, which may be gs://"
+        f"--dataset=tfds:{name} cannot be downloaded ({why}). If this machine has no network, prepare the data set with "
+        "tensorflow-datasets on one that has, and give its folder as --data_dir, which may be gs://"
     )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings of each retried connection: what went wrong in the end is one line."""
+    """Silences the warnings about each retried connection; the final error is one line."""
     loggers = [logging.getLogger(name) for name in ("urllib3", "absl")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -168,8 +180,8 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _network(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, is the network's."""
+def _is_network_error(error: BaseException | None) -> bool:
+    """Whether an error, or one of its causes, is a network error."""
     while error is not None:
         module = type(error).__module__.split(".")[0]
         if module in ("requests", "urllib3", "urllib", "socket", "http") or isinstance(
@@ -186,80 +198,99 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {files.reason(error)}"[:300]
 
 
-def _feature(flag: str, asked: str, place: int, kind: type, builder: Any, name: str) -> str:
-    """The feature that is the image, or the label; "" for no label."""
+def _feature(flag: str, requested: str, position: int, kind: type, builder: Any, name: str) -> str:
+    """Returns the name of the image or label feature; "" if there is no label.
+
+    Args:
+        flag: "image" or "label".
+        requested: value of the flag; empty: not given.
+        position: of the feature in the supervised pair.
+        kind: class of the feature in tensorflow-datasets.
+        builder: of the data set.
+        name: of the data set, for messages.
+    """
     features = builder.info.features
-    there = (
-        [key for key, feature in features.items() if isinstance(feature, kind)] if hasattr(features, "items") else []
-    )
-    if asked:
-        if asked in there:
-            return asked
-        raise ConfigError(f"--{flag}={asked}: {name} has no such {flag}; it has {', '.join(there) or 'none'}")
+    is_dict = hasattr(features, "items")
+    candidates = [key for key, feature in features.items() if isinstance(feature, kind)] if is_dict else []
+    if requested:
+        if requested in candidates:
+            return requested
+        raise ConfigError(f"--{flag}={requested}: {name} has no such {flag}; it has {', '.join(candidates) or 'none'}")
     keys = builder.info.supervised_keys
-    if keys and len(keys) > place and keys[place] in there:
-        return str(keys[place])
-    if len(there) == 1:
-        return there[0]
-    if not there and flag == "label":
+    if keys and len(keys) > position and keys[position] in candidates:
+        return str(keys[position])
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates and flag == "label":
         return ""
-    if not there:
-        shown = ", ".join(features) if hasattr(features, "keys") else type(features).__name__
-        raise DataError(f"--dataset=tfds:{name} is no set of images: its features are {shown}")
-    raise ConfigError(f"--dataset=tfds:{name} has several: choose one of --{flag}={', '.join(there)}")
+    if not candidates:
+        names = ", ".join(features) if is_dict else type(features).__name__
+        raise DataError(f"--dataset=tfds:{name} is not a data set of images: its features are {names}")
+    raise ConfigError(f"--dataset=tfds:{name} has several: choose one of --{flag}={', '.join(candidates)}")
 
 
-def _part(
-    tfds: Any, builder: Any, ours: str, own: str, take: dict[str, bool], keys: tuple[str, str, str], upright: bool
-) -> SourceSplit:
-    have = builder.info.splits
+def _source_split(tfds: Any, builder: Any, split: str, expression: str, keys: _Keys, upright: bool) -> SourceSplit:
+    """The images of a split expression.
+
+    Args:
+        tfds: the module tensorflow_datasets.
+        builder: of the data set.
+        split: name to write.
+        expression: of tensorflow-datasets, such as train[:90%].
+        keys: features to read.
+        upright: apply EXIF rotations.
+    """
+    own_splits = builder.info.splits
     try:
-        whole = tfds.core.splits.AbstractSplit.from_spec(own).to_absolute(have)
-    except Exception as error:  # a split that is not there, or no expression at all
+        instructions = tfds.core.splits.AbstractSplit.from_spec(expression).to_absolute(own_splits)
+    except Exception as error:  # tensorflow-datasets raises many types
         raise ConfigError(
-            f"--splits={ours}={own}: {_line(error)}; {builder.name} has "
-            f"{', '.join(f'{split} ({have[split].num_examples})' for split in have)}"
+            f"--splits={split}={expression}: {_line(error)}; {builder.name} has "
+            f"{', '.join(f'{name} ({own_splits[name].num_examples})' for name in own_splits)}"
         ) from error
     pieces = [
-        (piece.splitname, piece.from_ or 0, have[piece.splitname].num_examples if piece.to is None else piece.to)
-        for piece in whole
+        (i.splitname, i.from_ or 0, own_splits[i.splitname].num_examples if i.to is None else i.to)
+        for i in instructions
     ]
-    image, label, text = keys
 
     def cut(start: int, stop: int) -> list[tuple[str, int, int]]:
-        found, before = [], 0
-        for split, first, last in pieces:
+        """Returns the ranges of the data set's own splits that make images [start, stop)."""
+        ranges, before = [], 0
+        for own_split, first, last in pieces:
             a, b = max(start - before, 0), min(stop - before, last - first)
             if a < b:
-                found.append((split, first + a, first + b))
+                ranges.append((own_split, first + a, first + b))
             before += last - first
-        return found
+        return ranges
 
-    def loads(start: int, stop: int) -> Iterator[Load]:
-        for split, first, last in cut(start, stop):
-            # One file after another: the order does not depend on how many are read at a time.
-            reading = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False, add_tfds_id=not text)
+    def loaders(start: int, stop: int) -> Iterator[Loader]:
+        for own_split, first, last in cut(start, stop):
+            # One file after another, so that the order does not depend on how many are read at a
+            # time.
+            config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False, add_tfds_id=not keys.filename)
             data = builder.as_dataset(
-                split=tfds.core.ReadInstruction(split, from_=first, to=last, unit="abs"),
+                split=tfds.core.ReadInstruction(own_split, from_=first, to=last, unit="abs"),
                 shuffle_files=False,
-                read_config=reading,
-                decoders=tfds.decode.PartialDecoding(take, decoders={image: tfds.decode.SkipDecoding()}),
+                read_config=config,
+                decoders=tfds.decode.PartialDecoding(
+                    {key: True for key in keys if key}, decoders={keys.image: tfds.decode.SkipDecoding()}
+                ),
             )
             number = first
             for row in data.take(last - first).as_numpy_iterator():
-                name = row[text or "tfds_id"].decode(errors="replace")
-                found_label = int(row[label]) if label else -1
-                where = f"{builder.info.full_name} {split}[{number}] ({name})"
-                yield functools.partial(images.validate_image, row[image], found_label, name, where, upright)
+                filename = row[keys.filename or "tfds_id"].decode(errors="replace")
+                label = int(row[keys.label]) if keys.label else -1
+                location = f"{builder.info.full_name} {own_split}[{number}] ({filename})"
+                yield functools.partial(images.validate_image, row[keys.image], label, filename, location, upright)
                 number += 1
             if number < last:
                 raise DataError(
-                    f"tensorflow-datasets gave {number - first} pictures of {builder.info.full_name} {split}[{first}:{last}]: "
-                    "its files are not whole; delete them and run again"
+                    f"tensorflow-datasets gave {number - first} images of {builder.info.full_name} "
+                    f"{own_split}[{first}:{last}]: its files are incomplete; delete them and run the same command again"
                 )
 
     def key(start: int, stop: int) -> str:
-        sizes = [have[split].num_bytes for split, _, _ in pieces if split in have]
+        sizes = [own_splits[own_split].num_bytes for own_split, _, _ in pieces if own_split in own_splits]
         return f"{builder.info.full_name} {cut(start, stop)} {keys} {sizes}"
 
-    return SourceSplit(ours, sum(last - first for _, first, last in pieces), loads, key)
+    return SourceSplit(split, sum(last - first for _, first, last in pieces), loaders, key)

@@ -1,4 +1,4 @@
-"""Reads a prepared data set back: counts, checksums, and every image decoded (`trainer.prepare --verify`)."""
+"""Verifies a prepared data set: counts, checksums, and every image decoded (`--verify`)."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ import concurrent.futures
 import functools
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import google_crc32c
+import tensorflow as tf
 
 from trainer.core.errors import DataError
-
-if TYPE_CHECKING:
-    from trainer.data.dataset import Dataset, Shard
-from trainer.ingest.writer import Progress
+from trainer.data import image_header
+from trainer.data.dataset import INDEX_FILE, Dataset, Shard
+from trainer.data.records import check_record, decode
+from trainer.data.tfrecord import location, payloads
+from trainer.ingest.sources import Progress, run_in_order
+from trainer.io import files
 
 
 def verify(path: str, progress: Progress, *, workers: int = 0) -> str:
-    """Reads a whole data set back: counts, lengths, CRCs, and decodes every image as training does.
+    """Reads a data set: checks counts, lengths and CRCs, and decodes every image as training does.
 
     Args:
         path: local folder or gs:// prefix.
-        progress: called with what, done, total.
-        workers: threads, which share the images of a shard; 0: one for each core.
+        progress: called with what is being done, how many are done, and how many in all.
+        workers: threads, which share the images of a shard; 0: one per core.
 
     Returns:
-        One line that says so.
+        One line for users.
 
     Raises:
-        DataError: the first thing that is wrong, with file, record and offset.
+        DataError: the first problem; the message has file, record and offset.
     """
-    from trainer.data.dataset import Dataset
-    from trainer.ingest.sources import in_order
-
     dataset = Dataset.load(path, "verify")
     workers = workers or os.cpu_count() or 1
     total = sum(split.examples for split in dataset.splits.values())
@@ -42,58 +43,50 @@ def verify(path: str, progress: Progress, *, workers: int = 0) -> str:
         concurrent.futures.ThreadPoolExecutor(1) as reader,
     ):
         # The next shard is read while this one's images are decoded.
-        reads = in_order(reader, (functools.partial(_read_shard, dataset, shard) for shard in shards), 2)
+        reads = run_in_order(reader, (functools.partial(_read_shard, dataset, shard) for shard in shards), ahead=2)
         for shard, read in zip(shards, reads, strict=True):
-            jobs = (functools.partial(_decodable, dataset, *record) for record in _records(dataset, shard, read()))
+            jobs = (functools.partial(_check_image, dataset, *record) for record in _records(dataset, shard, read()))
             count = 0
-            for result in in_order(pool, jobs, 4 * workers):
+            for result in run_in_order(pool, jobs, ahead=4 * workers):
                 result()
                 count, done = count + 1, done + 1
                 progress("verify", done, total)
             if count != shard.examples:
                 raise DataError(
-                    f"{dataset.folder}/{shard.file} has {count} records; dataset.json says {shard.examples}"
+                    f"{dataset.folder}/{shard.file} has {count} records; {INDEX_FILE} says {shard.examples}: "
+                    "prepare or copy the data set again"
                 )
     return f"{path}: {total:,} images in {len(dataset.splits)} splits are whole and decodable"
 
 
 def _read_shard(dataset: Dataset, shard: Shard) -> bytes:
-    from trainer.io import files
-
     return files.read(files.join(dataset.folder, shard.file), "a shard")
 
 
 def _records(dataset: Dataset, shard: Shard, content: bytes) -> Iterator[tuple[bytes, str]]:
-    """Payloads of a shard that is whole, and where each lies."""
-    import google_crc32c
-
-    from trainer.data.tfrecord import payloads
-    from trainer.io import files
-
+    """Yields payload and location of each record of a shard, whose checksum is checked first."""
     path = files.join(dataset.folder, shard.file)
     if (len(content), google_crc32c.value(content)) != (shard.bytes, shard.crc32c):
         for _ in payloads(content, path):
-            pass  # names the record, if a record is what is damaged
+            pass  # if a record is damaged, this error is more precise
         raise DataError(
-            f"{path} has {len(content)} bytes and not the length ({shard.bytes}) and CRC32C that dataset.json says"
+            f"{path} has {len(content)} bytes and not the length ({shard.bytes}) and CRC32C in {INDEX_FILE}: prepare or "
+            "copy the data set again"
         )
     for number, (offset, payload) in enumerate(payloads(content, path)):
-        yield bytes(payload), f"{path}: record {number} at byte {offset}"
+        yield bytes(payload), location(path, number, offset)
 
 
-def _decodable(dataset: Dataset, payload: bytes, where: str) -> None:
-    import tensorflow as tf
-
-    from trainer.data import image_header
-    from trainer.data.records import check_record, decode
-
+def _check_image(dataset: Dataset, payload: bytes, where: str) -> None:
     try:
-        picture = check_record(dataset, payload)
+        image = check_record(dataset, payload)
     except image_header.InvalidImage as error:
         raise DataError(f"{where}: {error}") from error
     try:
-        height, width, _ = decode(tf.constant(picture.encoded)).shape
+        height, width, _ = decode(tf.constant(image.encoded)).shape
     except tf.errors.OpError as error:
-        raise DataError(f"{where} ({picture.filename}): the image cannot be decoded") from error
-    if (height, width) != (picture.height, picture.width):
-        raise DataError(f"{where}: {height} x {width} pixels; its record says {picture.height} x {picture.width}")
+        raise DataError(f"{where} ({image.filename}): the image cannot be decoded") from error
+    if (height, width) != (image.height, image.width):
+        raise DataError(
+            f"{where}: the image decodes to {height} x {width} pixels; its record says {image.height} x {image.width}"
+        )

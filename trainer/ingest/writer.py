@@ -1,4 +1,16 @@
-"""Writes a source as TFRecord shards and dataset.json; a killed run resumes, with the same bytes."""
+"""Writes a source as TFRecord shards and dataset.json.
+
+A killed run resumes, and the bytes are the same.
+
+Until dataset.json is written, the folder `.incomplete` beside the shards holds what is needed to
+resume:
+
+    plan.json           what is being written; a run with another plan does not mix with it
+    shards.json         names of all shards that may have been written here, with any plan
+    SHARD.json          a `ShardRecord` for each finished shard
+    unusable.txt        the images that cannot be used, one per line
+    commit              SHA-256 of plan and dataset.json, written just before dataset.json
+"""
 
 from __future__ import annotations
 
@@ -11,52 +23,70 @@ import os
 import posixpath
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.core.console import Console, SilentConsole
 from trainer.core.errors import DataError
+from trainer.data import records
+from trainer.data.dataset import INDEX_FILE, Dataset, Shard, Split
+from trainer.data.records import ImageRecord
+from trainer.ingest.images import UnusableImage
+from trainer.ingest.sources import Progress, Source, SourceSplit, run_in_order
+from trainer.io.destination import Destination, open_destination
 
-if TYPE_CHECKING:
-    from trainer.data.dataset import Dataset
-    from trainer.data.records import ImageRecord
-    from trainer.ingest.sources import Source, SourceSplit
-    from trainer.io.destination import LocalDestination
+SHARD_BYTES = 128 << 20  # about how long a shard becomes
+SAMPLE_IMAGES = 64  # first images of a split, whose mean length determines the number of shards
+IMAGES_AHEAD = 32  # images that the writer of one shard has under way; bounds memory
 
-
-_SHARD_BYTES = 128 << 20
-_SAMPLE = 64  # first pictures of a split, whose mean length decides how many shards there are
-_AHEAD = 32  # pictures that a shard's writer has under way; what bounds memory
-_MAKING = ".making"  # folder in which the work is noted until dataset.json is there
-_SHARDS = f"{_MAKING}/shards.json"  # names of all shards that work at this place ever made, or was about to make
-_COMPLETE = f"{_MAKING}/complete"  # the SHA-256 of the plan and dataset.json, noted just before the latter is written
-Progress = Callable[[str, int, int], None]
+INCOMPLETE = ".incomplete"
+_PLAN = f"{INCOMPLETE}/plan.json"
+_SHARDS = f"{INCOMPLETE}/shards.json"
+_UNUSABLE = f"{INCOMPLETE}/unusable.txt"
+_COMMIT = f"{INCOMPLETE}/commit"
 
 
 @dataclasses.dataclass
 class ShardRecord:
-    """A shard that is in its place, and what was met in making it; kept as JSON beside it until the data set is whole."""
+    """A finished shard and statistics of its images; kept as JSON until the data set is complete.
+
+    Attributes:
+        key: changes when the shard's images or its place in the split do.
+        file: name of the shard.
+        examples: number of records; 0: none of its images can be used and there is no file.
+        size: length of the file in bytes.
+        crc32c: CRC32C of the file.
+        heights: number of images by height in pixels.
+        widths: number of images by width in pixels.
+        rotation_ignored: number of images with an EXIF rotation that was not applied.
+        converted: number of images re-encoded as PNG.
+        unusable: a message for each image that cannot be used.
+    """
 
     key: str
     file: str
-    examples: int
-    size: int
-    crc32c: int
-    heights: dict[int, int]
-    widths: dict[int, int]
-    turned: int
-    converted: int
-    bad: list[str]
+    examples: int = 0
+    size: int = 0
+    crc32c: int = 0
+    heights: dict[int, int] = dataclasses.field(default_factory=dict)
+    widths: dict[int, int] = dataclasses.field(default_factory=dict)
+    rotation_ignored: int = 0
+    converted: int = 0
+    unusable: list[str] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> bytes:
+        """Serializes the record."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
 
     @classmethod
     def parse(cls, content: bytes) -> ShardRecord | None:
-        """None if it is not one, as after a power cut."""
+        """Parses the output of `to_json`; None if it is damaged, as after a power cut."""
         try:
-            made = cls(**json.loads(content))
+            record = cls(**json.loads(content))
         except (ValueError, TypeError):
             return None
-        made.heights = {int(size): count for size, count in made.heights.items()}
-        made.widths = {int(size): count for size, count in made.widths.items()}
-        return made
+        record.heights = {int(size): count for size, count in record.heights.items()}
+        record.widths = {int(size): count for size, count in record.widths.items()}
+        return record
 
 
 def write_dataset(
@@ -68,256 +98,291 @@ def write_dataset(
     overwrite: bool = False,
     skip_bad: bool = False,
     workers: int = 0,
+    shard_bytes: int = SHARD_BYTES,
     console: Console | None = None,
 ) -> Dataset:
-    """Writes a data set. What an interrupted run of the same plan left is used.
+    """Writes a data set. Resumes what an interrupted run with the same plan left.
 
-    Several shards are made at a time, and for each some pictures: memory holds a few pictures for each worker, whatever
-    the set's size. Shards are cut by their numbers of pictures, so the bytes do not depend on the workers.
+    Several shards are written at a time, and for each a few images are under way: memory does not
+    depend on the size of the data set. Shards are cut by numbers of images, so the bytes do not
+    depend on the workers.
 
     Args:
-        make_source: gives the source, once `out` is known to be free.
+        make_source: returns the source; called once `out` is known to be free.
         out: local folder or gs:// prefix.
-        progress: called with what, done, total.
-        plan: what decides the bytes; another plan's unfinished work is not gone on with.
-        overwrite: replace the data set that is there, or such work.
-        skip_bad: leave pictures out that cannot be used.
-        workers: threads; 0: one for each core.
-        console: gets lines about what was left out or changed; None: nothing is printed.
+        progress: called with what is being done, how many are done, and how many in all.
+        plan: what determines the bytes. Unfinished work with another plan is not resumed.
+        overwrite: replace the data set at `out`, or unfinished work with another plan.
+        skip_bad: leave out images that cannot be used.
+        workers: number of threads; 0: one per core.
+        shard_bytes: about how long each shard becomes.
+        console: gets lines about images that were left out or changed; None: nothing is printed.
+
+    Returns:
+        The data set that was written.
 
     Raises:
-        DataError: `out` is taken or cannot be written, or pictures cannot be used and `skip_bad` is false.
+        DataError: `out` is taken or cannot be written, or images cannot be used and `skip_bad` is
+            false.
     """
-    from trainer.data.dataset import INDEX, Dataset
-    from trainer.io import destination
-
-    place = destination.open_destination(out)
+    destination = open_destination(out)
     try:
-        old = place.read(INDEX)
-        if old is not None and not overwrite:
-            if place.read(_COMPLETE) == _complete(plan, old):
-                # This very command was killed when all was done but for the clearing up.
-                clean_up(place, old, _noted_shards(place))
+        old_index = destination.read(INDEX_FILE)
+        if old_index is not None and not overwrite:
+            if destination.read(_COMMIT) == _commit(plan, old_index):
+                # A run with this plan was killed after it wrote dataset.json and before it had
+                # cleaned up.
+                clean_up(destination, old_index, _noted_shards(destination))
                 return Dataset.load(out, "out")
             raise DataError(f"--out={out} holds a data set already: give another folder, or --overwrite")
         source = make_source()
         try:
-            earlier = _noted_shards(place) | _shard_files(old)
-            acquire(place, plan, overwrite)
-            if earlier:
-                _note_shards(place, earlier)  # else nobody would know of them after a kill
+            earlier_shards = _noted_shards(destination) | _shard_files(old_index)
+            acquire(destination, plan, overwrite)
+            if earlier_shards:  # noted so that a run after a kill can delete them
+                _note_shards(destination, earlier_shards)
             # From here on there is no data set at `out` until the new one is complete.
-            place.remove(INDEX)
-            return _Writer(
-                place, source, plan, progress, workers or os.cpu_count() or 1, skip_bad, console or SilentConsole()
-            ).run(earlier)
+            destination.remove(INDEX_FILE)
+            writer = _Writer(
+                destination,
+                source,
+                plan,
+                progress,
+                workers=workers or os.cpu_count() or 1,
+                skip_bad=skip_bad,
+                shard_bytes=shard_bytes,
+                console=console or SilentConsole(),
+            )
+            return writer.run(earlier_shards)
         finally:
             source.close()
     finally:
-        place.close()
+        destination.close()
 
 
-def acquire(place: LocalDestination, plan: dict[str, Any], overwrite: bool) -> None:
-    """Notes whose work lies at the place from now on, so that two data sets do not mix."""
-    name, content = f"{_MAKING}/plan.json", _noted_plan(plan)
-    if place.write(name, content, new=True) or (there := place.read(name)) == content:
+def acquire(destination: Destination, plan: dict[str, Any], overwrite: bool) -> None:
+    """Reserves the destination for `plan`, so that two data sets do not mix.
+
+    Args:
+        destination: where the data set is written.
+        plan: what determines the bytes.
+        overwrite: delete unfinished work with another plan.
+
+    Raises:
+        DataError: there is unfinished work with another plan, and `overwrite` is false.
+    """
+    content = _plan_json(plan)
+    if destination.write(_PLAN, content, new=True) or (existing := destination.read(_PLAN)) == content:
         return
-    if there is not None and content.startswith(there):
-        place.write(name, content)  # its writer was killed before it was all there, and so before anything else
+    if existing is not None and content.startswith(existing):
+        # Its writer was killed while it wrote the plan, so there is no other work.
+        destination.write(_PLAN, content)
         return
     if not overwrite:
         raise DataError(
-            f"at --out={place.folder} another data set was begun and not finished, or is being made now: "
-            f"{(there or b'').decode(errors='replace')}. Give its flags to go on, another folder, or --overwrite"
+            f"--out={destination.folder} holds another data set that is unfinished, or is being written now: "
+            f"{(existing or b'').decode(errors='replace')}. Give its flags to resume it, another folder, or --overwrite"
         )
-    place.remove_folder(_MAKING)
-    place.write(name, content)
+    destination.remove_folder(INCOMPLETE)
+    destination.write(_PLAN, content)
 
 
-def _noted_plan(plan: dict[str, Any]) -> bytes:
+def clean_up(destination: Destination, index: bytes, shards: set[str]) -> None:
+    """Deletes what a complete data set does not need.
+
+    Args:
+        destination: where the data set was written.
+        index: content of dataset.json.
+        shards: names of shards that may exist; those not in `index` are deleted.
+    """
+    for name in shards - _shard_files(index):
+        destination.remove(name)
+    destination.remove_folder(INCOMPLETE, last=posixpath.basename(_COMMIT))
+
+
+def _plan_json(plan: dict[str, Any]) -> bytes:
     return json.dumps(plan, sort_keys=True).encode()
 
 
-def _complete(plan: dict[str, Any], index: bytes) -> bytes:
-    return hashlib.sha256(_noted_plan(plan) + index).hexdigest().encode()
+def _commit(plan: dict[str, Any], index: bytes) -> bytes:
+    return hashlib.sha256(_plan_json(plan) + index).hexdigest().encode()
 
 
-def clean_up(place: LocalDestination, index: bytes, earlier: set[str]) -> None:
-    """Removes shards of before that the data set with this index does not name, and the notes."""
-    for name in earlier - _shard_files(index):
-        place.remove(name)
-    place.remove_folder(_MAKING, last=posixpath.basename(_COMPLETE))
-
-
-def _noted_shards(place: LocalDestination) -> set[str]:
-    """Names of shards that unfinished work here made, or was about to make."""
+def _noted_shards(destination: Destination) -> set[str]:
+    """Returns the names of shards that unfinished work may have written here."""
     try:
-        return set(map(str, json.loads(place.read(_SHARDS) or b"[]")))
+        return set(map(str, json.loads(destination.read(_SHARDS) or b"[]")))
     except (ValueError, TypeError):
         return set()
 
 
-def _note_shards(place: LocalDestination, names: set[str]) -> None:
-    place.write(_SHARDS, json.dumps(sorted(names)).encode())
+def _note_shards(destination: Destination, names: set[str]) -> None:
+    destination.write(_SHARDS, json.dumps(sorted(names)).encode())
 
 
 class _Writer:
-    """Makes the shards of a source in its place, then the index."""
+    """Writes the shards of a source and then dataset.json."""
 
     def __init__(
         self,
-        place: LocalDestination,
+        destination: Destination,
         source: Source,
         plan: dict[str, Any],
         progress: Progress,
+        *,
         workers: int,
         skip_bad: bool,
+        shard_bytes: int,
         console: Console,
     ) -> None:
-        self._place, self._source, self._plan, self._progress = place, source, plan, progress
-        self._workers, self._skip, self._console = workers, skip_bad, console
-        self._total = sum(part.count for part in source.parts)
+        self._destination, self._source, self._plan, self._progress = destination, source, plan, progress
+        self._workers, self._skip_bad, self._shard_bytes, self._console = workers, skip_bad, shard_bytes, console
+        self._total = sum(split.count for split in source.splits)
         self._done, self._lock, self._stop = 0, threading.Lock(), threading.Event()
 
-    def run(self, earlier: set[str]) -> Dataset:
-        """Makes everything; `earlier` names the shards of what was there before, finished or not."""
-        if empty := [part.name for part in self._source.parts if not part.count]:
-            raise DataError(f"split {empty[0]!r} would be empty: {self._source.name} has no pictures for it")
+    def run(self, earlier_shards: set[str]) -> Dataset:
+        """Writes the data set.
+
+        `earlier_shards` are those of what was at the destination before, finished or not.
+        """
+        if empty := [split.name for split in self._source.splits if not split.count]:
+            raise DataError(f"split {empty[0]!r} would be empty: {self._source.name} has no images for it")
         with concurrent.futures.ThreadPoolExecutor(self._workers) as self._pool:
             shards = [
-                (part, number, count)
-                for part, count in ((part, self._shards(part)) for part in self._source.parts)
+                (split, number, count)
+                for split, count in ((split, self._shard_count(split)) for split in self._source.splits)
                 for number in range(count)
             ]
-            earlier = earlier | {_shard_name(part, number, count) for part, number, count in shards}
-            _note_shards(self._place, earlier)
-            writers = max(self._place.writers, self._workers)
-            with concurrent.futures.ThreadPoolExecutor(min(writers, len(shards))) as makers:
-                jobs = [makers.submit(self._shard, *shard) for shard in shards]
+            all_shards = earlier_shards | {_shard_name(*shard) for shard in shards}
+            _note_shards(self._destination, all_shards)
+            writers = min(max(self._destination.writers, self._workers), len(shards))
+            with concurrent.futures.ThreadPoolExecutor(writers) as shard_pool:
+                jobs = [shard_pool.submit(self._write_shard, *shard) for shard in shards]
                 try:
                     concurrent.futures.wait(jobs, return_when=concurrent.futures.FIRST_EXCEPTION)
                 finally:
-                    # Set before the pools are joined: what is under way stops at the next picture.
+                    # Set before the pools are joined, so that shards under way stop at their next
+                    # image.
                     if not all(job.done() and not job.cancelled() and job.exception() is None for job in jobs):
                         self._stop.set()
                         for job in jobs:
                             job.cancel()
-                failed = [job.exception() for job in jobs if job.done() and not job.cancelled() and job.exception()]
-                for error in sorted(failed, key=lambda error: isinstance(error, _Stopped)):
+                errors = [job.exception() for job in jobs if job.done() and not job.cancelled() and job.exception()]
+                for error in sorted(errors, key=lambda error: isinstance(error, _Stopped)):
                     raise error  # type: ignore[misc]
-        made: dict[str, list[ShardRecord]] = {}
-        for (part, _, _), job in zip(shards, jobs, strict=True):
-            made.setdefault(part.name, []).append(job.result())
-        self._judge([one for ones in made.values() for one in ones])
-        return self._finish(made, earlier)
+        shard_records: dict[str, list[ShardRecord]] = {}
+        for (split, _, _), job in zip(shards, jobs, strict=True):
+            shard_records.setdefault(split.name, []).append(job.result())
+        self._report([record for split_records in shard_records.values() for record in split_records])
+        return self._finish(shard_records, all_shards)
 
-    def _shards(self, part: SourceSplit) -> int:
-        """Shards of about 128 MiB, as the first pictures' lengths foretell."""
-        from trainer.ingest.images import UnusableImage
-        from trainer.ingest.sources import in_order
-
+    def _shard_count(self, split: SourceSplit) -> int:
+        """Returns the number of shards, estimated from the lengths of the split's first images."""
         lengths = []
-        for result in in_order(self._pool, part.loads(0, min(part.count, _SAMPLE)), _SAMPLE):
+        loaders = split.loaders(0, min(split.count, SAMPLE_IMAGES))
+        for result in run_in_order(self._pool, loaders, ahead=SAMPLE_IMAGES):
             try:
-                lengths.append(len(result().picture.encoded))
+                lengths.append(len(result().record.encoded))
             except UnusableImage:
                 continue
         mean = sum(lengths) / max(1, len(lengths))
-        return min(part.count, max(1, round(part.count * mean / _SHARD_BYTES)))
+        return min(split.count, max(1, round(split.count * mean / self._shard_bytes)))
 
-    def _shard(self, part: SourceSplit, number: int, shards: int) -> ShardRecord:
-        """Makes one shard, unless an earlier run did."""
-        from trainer.data.records import write_shard
-
-        start, stop = part.count * number // shards, part.count * (number + 1) // shards
-        file = _shard_name(part, number, shards)
-        key = hashlib.sha256(f"{file} {start} {stop}\n{part.key(start, stop)}".encode()).hexdigest()
-        note = f"{_MAKING}/{file}.json"
-        content = self._place.read(note)
-        made = ShardRecord.parse(content) if content else None
-        if made and made.key == key and (not made.examples or self._place.holds(file, made.size, made.crc32c)):
-            self._count(part, stop - start)
-            return made
-        made = ShardRecord(key, file, 0, 0, 0, {}, {}, 0, 0, [])
-        shard = write_shard(self._place.local, file, self._pictures(part, start, stop, made))
-        made.examples, made.size, made.crc32c = shard.examples, shard.bytes, shard.crc32c
-        if made.examples:
-            self._place.send(file, made.size, made.crc32c)
+    def _write_shard(self, split: SourceSplit, number: int, count: int) -> ShardRecord:
+        """Writes shard `number` of `count`, unless an earlier run did."""
+        start, stop = split.count * number // count, split.count * (number + 1) // count
+        file = _shard_name(split, number, count)
+        key = hashlib.sha256(f"{file} {start} {stop}\n{split.key(start, stop)}".encode()).hexdigest()
+        note = f"{INCOMPLETE}/{file}.json"
+        content = self._destination.read(note)
+        earlier = ShardRecord.parse(content) if content else None
+        if earlier and earlier.key == key and self._is_intact(earlier):
+            self._count(split, stop - start)
+            return earlier
+        record = ShardRecord(key, file)
+        shard = records.write_shard(self._destination.local, file, self._images(split, start, stop, record))
+        record.examples, record.size, record.crc32c = shard.examples, shard.bytes, shard.crc32c
+        if record.examples:
+            self._destination.send(file, record.size, record.crc32c)
         else:
-            os.unlink(os.path.join(self._place.local, file))
-        self._place.write(note, json.dumps(dataclasses.asdict(made), sort_keys=True).encode())
-        return made
+            os.unlink(os.path.join(self._destination.local, file))
+        self._destination.write(note, record.to_json())
+        return record
 
-    def _pictures(self, part: SourceSplit, start: int, stop: int, made: ShardRecord) -> Iterator[ImageRecord]:
-        from trainer.ingest.images import UnusableImage
-        from trainer.ingest.sources import in_order
+    def _is_intact(self, record: ShardRecord) -> bool:
+        return not record.examples or self._destination.holds(record.file, record.size, record.crc32c)
 
-        for result in in_order(self._pool, part.loads(start, stop), _AHEAD):
+    def _images(self, split: SourceSplit, start: int, stop: int, record: ShardRecord) -> Iterator[ImageRecord]:
+        """Yields the usable images [start, stop), and adds their statistics to `record`."""
+        for result in run_in_order(self._pool, split.loaders(start, stop), ahead=IMAGES_AHEAD):
             if self._stop.is_set():
                 raise _Stopped("stopped, since another shard failed")
-            self._count(part, 1)
+            self._count(split, 1)
             try:
-                found = result()
+                image = result()
             except UnusableImage as error:
-                made.bad.append(str(error))
+                record.unusable.append(str(error))
                 continue
-            made.heights[found.picture.height] = made.heights.get(found.picture.height, 0) + 1
-            made.widths[found.picture.width] = made.widths.get(found.picture.width, 0) + 1
-            made.turned += found.turned
-            made.converted += found.converted
-            yield found.picture
+            record.heights[image.record.height] = record.heights.get(image.record.height, 0) + 1
+            record.widths[image.record.width] = record.widths.get(image.record.width, 0) + 1
+            record.rotation_ignored += image.rotation_ignored
+            record.converted += image.converted
+            yield image.record
 
-    def _count(self, part: SourceSplit, pictures: int) -> None:
+    def _count(self, split: SourceSplit, images: int) -> None:
         with self._lock:
-            self._done += pictures
-            self._progress(f"prepare {part.name}", self._done, self._total)
+            self._done += images
+            self._progress(f"prepare {split.name}", self._done, self._total)
 
-    def _judge(self, made: list[ShardRecord]) -> None:
-        """Says, or refuses, what could not be used."""
-        bad = [text for one in made for text in one.bad]
-        if bad:
-            first = "; ".join(bad[:3])
-            self._place.write(f"{_MAKING}/unusable.txt", ("\n".join(bad) + "\n").encode())
-            if not self._skip:
-                listed = f"; all are listed in {self._place.folder}/{_MAKING}/unusable.txt" if len(bad) > 3 else ""
+    def _report(self, shard_records: list[ShardRecord]) -> None:
+        """Reports images that were left out or changed.
+
+        Raises:
+            DataError: some cannot be used, and are not to be skipped.
+        """
+        unusable = [message for record in shard_records for message in record.unusable]
+        if unusable:
+            first = "; ".join(unusable[:3])
+            self._destination.write(_UNUSABLE, ("\n".join(unusable) + "\n").encode())
+            if not self._skip_bad:
+                listed = f"; all are listed in {self._destination.folder}/{_UNUSABLE}" if len(unusable) > 3 else ""
                 raise DataError(
-                    f"{len(bad):,} of {self._total:,} pictures cannot be used: {first}{listed}. Replace them, or leave them "
-                    "out with --skip_bad"
+                    f"{len(unusable):,} of {self._total:,} images cannot be used: {first}{listed}. Replace them, or leave "
+                    "them out with --skip_bad"
                 )
-            self._console.info(f"left out {len(bad):,} of {self._total:,} pictures that cannot be used: {first}")
-        if converted := sum(one.converted for one in made):
+            self._console.info(f"left out {len(unusable):,} of {self._total:,} images that cannot be used: {first}")
+        if converted := sum(record.converted for record in shard_records):
             self._console.info(
-                f"{converted:,} pictures became PNG, since TensorFlow does not decode theirs everywhere alike"
+                f"{converted:,} images were converted to PNG, since TensorFlow does not decode them everywhere alike"
             )
-        if turned := sum(one.turned for one in made):
+        if rotated := sum(record.rotation_ignored for record in shard_records):
             self._console.info(
-                f"{turned:,} pictures have an EXIF rotation, which is not applied (docs/data.md); --exif=upright does"
+                f"{rotated:,} images have an EXIF rotation, which is not applied (docs/data.md); --exif=upright applies it"
             )
 
-    def _finish(self, made: dict[str, list[ShardRecord]], earlier: set[str]) -> Dataset:
-        """Writes dataset.json, if every shard is still what was made, and clears up."""
-        from trainer.data.dataset import INDEX, Dataset, Shard, Split
-
-        every = [one for ones in made.values() for one in ones if one.examples]
+    def _finish(self, shard_records: dict[str, list[ShardRecord]], all_shards: set[str]) -> Dataset:
+        """Writes dataset.json, if every shard is still what was written, and cleans up."""
+        written = {name: [r for r in split_records if r.examples] for name, split_records in shard_records.items()}
+        if empty := [name for name, split_records in written.items() if not split_records]:
+            raise DataError(f"split {empty[0]!r} would be empty: none of its images can be used")
         splits = {
-            name: Split(name, tuple(Shard(o.file, o.examples, o.size, o.crc32c) for o in ones if o.examples))
-            for name, ones in made.items()
+            name: Split(name, tuple(Shard(r.file, r.examples, r.size, r.crc32c) for r in split_records))
+            for name, split_records in written.items()
         }
-        if empty := [name for name, split in splits.items() if not split.shards]:
-            raise DataError(f"split {empty[0]!r} would be empty: none of its pictures can be used")
-        if changed := self._place.changed({one.file: (one.size, one.crc32c) for one in every}):
+        all_written = [record for split_records in written.values() for record in split_records]
+        if changed := self._destination.changed({r.file: (r.size, r.crc32c) for r in all_written}):
             raise DataError(
-                f"{self._place.folder}/{changed[0]} was changed by somebody else meanwhile: let one job finish, then run "
+                f"{self._destination.folder}/{changed[0]} was changed by another process: let one job finish, then run "
                 "this one again, or choose another --out"
             )
-        heights, widths = _sum(one.heights for one in every), _sum(one.widths for one in every)
-        facts = {
-            "left_out": sum(len(one.bad) for ones in made.values() for one in ones),
-            "became_png": sum(one.converted for one in every),
-            "exif_rotation_not_applied": sum(one.turned for one in every),
+        heights, widths = _sum(r.heights for r in all_written), _sum(r.widths for r in all_written)
+        counts = {
+            "left_out": sum(len(r.unusable) for split_records in shard_records.values() for r in split_records),
+            "became_png": sum(r.converted for r in all_written),
+            "exif_rotation_not_applied": sum(r.rotation_ignored for r in all_written),
         }
         dataset = Dataset(
-            self._place.folder,
+            self._destination.folder,
             self._source.name,
             self._source.classes,
             splits,
@@ -327,42 +392,42 @@ class _Writer:
                 "median_height": _median_low(heights),
                 "median_width": _median_low(widths),
             },
-            self._source.facts | {name: count for name, count in facts.items() if count},
+            self._source.metadata | {name: count for name, count in counts.items() if count},
         )
-        index = dataset.index()
-        self._place.write(_COMPLETE, _complete(self._plan, index))
-        self._place.write(INDEX, index)
-        clean_up(self._place, index, earlier)
+        index = dataset.to_json()
+        self._destination.write(_COMMIT, _commit(self._plan, index))
+        self._destination.write(INDEX_FILE, index)
+        clean_up(self._destination, index, all_shards)
         return dataset
 
 
 class _Stopped(DataError):
-    """A shard that was given up because another failed."""
+    """A shard was abandoned because another one failed."""
 
 
-def _sum(counts: Iterable[dict[int, int]]) -> dict[int, int]:
+def _sum(histograms: Iterable[dict[int, int]]) -> dict[int, int]:
     total: collections.Counter[int] = collections.Counter()
-    for one in counts:
-        total.update(one)
+    for histogram in histograms:
+        total.update(histogram)
     return total
 
 
-def _median_low(counts: dict[int, int]) -> int:
-    """The median of values given by how often each occurs; of two in the middle, the lower."""
-    middle, seen = (sum(counts.values()) - 1) // 2, 0
-    for value in sorted(counts):
-        seen += counts[value]
+def _median_low(histogram: dict[int, int]) -> int:
+    """Returns the median of values given with their counts; of the two middle ones, the lower."""
+    middle, seen = (sum(histogram.values()) - 1) // 2, 0
+    for value in sorted(histogram):
+        seen += histogram[value]
         if seen > middle:
             return value
     raise ValueError("no values")
 
 
-def _shard_name(part: SourceSplit, number: int, shards: int) -> str:
-    return f"{part.name}-{number:05d}-of-{shards:05d}.tfrecord"
+def _shard_name(split: SourceSplit, number: int, count: int) -> str:
+    return f"{split.name}-{number:05d}-of-{count:05d}.tfrecord"
 
 
 def _shard_files(index: bytes | None) -> set[str]:
-    """The shards that an index names, as far as it can be read."""
+    """Returns the names of the shards in a dataset.json, as far as it can be read."""
     try:
         splits = json.loads(index or b"{}").get("splits", {}).values()
         return {os.path.basename(shard["file"]) for split in splits for shard in split["shards"]}

@@ -1,47 +1,42 @@
-"""Where a data set is written: a local folder, or a bucket by google-cloud-storage. The same steps for both.
+"""Where a data set is written: a local folder, or a bucket. The same steps for both.
 
-An upload to a bucket is resumable and goes on after a broken connection; the server gets the CRC32C first and refuses
-other bytes; an object is only ever replaced if it is still the one that was seen when the place was opened, so that a
-second writer is noticed and not mixed with. Credentials are the application's default ones.
+An upload to a bucket is resumable; the server gets the CRC32C first and refuses other bytes. An
+object is only replaced if it still has the generation that was listed when the destination was
+opened, so that a second writer is noticed and two data sets do not mix.
 """
 
 from __future__ import annotations
 
-import base64
+import abc
 import contextlib
 import fcntl
+import io
 import os
 import posixpath
 import shutil
-import struct
 import tempfile
-import threading
-from collections.abc import Iterator
-from typing import Any
+from typing import BinaryIO
 
 from trainer.core.errors import DataError
-from trainer.io import files
+from trainer.io import bucket, files
 
-_CHUNK = 8 << 20  # of an upload: what is sent again when a connection breaks, and held in memory by each thread
-_PATIENCE = 600.0  # seconds that one request is retried
-_SHARDS = "funmatch-shards-"  # begins the names of folders of shards on their way to a bucket
+REQUEST_SECONDS = 60.0  # how long one request to a bucket may be without an answer
+RETRY_SECONDS = 600.0  # how long one request to a bucket is repeated
+_BLOCK_BYTES = 8 << 20
+_SHARDS = "funmatch-shards-"  # begins the names of local folders of shards to upload
 
 
-def open_destination(folder: str) -> LocalDestination:
-    """The place at `folder`, on a disk or gs://.
+def open_destination(folder: str) -> Destination:
+    """The destination at `folder`, on a disk or in a bucket.
 
     Raises:
         DataError: it cannot be written to, or there are no credentials.
     """
-    if folder.startswith("gs://"):
-        return GcsDestination(folder)
-    if files.is_remote(folder):
-        raise DataError(f"--out={folder}: data sets are written to local folders and to gs://")
-    return LocalDestination(folder)
+    return BucketDestination(folder) if files.is_remote(folder) else LocalDestination(folder)
 
 
-class LocalDestination:
-    """A local folder.
+class Destination(abc.ABC):
+    """A place for shards and small files. One process writes to it at a time.
 
     Attributes:
         folder: as the user named it.
@@ -49,345 +44,368 @@ class LocalDestination:
         writers: shards that are worth making at a time, at least.
     """
 
+    folder: str
+    local: str
+    writers: int
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Lets another process write here."""
+
+    @abc.abstractmethod
+    def holds(self, name: str, size: int, crc32c: int) -> bool:
+        """Whether the file `name` exists with this length and CRC32C.
+
+        Args:
+            name: relative to the destination.
+            size: bytes.
+            crc32c: of its content.
+        """
+
+    @abc.abstractmethod
+    def send(self, name: str, size: int, crc32c: int) -> None:
+        """Brings a finished shard from `local` to its place.
+
+        Args:
+            name: relative to both.
+            size: bytes.
+            crc32c: of its content.
+
+        Raises:
+            DataError: that failed.
+        """
+
+    @abc.abstractmethod
+    def read(self, name: str) -> bytes | None:
+        """The content of a small file; None if it does not exist."""
+
+    @abc.abstractmethod
+    def write(self, name: str, content: bytes, *, new: bool = False) -> bool:
+        """Writes a small file.
+
+        Args:
+            name: relative to the destination.
+            content: all of it.
+            new: the file must not exist yet.
+
+        Returns:
+            Whether it was written: False only with `new`.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+
+    @abc.abstractmethod
+    def remove(self, name: str) -> None:
+        """Deletes a file; one that is gone already is fine."""
+
+    @abc.abstractmethod
+    def remove_folder(self, name: str, last: str = "") -> None:
+        """Deletes a folder of small files; the one named `last` goes last."""
+
+    @abc.abstractmethod
+    def changed(self, shards: dict[str, tuple[int, int]]) -> list[str]:
+        """Of these names with lengths and CRC32Cs, those that do not exist so."""
+
+
+class LocalDestination(Destination):
+    """A local folder."""
+
     writers = 1
 
     def __init__(self, folder: str) -> None:
+        """
+        Raises:
+            DataError: it is not writable, or another process is writing to it.
+        """
         self.folder = self.local = folder
         files.require_writable(folder, "--out")
-        self._lock = _hold(folder)
-        if self._lock is None:
+        try:
+            self._lock = _lock_folder(folder)
+        except BlockingIOError:
             raise DataError(
                 f"--out={folder} is being written by another process: let it finish, or choose another --out"
-            )
+            ) from None
         if self._lock >= 0:
-            for inside in (folder, files.join(folder, ".making")):
+            for inside in (folder, files.join(folder, ".incomplete")):
                 files.remove_temporary(inside)  # of processes that were killed
             with contextlib.suppress(OSError):
-                os.rmdir(files.join(folder, ".making"))  # if it is empty
+                os.rmdir(files.join(folder, ".incomplete"))  # if it is empty
 
     def close(self) -> None:
         """Lets another process write here."""
-        if self._lock is not None and self._lock >= 0:
-            os.close(self._lock)
-            self._lock = None
+        self._lock = _unlock(self._lock)
 
     def holds(self, name: str, size: int, crc32c: int) -> bool:
-        """Whether the file `name` is there with this length and CRC32C."""
+        """See `Destination`. Reads the file."""
         import google_crc32c
 
-        path, crc = files.join(self.folder, name), 0
+        path, checksum = files.join(self.folder, name), 0
         try:
             if os.path.getsize(path) != size:
                 return False
             with open(path, "rb") as file:
-                while block := file.read(_CHUNK):
-                    crc = google_crc32c.extend(crc, block)
+                while block := file.read(_BLOCK_BYTES):
+                    checksum = google_crc32c.extend(checksum, block)
         except OSError:
             return False
-        return crc == crc32c
+        return checksum == crc32c
 
     def send(self, name: str, size: int, crc32c: int) -> None:
-        """Brings the finished file `name` from `local` to its place."""
+        """Does nothing: `local` is the destination."""
 
     def read(self, name: str) -> bytes | None:
-        """The content of a small file; None if it is not there."""
+        """See `Destination`."""
         path = files.join(self.folder, name)
         return files.read(path, "a file") if files.exists(path) else None
 
     def write(self, name: str, content: bytes, *, new: bool = False) -> bool:
-        """Writes a small file. With `new` it must not be there yet; returns whether it was written."""
+        """See `Destination`."""
         path = files.join(self.folder, name)
-        if new:
-            files.make_folder(posixpath.dirname(path), "a file")
-            try:
-                with open(path, "xb") as file:
-                    file.write(content)
-            except FileExistsError:
-                return False
-            except OSError as error:
-                raise DataError(f"cannot write {path}: {files.reason(error)}") from error
+        if not new:
+            files.write(path, content, "a file")
             return True
-        files.write(path, content, "a file")
+        files.make_folder(posixpath.dirname(path), "a file")
+        try:
+            with open(path, "xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {files.reason(error)}") from error
         return True
 
     def remove(self, name: str) -> None:
-        """Deletes a file; one that is gone already is fine."""
+        """See `Destination`."""
         files.remove(files.join(self.folder, name))
 
     def remove_folder(self, name: str, last: str = "") -> None:
-        """Deletes a folder with small files; the one named `last` goes last."""
+        """See `Destination`."""
         folder = files.join(self.folder, name)
-        for found in sorted(files.names(folder), key=lambda found: found == last):
-            files.remove(files.join(folder, found))
+        for file in sorted(files.names(folder), key=lambda file: file == last):
+            files.remove(files.join(folder, file))
         shutil.rmtree(folder, ignore_errors=True)
 
     def changed(self, shards: dict[str, tuple[int, int]]) -> list[str]:
-        """Of these names with lengths and CRC32Cs, those that are not there so (any more)."""
-        wrong = []
+        """See `Destination`. Looks at lengths only."""
+        changed = []
         for name, (size, _) in shards.items():
             path = files.join(self.folder, name)
             if not os.path.exists(path) or os.path.getsize(path) != size:
-                wrong.append(name)
-        return wrong
+                changed.append(name)
+        return changed
 
 
-class GcsDestination(LocalDestination):
+class BucketDestination(Destination):
     """A prefix of a bucket."""
 
     writers = 4
 
     def __init__(self, folder: str, flag: str = "--out", *, reading: bool = False) -> None:
-        bucket, _, prefix = folder.removeprefix("gs://").rstrip("/").partition("/")
-        self.folder, self.local = folder.rstrip("/"), ""
-        self._lock = None
-        self._bucket, self._prefix = bucket, f"{prefix}/" if prefix else ""
-        self._threads = threading.local()
-        self._credentials: Any = None
-        if not bucket:
-            raise DataError(f"{flag}={folder}: the name of a bucket is missing")
-        if not os.environ.get("STORAGE_EMULATOR_HOST"):
-            import google.auth
+        """
+        Args:
+            folder: gs://BUCKET/PREFIX or gs://BUCKET.
+            flag: with its dashes, for errors.
+            reading: nothing is going to be written.
 
-            with self._plainly("find credentials for"):
-                scope = "https://www.googleapis.com/auth/devstorage.read_write"
-                self._credentials, _ = google.auth.default(scopes=[scope])
-        self._seen = self._list()
+        Raises:
+            DataError: it cannot be listed or written to, or there are no credentials.
+        """
+        self.folder, self.local = folder.rstrip("/"), ""
+        self._lock = -1
+        self._bucket, prefix = bucket.open_bucket(folder, flag, REQUEST_SECONDS, RETRY_SECONDS)
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._objects = self._list()
         if reading:
             return
-        with self._plainly("write to"):
-            # An empty object, sent and taken away: permissions are known before the work.
-            probe = self._blob(f".write-probe-{os.urandom(4).hex()}")
-            probe.upload_from_string(b"", if_generation_match=0, retry=_retry())
-            probe.delete(retry=_retry())
-        _sweep_temporary()
-        # Locked before it has the name that others look for, so that none of them takes it for a dead process's.
-        made = tempfile.mkdtemp(prefix="funmatch-")
-        self._lock = _hold(made)
-        self.local = os.path.join(os.path.dirname(made), _SHARDS + os.path.basename(made).removeprefix("funmatch-"))
-        os.rename(made, self.local)
+        # Permissions are checked before the work.
+        probe = f"{self._prefix}.write-probe-{os.urandom(4).hex()}"
+        self._bucket.write(probe, b"", 0)
+        self._bucket.delete(probe)
+        _remove_abandoned()
+        # Locked before it has the name that other processes look for, so that none of them takes
+        # it for abandoned.
+        unlocked = tempfile.mkdtemp(prefix="funmatch-")
+        self._lock = _lock_folder(unlocked)
+        name = _SHARDS + os.path.basename(unlocked).removeprefix("funmatch-")
+        self.local = os.path.join(os.path.dirname(unlocked), name)
+        os.rename(unlocked, self.local)
 
     def close(self) -> None:
-        """Removes the shards that were on their way."""
+        """Removes the shards that were not sent."""
         if self.local:
             shutil.rmtree(self.local, ignore_errors=True)
-        super().close()
+        self._lock = _unlock(self._lock)
 
     def names(self) -> dict[str, str]:
-        """The objects that were there when the place was opened, and a mark that changes when one does."""
-        return {name: str(generation) for name, (generation, _, _) in self._seen.items() if not name.endswith("/")}
+        """The objects as they were at the start, each with a text that changes when it does."""
+        return {name: str(info.generation) for name, info in self._objects.items() if not name.endswith("/")}
 
     def holds(self, name: str, size: int, crc32c: int) -> bool:
-        """Whether the object was there when the place was opened, with this length and CRC32C."""
-        found = self._seen.get(name)
-        return found is not None and found[1:] == (size, crc32c)
+        """Whether the object existed when the destination was opened, with this length and CRC32C.
+
+        Args:
+            name: below the prefix.
+            size: bytes.
+            crc32c: of its content.
+        """
+        return _matches(self._objects.get(name), size, crc32c)
 
     def send(self, name: str, size: int, crc32c: int) -> None:
-        """Uploads a finished shard, unless the bucket has it already, and removes it here."""
+        """Uploads a finished shard, unless the bucket has it already, and removes it here.
+
+        Args:
+            name: of the file in `local`, and of the object below the prefix.
+            size: bytes.
+            crc32c: of its content.
+
+        Raises:
+            DataError: it cannot be uploaded, or another process wrote this object.
+        """
         path = files.join(self.local, name)
-        if not self.holds(name, size, crc32c):
-            self._upload(name, path, size, crc32c)
-        os.unlink(path)
+        try:
+            if not self.holds(name, size, crc32c):
+                with open(path, "rb") as file:
+                    self._replace(name, file, size, crc32c)
+            os.unlink(path)
+        except OSError as error:
+            raise DataError(f"cannot read the shard {path}: {files.reason(error)}; the same command resumes") from error
 
     def read(self, name: str) -> bytes | None:
-        """The content of a small object; None if it is not there."""
-        from google.api_core import exceptions
-
-        with self._plainly("read from"):
-            try:
-                return bytes(self._blob(name).download_as_bytes(retry=_retry()))
-            except exceptions.NotFound:
-                return None
+        """The content of a small object; None if it does not exist."""
+        generation, content = self._bucket.read(self._prefix + name)
+        return content if generation else None
 
     def write(self, name: str, content: bytes, *, new: bool = False) -> bool:
-        """Writes a small object, in place of the one that this process knows of, if any."""
+        """Writes a small object, in place of the generation that this process knows.
+
+        Args:
+            name: below the prefix.
+            content: all of it.
+            new: the object must not exist yet.
+
+        Returns:
+            Whether it was written: False only with `new`.
+
+        Raises:
+            DataError: it cannot be written, or another process wrote this object.
+        """
         import google_crc32c
 
-        path = files.join(self.local, f"small-{threading.get_ident()}")
-        with open(path, "wb") as file:
-            file.write(content)
+        size, crc32c = len(content), google_crc32c.value(content)
+        if not new:
+            self._replace(name, io.BytesIO(content), size, crc32c)
+            return True
         try:
-            self._upload(name, path, len(content), google_crc32c.value(content), 0 if new else None)
-        except _Taken:
-            if new:
-                return False
-            raise
-        finally:
-            os.unlink(path)
+            self._objects[name] = self._bucket.upload(self._prefix + name, io.BytesIO(content), size, crc32c, 0)
+        except bucket.Conflict:
+            return False
         return True
 
     def remove(self, name: str) -> None:
         """Deletes an object; one that is gone already is fine."""
-        from google.api_core import exceptions
-
-        with self._plainly("delete from"), contextlib.suppress(exceptions.NotFound):
-            self._blob(name).delete(retry=_retry())
-        self._seen.pop(name, None)
+        self._bucket.delete(self._prefix + name)
+        self._objects.pop(name, None)
 
     def remove_folder(self, name: str, last: str = "") -> None:
         """Deletes all objects under a prefix; the one named `last` goes last."""
-        for found in sorted(self._list(f"{name}/"), key=lambda found: found == f"{name}/{last}"):
-            self.remove(found)
+        for path in sorted(self._list(f"{name}/"), key=lambda path: path == f"{name}/{last}"):
+            self.remove(path)
 
     def changed(self, shards: dict[str, tuple[int, int]]) -> list[str]:
-        """Of these names with lengths and CRC32Cs, those that the bucket does not hold so (any more)."""
-        there = self._list()
-        return [name for name, known in shards.items() if name not in there or there[name][1:] != known]
+        """Of these names with lengths and CRC32Cs, those that the bucket does not hold so."""
+        objects = self._list()
+        return [name for name, (size, crc32c) in shards.items() if not _matches(objects.get(name), size, crc32c)]
 
-    def _list(self, under: str = "") -> dict[str, tuple[int, int, int]]:
-        """Generation, length and CRC32C of the objects, by their names below the prefix."""
-        with self._plainly("list"):
-            found = self._client().list_blobs(
-                self._bucket,
-                prefix=self._prefix + under,
-                fields="items(name,generation,size,crc32c),nextPageToken",
-                retry=_retry(),
-            )
-            return {
-                blob.name[len(self._prefix) :]: (int(blob.generation), int(blob.size), _number(blob.crc32c))
-                for blob in found
-            }
+    def _list(self, under: str = "") -> dict[str, bucket.ObjectInfo]:
+        """The objects by their names below the prefix."""
+        objects = self._bucket.list(self._prefix + under)
+        return {name.removeprefix(self._prefix): info for name, info in objects.items()}
 
-    def _upload(self, name: str, path: str, size: int, crc32c: int, generation: int | None = None) -> None:
-        from google.api_core import exceptions
-
-        known = self._seen.get(name, (0, 0, 0))[0] if generation is None else generation
-        blob = self._blob(name)
-        # The server refuses other bytes: a damaged object never becomes visible.
-        blob.crc32c = base64.b64encode(struct.pack(">I", crc32c)).decode()
-        with self._plainly("write to"):
-            try:
-                blob.upload_from_filename(
-                    path,
-                    content_type="application/octet-stream",
-                    if_generation_match=known,
-                    checksum="crc32c",
-                    retry=_retry(),
-                )
-            except exceptions.PreconditionFailed:
-                # Ours already, if the answer to an earlier try was lost.
-                blob.reload(retry=_retry())
-                if generation == 0 or (blob.size, _number(blob.crc32c)) != (size, crc32c):
-                    raise _Taken(
-                        f"gs://{self._bucket}/{self._prefix}{name} was written by somebody else meanwhile: let one job "
-                        "finish, then run this one again, or choose another --out"
-                    ) from None
-        if (blob.size, _number(blob.crc32c)) != (size, crc32c):
-            raise DataError(f"{self.folder}/{name} arrived damaged: its CRC32C is not that of what was sent; run again")
-        self._seen[name] = (int(blob.generation), size, crc32c)
-
-    def _blob(self, name: str) -> Any:
-        return self._client().bucket(self._bucket).blob(self._prefix + name, chunk_size=_CHUNK)
-
-    def _client(self) -> Any:
-        """This thread's client: its connections are not made for several."""
-        if not hasattr(self._threads, "client"):
-            from google.cloud import storage
-
-            more = {"credentials": self._credentials, "project": "unused"} if self._credentials else {}
-            self._threads.client = storage.Client(**more)
-        return self._threads.client
-
-    @contextlib.contextmanager
-    def _plainly(self, verb: str) -> Iterator[None]:
-        """Turns what the libraries raise into one line."""
-        import requests
-        from google.api_core import exceptions
-        from google.auth import exceptions as auth
-        from google.cloud.storage import exceptions as storage_exceptions
-
-        where = f"gs://{self._bucket}/{self._prefix}"
+    def _replace(self, name: str, content: BinaryIO, size: int, crc32c: int) -> None:
+        """Uploads an object in place of the generation that this process knows."""
+        current = self._objects.get(name)
         try:
-            yield
-        except auth.DefaultCredentialsError as error:
-            raise DataError(
-                f"cannot {verb} {where}: there are no Google credentials here. On your machine: gcloud auth "
-                "application-default login; in a job: its service account, or GOOGLE_APPLICATION_CREDENTIALS"
-            ) from error
-        except exceptions.NotFound as error:
-            raise DataError(f"cannot {verb} {where}: there is no bucket {self._bucket}") from error
-        except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-            raise DataError(
-                f"cannot {verb} {where}: no permission. The account needs storage.objects.get, list, create and delete "
-                f"on the bucket, which roles/storage.objectAdmin gives ({files.reason(error)})"
-            ) from error
-        except storage_exceptions.DataCorruption as error:
-            raise DataError(f"cannot {verb} {where}: what arrived was damaged on its way; run again") from error
-        except (
-            exceptions.GoogleAPIError,
-            auth.GoogleAuthError,
-            storage_exceptions.InvalidResponse,
-            requests.RequestException,
-            OSError,
-        ) as error:
-            raise DataError(f"cannot {verb} {where}: {files.reason(error)}; the same command goes on") from error
+            info = self._bucket.upload(self._prefix + name, content, size, crc32c, current.generation if current else 0)
+        except bucket.Conflict:
+            # It is our own upload if an earlier try was served and its answer was lost.
+            stored = self._bucket.stat(self._prefix + name)
+            if stored is None or not _matches(stored, size, crc32c):
+                raise DataError(
+                    f"{self.folder}/{name} was written by another process meanwhile: let one job finish, then run this "
+                    "one again, or choose another --out"
+                ) from None
+            info = stored
+        self._objects[name] = info
 
 
-def _hold(folder: str) -> int | None:
-    """Locks a local folder until the handle that it returns is closed, or the process ends, however it does.
+def _matches(info: bucket.ObjectInfo | None, size: int, crc32c: int) -> bool:
+    return info is not None and (info.size, info.crc32c) == (size, crc32c)
 
-    None: another process holds it. -1: the file system has no locks.
+
+def _lock_folder(folder: str) -> int:
+    """Locks a local folder until the returned handle is closed or the process ends.
+
+    Returns:
+        The handle; -1 where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(handle)
-        return None
-    except OSError:
-        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
         return -1
     return handle
 
 
-def _sweep_temporary() -> None:
-    """Removes folders of shards on their way whose processes were killed."""
+def _unlock(handle: int) -> int:
+    """Closes a handle of `_lock_folder`, and returns the one that stands for no lock."""
+    if handle >= 0:
+        os.close(handle)
+    return -1
+
+
+def _remove_abandoned() -> None:
+    """Removes local folders of shards whose processes were killed before the upload."""
     for name in os.listdir(tempfile.gettempdir()):
         path = os.path.join(tempfile.gettempdir(), name)
         if not name.startswith(_SHARDS):
             continue
         with contextlib.suppress(OSError):
-            if (handle := _hold(path)) is not None and handle >= 0:
+            if (handle := _lock_folder(path)) >= 0:
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(handle)
 
 
-class _Taken(DataError):
-    """Another writer was there."""
-
-
-def _retry() -> Any:
-    from google.cloud.storage.retry import DEFAULT_RETRY
-
-    return DEFAULT_RETRY.with_timeout(_PATIENCE)
-
-
-def _number(crc32c: str | None) -> int:
-    """A CRC32C as Cloud Storage writes it, as a number."""
-    return int(struct.unpack(">I", base64.b64decode(crc32c or "AAAAAA=="))[0])
-
-
 def tree(folder: str) -> list[tuple[tuple[str, ...], str]]:
-    """All files under `folder`, sorted: the parts of each relative path, and a mark that changes when the file does.
+    """All files under `folder`, sorted.
+
+    Returns:
+        For each the parts of its relative path, and a text that changes when the file does.
 
     Raises:
-        DataError: there is no such folder, or it cannot be listed.
+        DataError: the folder does not exist, or cannot be listed.
     """
-    if folder.startswith("gs://"):
-        place = GcsDestination(folder, "--dataset", reading=True)
-        return sorted((tuple(name.split("/")), mark) for name, mark in place.names().items())
+    if files.is_remote(folder):
+        names = BucketDestination(folder, "--dataset", reading=True).names()
+        return sorted((tuple(name.split("/")), version) for name, version in names.items())
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: there is no such folder")
-    found: list[tuple[tuple[str, ...], str]] = []
-    for where, _, names in os.walk(folder, followlinks=True):
+    paths: list[tuple[tuple[str, ...], str]] = []
+    for where, _, names_here in os.walk(folder, followlinks=True):
         below = os.path.relpath(where, folder)
         parts = () if below == "." else tuple(below.split(os.sep))
-        for name in names:
-            found.append(((*parts, name), mark(os.path.join(where, name))))
-    return sorted(found)
+        paths += [((*parts, name), mark(os.path.join(where, name))) for name in names_here]
+    return sorted(paths)
 
 
 def mark(path: str) -> str:
-    """A mark that changes when a local file does; empty for other files, and for one that is not there."""
+    """A text that changes when a local file does; empty for remote and missing files."""
     if files.is_remote(path):
         return ""
     try:

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from typing import Any
+from typing import Any, BinaryIO
 
 import tensorflow as tf
 
@@ -18,7 +18,11 @@ from trainer.io import files
 
 
 def checksum(path: str, role: str) -> str:
-    """SHA-256 (hex) of a file, wherever it lies.
+    """SHA-256 (hex) of a file.
+
+    Args:
+        path: on a disk, in a bucket or https://.
+        role: the flag that names the file, without dashes, for errors.
 
     Raises:
         DataError: it cannot be read.
@@ -31,68 +35,76 @@ def checksum(path: str, role: str) -> str:
 
 
 def local_copy(path: str, role: str) -> str:
-    """A path on this machine's disk with the content of `path`: itself, or a copy in the cache, which is made once.
+    """A file on this machine's disk with the content of `path`: itself, or a copy in the cache.
 
     Args:
-        path: on a disk, gs:// or https://. A copy is known by its address and by what the server says of its version.
-        role: the flag whose file it is, for errors.
+        path: on a disk, in a bucket or https://. The cache knows a copy by its address and the
+            version at the server.
+        role: the flag that names the file, without dashes, for errors.
 
     Raises:
-        DataError: it is not there or cannot be brought here whole.
+        DataError: it does not exist or cannot be fetched whole.
     """
-    if path.startswith("http://"):
-        raise DataError(f"--{role}: {path} comes over an open line that anybody can change; use https:// or gs://")
-    if not path.startswith("https://") and not files.exists(path):
+    if files.scheme(path) == "http":
+        raise DataError(
+            f"--{role}: {path} is not encrypted, so anybody on the way can change it; use https:// or gs://"
+        )
+    if not _is_https(path) and not files.exists(path):
         raise DataError(f"--{role}={path}: there is no such file")
     if not files.is_remote(path):
         return path
     part = ""
     try:
         key = hashlib.sha256(f"{path} {_version(path)}".encode()).hexdigest()[:16]
-        kept = os.path.join(files.cache_folder(), f"{key}-{urllib.parse.urlparse(path).path.rsplit('/', 1)[-1][-80:]}")
-        if os.path.exists(kept):
-            return kept
-        part = f"{kept}.{uuid.uuid4().hex[:8]}.part"
+        name = urllib.parse.urlparse(path).path.rsplit("/", 1)[-1][-80:]
+        cached = os.path.join(files.cache_folder(), f"{key}-{name}")
+        if os.path.exists(cached):
+            return cached
+        part = f"{cached}.{uuid.uuid4().hex[:8]}.part"
         with open(part, "wb") as target:
             _copy(path, role, target)
             target.flush()
             os.fsync(target.fileno())
-        os.replace(part, kept)
+        os.replace(part, cached)
     except (OSError, tf.errors.OpError) as error:  # URLError is an OSError
         raise DataError(f"--{role}: cannot fetch {path}: {getattr(error, 'reason', None) or error}") from error
     finally:
         if part and os.path.exists(part):
             os.unlink(part)
-    return kept
+    return cached
+
+
+def _is_https(path: str) -> bool:
+    return files.scheme(path) == "https"
 
 
 def _version(path: str) -> str:
-    if not path.startswith("https://"):
-        found = tf.io.gfile.stat(path)
-        return f"{found.length} {found.mtime_nsec}"
+    if not _is_https(path):
+        status = tf.io.gfile.stat(path)
+        return f"{status.length} {status.mtime_nsec}"
     try:
-        with _open(path, "HEAD") as answer:
-            return " ".join(answer.headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Length"))
+        with _open(path, "HEAD") as response:
+            return " ".join(response.headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Length"))
     except urllib.error.HTTPError as error:
-        if error.code in (403, 405, 501):  # an address signed for GET alone, or a server without HEAD
+        if error.code in (403, 405, 501):  # a URL signed for GET alone, or a server without HEAD
             return ""
         raise
 
 
-def _open(address: str, method: str = "GET") -> Any:
-    answer = urllib.request.urlopen(urllib.request.Request(address, method=method), timeout=60)
-    if not answer.url.startswith("https://"):
-        answer.close()
-        raise OSError(f"it leads to {answer.url.split('?')[0]}, an open line that anybody can change")
-    return answer
+def _open(url: str, method: str = "GET") -> Any:
+    response = urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=60)
+    if not _is_https(response.url):
+        response.close()
+        raise OSError(f"it redirects to {response.url.split('?')[0]}, which is not encrypted")
+    return response
 
 
-def _copy(path: str, role: str, target: Any) -> None:
-    if not path.startswith("https://"):
+def _copy(path: str, role: str, target: BinaryIO) -> None:
+    if not _is_https(path):
         target.write(files.read(path, f"the {role}"))
         return
-    with _open(path) as answer:
-        shutil.copyfileobj(answer, target, 1 << 20)
-        promised = answer.headers.get("Content-Length")
+    with _open(path) as response:
+        shutil.copyfileobj(response, target, 1 << 20)
+        promised = response.headers.get("Content-Length")
     if promised is not None and target.tell() != int(promised):
-        raise OSError(f"{target.tell():,} of {int(promised):,} bytes came")
+        raise OSError(f"only {target.tell():,} of {int(promised):,} bytes arrived")

@@ -1,4 +1,8 @@
-"""Files on a disk and in a bucket alike (tf.io.gfile): whole reads, atomic whole writes, errors as one line."""
+"""Files on a disk and in a bucket alike (tf.io.gfile): reads, atomic writes, errors as one line.
+
+`scheme` is the one function that tells kinds of storage apart. What is peculiar to TensorFlow's
+client of one kind stands in `_CLIENTS`.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +18,31 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 from trainer.core.errors import DataError
 from trainer.io import gcs_client
 
-gcs_client.set_defaults()  # in a program that has not come through trainer.cli
+gcs_client.set_defaults()  # for programs that do not start with trainer.cli
 
 import tensorflow as tf  # noqa: E402
 
 T = TypeVar("T")
 
+_CLIENTS = {"gs": gcs_client}
+
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp|\.write-probe-[0-9a-f]{8}")
+
+
+def scheme(path: str) -> str:
+    """The kind of storage: "gs" for gs://..., "https" for https://...; empty for a local disk."""
+    head, separator, _ = path.partition("://")
+    return head if separator else ""
 
 
 def is_remote(path: str) -> bool:
     """True for gs:// and other schemes, whose objects appear whole when their upload completes."""
-    return "://" in path
+    return bool(scheme(path))
 
 
 def join(folder: str, *parts: str) -> str:
@@ -39,17 +51,21 @@ def join(folder: str, *parts: str) -> str:
 
 
 def attempt(work: Callable[[], T], path: str, definite: tuple[type[Exception], ...] = ()) -> T:
-    """What `work` returns, with up to two more tries where a bucket said no in a way that may pass.
+    """Calls `work`, up to twice more if a bucket refuses it.
 
-    TensorFlow's client itself repeats what failed on the way or on the server's side. It takes a refusal for an answer, but one
-    may come of a permission that has not reached all servers yet.
+    TensorFlow's client itself repeats what the network or the server failed at, but not what the
+    server refused. A refusal may pass: a new permission takes a while to reach all servers.
 
     Args:
-        work: does one thing to `path`, and can do it again.
-        path: on a disk nothing is tried twice.
-        definite: refusals that are answers.
+        work: one operation on `path`, which can be repeated.
+        path: on a disk nothing is repeated.
+        definite: refusals that are not repeated.
+
+    Returns:
+        What `work` returned.
     """
-    for pause in (0.5, 1.5) if path.startswith("gs://") else ():
+    client = _CLIENTS.get(scheme(path))
+    for pause in client.REFUSAL_PAUSES if client else ():
         try:
             return work()
         except definite:
@@ -70,8 +86,12 @@ _REFUSALS = (
 def read(path: str, what: str) -> bytes:
     """The whole content of `path`.
 
+    Args:
+        path: on a disk or in a bucket.
+        what: it holds, for errors.
+
     Raises:
-        DataError: it cannot be read; the text says `what` it was meant to be.
+        DataError: it cannot be read.
     """
 
     def work() -> bytes:
@@ -85,10 +105,16 @@ def read(path: str, what: str) -> bytes:
 
 
 def write(path: str, content: bytes, what: str) -> None:
-    """Makes `path` hold `content`, whole or not at all, through a crash too.
+    """Makes `path` hold `content`, whole or not at all, also if the machine crashes.
 
-    On a disk: a temporary file, flushed to the platter, then renamed over `path`. In a bucket an object becomes
-    visible only when its upload is complete, so it is written directly (a rename there is copy plus delete).
+    On a disk: a temporary file is flushed and then renamed over `path`. In a bucket an object
+    becomes visible only when its upload is complete, so it is written directly (a rename there is
+    copy plus delete).
+
+    Args:
+        path: on a disk or in a bucket.
+        content: all of it.
+        what: it holds, for errors.
 
     Raises:
         DataError: it cannot be written.
@@ -109,8 +135,9 @@ def _upload(path: str, content: bytes) -> None:
         file.write(content)
         file.close()
     except tf.errors.OpError:
-        # A file whose upload failed would begin it all over again when it is destroyed, twice: three times as long until
-        # the error is told, and once more after the job has given the place up. So it never is.
+        # GFile's destructor retries a failed upload twice. That triples the time until the error
+        # is raised, and can write after another job has taken the lease over. The extra reference
+        # keeps the destructor from running.
         if (inner := getattr(file, "_writable_file", None)) is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(inner))
         raise
@@ -118,10 +145,17 @@ def _upload(path: str, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str, what: str) -> Iterator[BinaryIO]:
-    """A new local file to write in pieces, which takes the place of `path` when all went well, and leaves nothing else.
+    """A new local file. It replaces `path` at the end, or is deleted if an error is raised.
+
+    Args:
+        path: on a disk.
+        what: it holds, for errors.
+
+    Yields:
+        The open file.
 
     Raises:
-        DataError: its folder cannot be made.
+        DataError: its folder cannot be created.
         OSError: it cannot be written.
     """
     make_folder(posixpath.dirname(path), what)
@@ -139,7 +173,7 @@ def replacing(path: str, what: str) -> Iterator[BinaryIO]:
 
 
 def sync_folder(path: str) -> None:
-    """Makes the names in a local folder survive a power cut."""
+    """Makes new names in a local folder survive a power failure."""
     handle = os.open(path or ".", os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -148,10 +182,10 @@ def sync_folder(path: str) -> None:
 
 
 def make_folder(path: str, what: str) -> None:
-    """Creates a folder and its parents; a bucket needs none.
+    """Creates a folder and its parents. A bucket needs none.
 
     Raises:
-        DataError: it cannot be created, or a file is in its place.
+        DataError: it cannot be created, or it is a file.
     """
     try:
         if path and not is_remote(path):
@@ -161,22 +195,22 @@ def make_folder(path: str, what: str) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name was one of ours on its way to another name; a crash leaves it behind."""
+    """Whether `replacing` or `require_writable` make temporary files of such names."""
     return bool(_TEMPORARY.fullmatch(name))
 
 
 def remove_temporary(folder: str) -> None:
-    """Deletes what crashes left of `write` and `require_writable`; only for a folder's one writer."""
+    """Deletes the temporary files that crashes left; only for a folder's one writer."""
     for name in names(folder):
         if is_temporary(name):
             remove(join(folder, name))
 
 
 def require_writable(folder: str, what: str) -> None:
-    """Writes, reads back and deletes a small object in `folder`, so that a job fails before its work and not after.
+    """Writes, reads back and deletes a small file, so that a job fails before its work.
 
     Raises:
-        DataError: that did not work.
+        DataError: one of these failed.
     """
     probe = join(folder, f".write-probe-{uuid.uuid4().hex[:8]}")
     try:
@@ -186,30 +220,38 @@ def require_writable(folder: str, what: str) -> None:
             raise DataError("what was written is not what is read back")
         attempt(lambda: tf.io.gfile.remove(probe), probe)
     except (tf.errors.OpError, DataError) as error:
-        cause = error.__cause__ if isinstance(error, DataError) else error  # what `write` met, without the probe's name
-        why = reason(cause, folder) if cause else str(error)
-        raise DataError(f"{what} {folder} is not writable: {why}; choose another or change its permissions") from error
+        cause = error.__cause__ if isinstance(error, DataError) else error  # without the probe
+        message = reason(cause, folder) if cause else str(error)
+        raise DataError(
+            f"{what} {folder} is not writable: {message}; choose another or change its permissions"
+        ) from error
 
 
 def copy_tree(source: str, target: str, what: str, last: str) -> None:
-    """Copies the files of a folder to another, on a disk or gs://; the one named `last` comes last, and so says that all is there.
+    """Copies the files of a folder to another.
+
+    Args:
+        source: on a disk or in a bucket.
+        target: on a disk or in a bucket.
+        what: they hold, for errors.
+        last: name of the file that is copied last. Where it is present, the copy is complete.
 
     Raises:
         DataError: it cannot be read or written.
     """
     try:
-        found = [join(folder, name) for folder, _, inside in tf.io.gfile.walk(source) for name in inside]
+        paths = [join(folder, name) for folder, _, file_names in tf.io.gfile.walk(source) for name in file_names]
     except tf.errors.OpError as error:
         raise DataError(f"cannot list {source}: {reason(error, source)}") from error
-    for path in sorted(found, key=lambda path: (posixpath.basename(path) == last, path)):
+    for path in sorted(paths, key=lambda path: (posixpath.basename(path) == last, path)):
         write(join(target, posixpath.relpath(path, source)), read(path, what), what)
 
 
 def exists(path: str) -> bool:
-    """Whether a file or object is at `path`.
+    """Whether `path` exists.
 
     Raises:
-        DataError: the answer cannot be had (no permission, no such bucket).
+        DataError: that cannot be known (no permission, no such bucket).
     """
     try:
         return bool(attempt(lambda: tf.io.gfile.exists(path), path))
@@ -217,12 +259,13 @@ def exists(path: str) -> bool:
         raise DataError(f"cannot look at {path}: {reason(error, path)}") from error
 
 
-# Seconds after which "not found" of a list can only be the end of the client's tries; asking once more would double them.
-_PATIENCE = 30.0
+# Seconds after which "not found" of a list can only be the end of the client's tries. Trying once
+# more would double them.
+_LIST_SECONDS = 30.0
 
 
 def names(folder: str) -> list[str]:
-    """Names directly in `folder`, sorted, without trailing slashes; empty if there is no such folder.
+    """Names directly in `folder`, sorted, without trailing slashes; none if it does not exist.
 
     Raises:
         DataError: it cannot be listed.
@@ -236,18 +279,19 @@ def names(folder: str) -> list[str]:
 
 
 def _list(folder: str) -> set[str]:
-    began = time.monotonic()
+    started = time.monotonic()
     try:
         return {name.rstrip("/") for name in tf.io.gfile.listdir(folder)}
     except tf.errors.NotFoundError:
-        if not folder.startswith("gs://"):
+        if not is_remote(folder):
             raise
-        # listdir says "not found" of a folder that it was not let to look at, or that did not answer: a run would take its
-        # checkpoints for gone, and begin anew. glob says what went wrong. It lists what lies deeper too, hence only now.
-        if time.monotonic() > began + _PATIENCE:
+        # listdir raises "not found" also where the bucket refuses or does not answer. A run would
+        # conclude that it has no checkpoints and start again. glob raises the right error. It also
+        # lists subfolders, so it is only the second try.
+        if time.monotonic() > started + _LIST_SECONDS:
             raise tf.errors.UnavailableError(None, None, "no answer to a list") from None
-        start = folder.rstrip("/") + "/"
-        return {path.removeprefix(start).split("/")[0] for path in tf.io.gfile.glob(start + "*")}
+        prefix = folder.rstrip("/") + "/"
+        return {path.removeprefix(prefix).split("/")[0] for path in tf.io.gfile.glob(prefix + "*")}
 
 
 def remove(path: str) -> None:
@@ -265,7 +309,7 @@ def remove(path: str) -> None:
 
 
 def cache_folder() -> str:
-    """Where files from elsewhere are kept: $FUNMATCH_CACHE, else ~/.cache/funmatch, else a folder for temporary files."""
+    """For downloads: $FUNMATCH_CACHE, else ~/.cache/funmatch, else a temporary folder."""
     home = os.environ.get("FUNMATCH_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "funmatch")
     try:
         os.makedirs(home, exist_ok=True)
@@ -273,20 +317,21 @@ def cache_folder() -> str:
             return home
     except OSError:
         pass
-    return _temporary()
+    return _temporary_folder()
 
 
 @functools.cache
-def _temporary() -> str:
-    """One folder for this process, gone with it."""
+def _temporary_folder() -> str:
+    """One folder for this process, deleted when it ends."""
     folder = tempfile.mkdtemp(prefix="funmatch-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def reason(error: Any, path: str = "") -> str:
-    """The first line of an error, without TensorFlow's wrapping; with a `path` in a bucket, what to do about it too."""
+def reason(error: BaseException, path: str = "") -> str:
+    """The first line of an error; with a `path` in a bucket, also what to do about it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(getattr(error, "message", None) or str(error) or type(error).__name__)
-    return gcs_client.explain(text, path) if path.startswith("gs://") else text.splitlines()[0].strip()
+    client = _CLIENTS.get(scheme(path))
+    return client.explain(text, path) if client else text.splitlines()[0].strip()

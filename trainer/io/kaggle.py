@@ -1,11 +1,12 @@
-"""Files from Kaggle: brought by the `kaggle` package, unpacked by our own code, kept in the cache.
+"""Files from Kaggle: downloaded by the `kaggle` package, unpacked by archives.py, cached.
 
-    CACHE/kaggle/NAME/download/    the archive while it comes, and what the client needs to go on with it
-    CACHE/kaggle/NAME/content/     what was in it, put there whole
-    CACHE/kaggle/NAME/complete.json    written last: names and bytes of all files; without it, `content` is made again
+    CACHE/kaggle/NAME/download/      the partial archive, and what the client needs to resume it
+    CACHE/kaggle/NAME/content/       its files, renamed into place when all are unpacked
+    CACHE/kaggle/NAME/complete.json  written last: all files' names and lengths
 
-The client runs behind walls: it looks for credentials when it is imported and may end the process, prints what it sends when it is
-told to be verbose, and only warns of a key that others can read. No text of ours has a key in it, nor an address with a signature.
+The client is isolated: importing it looks for credentials and may exit the process, its verbose
+mode prints the request headers, and it only warns of a key that others can read. No message here
+contains a key or a signed URL.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -25,13 +27,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from trainer.core.console import Console
+from trainer.core.console import Console, SilentConsole
 from trainer.core.errors import ConfigError, DataError
 from trainer.io import archives, files
 
-_STALL_SECONDS = 180.0  # the client waits 32 seconds at most before it asks again
+# Without a new byte until a download fails. The client waits at most 32 seconds before a retry.
+STALL_SECONDS = 180.0
 _FORMS = "kaggle:OWNER/DATASET[/VERSION][:FILE] or kaggle:OWNER/MODEL/FRAMEWORK/VARIATION[/VERSION][:FILE]"
-_HOW = (
+_SET_CREDENTIALS = (
     "set KAGGLE_API_TOKEN, or KAGGLE_USERNAME and KAGGLE_KEY, or put the kaggle.json of your account's page into "
     "~/.kaggle and chmod 600 it"
 )
@@ -39,12 +42,12 @@ _HOW = (
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """What the text after `kaggle:` means.
+    """The text after `kaggle:`, parsed.
 
     Attributes:
-        parts: owner and dataset; or owner, model, framework and variation.
+        parts: owner and data set; or owner, model, framework and variation.
         version: "" for the newest.
-        inside: a file or folder in what comes; "" to look for the only one that is a model.
+        inside: path of the model in the archive; "" to search for the only one.
     """
 
     parts: tuple[str, ...]
@@ -53,27 +56,27 @@ class Address:
 
     @property
     def is_model(self) -> bool:
-        """One of Kaggle's models, not of its data sets."""
+        """Whether it is one of Kaggle's models and not one of its data sets."""
         return len(self.parts) == 4
 
     @property
     def page(self) -> str:
-        """Where a person looks at it."""
+        """Its URL for a browser."""
         return f"https://www.kaggle.com/{'models' if self.is_model else 'datasets'}/{'/'.join(self.parts)}"
 
 
 def parse(text: str, role: str) -> Address:
-    """Reads what follows `kaggle:`.
+    """Parses what follows `kaggle:`.
 
     Raises:
-        ConfigError: neither a data set nor a model.
+        ConfigError: it is neither a data set nor a model.
     """
     name, _, inside = text.partition(":")
     parts = tuple(name.split("/"))
     version = parts[-1] if len(parts) in (3, 5) else ""
     parts = parts[:-1] if version else parts
-    plain = all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", part) for part in parts)
-    if len(parts) not in (2, 4) or not plain or not re.fullmatch(r"([1-9]\d*)?", version):
+    valid = all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", part) for part in parts)
+    if len(parts) not in (2, 4) or not valid or not re.fullmatch(r"([1-9]\d*)?", version):
         raise ConfigError(f"--{role}=kaggle:{text}: it must be {_FORMS}; a version is a number")
     try:
         inside = archives.safe_name(inside)
@@ -82,24 +85,30 @@ def parse(text: str, role: str) -> Address:
     return Address(parts, version, inside)
 
 
-def fetch(text: str, role: str) -> tuple[str, str]:
-    """Brings what `kaggle:TEXT` means to this machine, once, and finds the model in it.
+def fetch(text: str, role: str, console: Console | None = None) -> tuple[str, str]:
+    """Downloads `kaggle:TEXT` to the cache, once, and finds the model in it.
 
-    What was fetched without a version is not asked for again: a new version at Kaggle changes nothing here.
+    A download without a version is not repeated when Kaggle has a newer version.
+
+    Args:
+        text: what follows `kaggle:` in the flag.
+        role: the flag, without dashes, for errors.
+        console: shows the progress of the download; None: nothing is shown.
 
     Returns:
-        Its kind ("saved_model", "keras" or "bit") and what follows that kind's colon in a flag.
+        The model's kind ("saved_model", "keras" or "bit"), and its path as that kind's flag takes
+        it.
 
     Raises:
         ConfigError: see `parse`.
-        DataError: it cannot be had, or holds no model or several; the text says what to do.
+        DataError: the download failed, or holds no model or several; the text says what to do.
     """
     address, where = parse(text, role), f"--{role}=kaggle:{text}"
     folder = os.path.join(files.cache_folder(), "kaggle", "--".join((*address.parts, address.version or "newest")))
     content = os.path.join(folder, "content")
     with _locked(folder, where):
         if not _is_complete(folder):
-            _bring(address, folder, where)
+            _download_and_unpack(address, folder, where, console or SilentConsole())
     return _find(content, address.inside, where)
 
 
@@ -119,31 +128,31 @@ def _locked(folder: str, where: str) -> Iterator[None]:
 def _is_complete(folder: str) -> bool:
     try:
         with open(os.path.join(folder, "complete.json"), encoding="utf-8") as file:
-            promised = json.load(file)["files"]
-        return all(os.path.getsize(os.path.join(folder, "content", name)) == size for name, size in promised.items())
+            sizes = json.load(file)["files"]
+        return all(os.path.getsize(os.path.join(folder, "content", name)) == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, AttributeError):
         return False
 
 
-def _bring(address: Address, folder: str, where: str) -> None:
+def _download_and_unpack(address: Address, folder: str, where: str, console: Console) -> None:
     marker, content, download = (os.path.join(folder, name) for name in ("complete.json", "content", "download"))
     with contextlib.suppress(FileNotFoundError):
         os.unlink(marker)
     for name in os.listdir(folder):  # of processes that were killed
         if name == "content" or name.endswith(".part"):
             shutil.rmtree(os.path.join(folder, name))
-    archive = _download(address, download, where)
+    archive = _download(address, download, where, console)
     part = f"{content}.{uuid.uuid4().hex[:8]}.part"
     try:
-        found = archives.extract(archive, part, f"{where}: what came")
+        names = archives.extract(archive, part, f"{where}: the archive")
     except DataError:
-        shutil.rmtree(download)  # a bad archive is no start for the next try
+        shutil.rmtree(download)  # the next try must not resume a bad archive
         raise
     os.replace(part, content)
     with open(archive, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    promised = {name: os.path.getsize(os.path.join(content, name)) for name in found}
-    text = json.dumps({"from": address.page, "archive_sha256": digest, "files": promised}, indent=1, sort_keys=True)
+    sizes = {name: os.path.getsize(os.path.join(content, name)) for name in names}
+    text = json.dumps({"from": address.page, "archive_sha256": digest, "files": sizes}, indent=1, sort_keys=True)
     files.write(marker, text.encode(), "the cache's record of")
     shutil.rmtree(download)
 
@@ -152,25 +161,25 @@ def _find(content: str, inside: str, where: str) -> tuple[str, str]:
     root = os.path.join(content, *inside.split("/")) if inside else content
     if not os.path.exists(root):
         raise DataError(f"{where}: there is no {inside} in it; it holds {_listing(content)}")
-    found: list[tuple[str, str]] = []
+    models: list[tuple[str, str]] = []
     for folder, folders, names in os.walk(root):
         if "saved_model.pb" in names:
-            found.append(("saved_model", folder))
+            models.append(("saved_model", folder))
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if name != "__MACOSX")
-        found += [_kind(os.path.join(folder, name)) for name in sorted(names) if name.endswith((".keras", ".npz"))]
+        models += [_kind(os.path.join(folder, name)) for name in sorted(names) if name.endswith((".keras", ".npz"))]
     if os.path.isfile(root) and root.endswith((".keras", ".npz")):
-        found = [_kind(root)]
-    if not found:
-        held = _listing(root if os.path.isdir(root) else content)
-        raise DataError(f"{where}: no model is in it (a SavedModel, .keras or .npz); it holds {held}")
-    if len(found) > 1:
-        names = [os.path.relpath(path.removeprefix("@"), content) for _, path in found]
+        models = [_kind(root)]
+    if not models:
+        listing = _listing(root if os.path.isdir(root) else content)
+        raise DataError(f"{where}: no model is in it (a SavedModel, .keras or .npz); it holds {listing}")
+    if len(models) > 1:
+        names = [os.path.relpath(path.removeprefix("@"), content) for _, path in models]
         raise DataError(
             f"{where}: several models are in it; add one of them, as in :{names[0]} (or {', '.join(names[1:6])})"
         )
-    return found[0]
+    return models[0]
 
 
 def _kind(path: str) -> tuple[str, str]:
@@ -179,16 +188,16 @@ def _kind(path: str) -> tuple[str, str]:
 
 def _listing(root: str) -> str:
     names = sorted(os.path.relpath(os.path.join(f, name), root) for f, _, names in os.walk(root) for name in names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} files more" if len(names) > 5 else "")
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more files" if len(names) > 5 else "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Credentials:
-    """What the client is given.
+    """Credentials for the client.
 
     Attributes:
-        source: where they were found; "" for none, which public data sets need none of.
-        variables: of the environment, while the client authenticates.
+        source: where they were found; "" for none, which is enough for public data sets.
+        variables: of the environment, to be set while the client authenticates.
     """
 
     source: str
@@ -199,10 +208,13 @@ class Credentials:
 
 
 def credentials(where: str) -> Credentials:
-    """Finds them in the order in which the client prefers them: a token, a user's key, a login of `kaggle auth login`.
+    """Finds credentials in the client's order: a token, a key, a login of `kaggle auth login`.
+
+    Args:
+        where: flag and value, for errors.
 
     Raises:
-        DataError: half of them, a damaged kaggle.json, or a file that others can read.
+        DataError: they are incomplete, kaggle.json is damaged, or others can read the file.
     """
     environment = os.environ
     home = os.path.expanduser("~")
@@ -248,100 +260,102 @@ def _require_private(path: str, where: str) -> None:
 
 @contextlib.contextmanager
 def _environment(changes: dict[str, str]) -> Iterator[None]:
-    """Variables of the environment for a while."""
-    before = {name: os.environ.get(name) for name in changes}
+    """Sets variables of the environment, and restores them at the end."""
+    previous = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in previous.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
 
-def _client(found: Credentials, folder: str) -> Any:
-    """An authenticated client. Credentials come by the environment alone; its own look at files is led to an empty folder."""
+def _client(login: Credentials, folder: str) -> Any:
+    """An authenticated client, with `folder` for its configuration."""
     quiet = {"KAGGLE_CONFIG_DIR": folder, "VERBOSE": "", "VERBOSE_OUTPUT": ""}
-    with _environment(quiet | found.variables):
+    with _environment(quiet | login.variables):
         from kaggle.api.kaggle_api_extended import KaggleApi
 
         api = KaggleApi()
-        api.args = [flag for flag in api.args if flag not in ("--verbose", "-v")]  # which prints all headers
+        api.args = [flag for flag in api.args if flag not in ("--verbose", "-v")]  # prints headers
         api.config_values = {}
-        if found.source:
+        if login.source:
             api.authenticate()
     return api
 
 
-def _download(address: Address, folder: str, where: str) -> str:
-    """The archive's path in `folder`. Goes on with what an earlier process left there, if it is of the same archive."""
-    found = credentials(where)
+def _download(address: Address, folder: str, where: str, console: Console) -> str:
+    """Downloads the archive into `folder`, or resumes, and returns its path."""
+    login = credentials(where)
     os.makedirs(folder, exist_ok=True)
-    told = ""
+    message = ""
     target = os.path.join(folder, address.parts[1] + (".tar.gz" if address.is_model else ".zip"))
     try:
-        # The client prints to standard output, which is not its own.
+        # The client prints to standard output, which belongs to the job.
         with contextlib.redirect_stdout(io.StringIO()):
-            api = _client(found, folder)
+            api = _client(login, folder)
             name = "/".join(address.parts)
             if address.is_model:
                 version = address.version or str(api.model_instance_get(name).version_number)
-                ask = lambda: api.model_instance_version_download(f"{name}/{version}", path=folder, quiet=True)  # noqa: E731
+                name = f"{name}/{version}"
+                request = functools.partial(api.model_instance_version_download, name, path=folder, quiet=True)
             else:
                 name = f"{name}/{address.version}" if address.version else name
-                ask = lambda: api.dataset_download_files(name, path=folder, quiet=True)  # noqa: E731
-            _watch(ask, target, where)
+                request = functools.partial(api.dataset_download_files, name, path=folder, quiet=True)
+            _watch(request, target, where, console)
     except DataError:
         raise
     except ImportError as error:
-        told = f"the package kaggle is missing ({error}): pip install kaggle"
-    except SystemExit:  # its way to say that it has no valid credentials
-        told = f"Kaggle does not accept the credentials of {found.source}: {_HOW}"
+        message = f"the package kaggle is missing ({error}): pip install kaggle"
+    except SystemExit:  # the client exits when it has no valid credentials
+        message = f"Kaggle does not accept the credentials of {login.source}: {_SET_CREDENTIALS}"
     except Exception as error:
-        told = _reason(error, address, found)
-    if told:  # raised here, so that no traceback can show what the client's own error has in it
-        raise DataError(f"{where}: {told}")
+        message = _reason(error, address, login)
+    # Raised outside of `except`, so that no traceback shows the client's error and its secrets.
+    if message:
+        raise DataError(f"{where}: {message}")
     if not os.path.isfile(target):
         raise DataError(f"{where}: Kaggle's client ended without {os.path.basename(target)}")
     return target
 
 
-def _watch(ask: Callable[[], Any], target: str, where: str) -> None:
-    """Runs `ask` in a thread, so that a line that says nothing for ever does not hold the job for ever."""
-    failed: list[BaseException] = []
+def _watch(request: Callable[[], object], target: str, where: str, console: Console) -> None:
+    """Runs `request` in a thread and shows its progress, until no byte arrives for too long."""
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            ask()
+            request()
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
 
-    console = Console()
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    before, still = -1, 0.0
-    while thread.is_alive():
-        thread.join(0.25)
-        size = os.path.getsize(target) if os.path.exists(target) else 0
-        still = 0.0 if size != before else still + 0.25
-        before = size
-        if total := _promised(target):
-            console.progress(
-                "download, MB", size >> 20, max(total >> 20, 1), "" if still < 5 else f"quiet for {still:.0f} s"
-            )
-        if still >= _STALL_SECONDS:
-            console.close()
-            raise DataError(
-                f"{where}: nothing has come for {_STALL_SECONDS:.0f} s after {size:,} bytes; the same command goes on from there"
-            )
-    console.close()
-    if failed:
-        raise failed[0]
+    previous_size, quiet_seconds = -1, 0.0
+    try:
+        while thread.is_alive():
+            thread.join(0.25)
+            size = os.path.getsize(target) if os.path.exists(target) else 0
+            quiet_seconds = 0.0 if size != previous_size else quiet_seconds + 0.25
+            previous_size = size
+            if total := _archive_size(target):
+                note = "" if quiet_seconds < 5 else f"quiet for {quiet_seconds:.0f} s"
+                console.progress("download, MB", size >> 20, max(total >> 20, 1), note)
+            if quiet_seconds >= STALL_SECONDS:
+                raise DataError(
+                    f"{where}: nothing has arrived for {STALL_SECONDS:.0f} s after {size:,} bytes; the same command "
+                    "resumes the download"
+                )
+    finally:
+        console.close()
+    if errors:
+        raise errors[0]
 
 
-def _promised(target: str) -> int:
+def _archive_size(target: str) -> int:
     """Bytes of the whole archive, from the client's note beside a partial one; 0: not known."""
     try:
         with open(f"{target}.kaggle-partial", encoding="utf-8") as file:
@@ -350,19 +364,19 @@ def _promised(target: str) -> int:
         return 0
 
 
-def _reason(error: Exception, address: Address, found: Credentials) -> str:
-    """What went wrong and what to do, without what an address or a header may have of secrets."""
+def _reason(error: Exception, address: Address, login: Credentials) -> str:
+    """What went wrong and what to do, without the secrets that a URL or a header may contain."""
     code = getattr(getattr(error, "response", None), "status_code", None)
     kind = "model" if address.is_model else "data set"
-    if code == 401 and found.source:
-        return f"Kaggle does not accept the credentials of {found.source} (401): {_HOW}"
-    if code in (401, 403) and not found.source:
-        return f"Kaggle gives {address.page} only to those it knows ({code}): {_HOW}"
+    if code == 401 and login.source:
+        return f"Kaggle does not accept the credentials of {login.source} (401): {_SET_CREDENTIALS}"
+    if code in (401, 403) and not login.source:
+        return f"{address.page} needs credentials ({code}): {_SET_CREDENTIALS}"
     if code == 403:
-        return f"your account may not have {address.page} (403): if it is yours to have, open the page once and accept its terms"
+        return f"your account has no access to {address.page} (403): open the page once and accept its terms"
     if code == 404:
         version = f" in version {address.version}" if address.version else ""
-        return f"there is no {kind} {'/'.join(address.parts)}{version} at Kaggle (404), or it is another's and private"
+        return f"there is no {kind} {'/'.join(address.parts)}{version} at Kaggle (404), or it is private"
     if code is not None:
         return f"Kaggle answers {code}: try again later"
-    return f"cannot be had from Kaggle ({type(error).__name__}); what has come is kept, and the same command goes on from there"
+    return f"cannot be downloaded from Kaggle ({type(error).__name__}); the same command resumes the download"

@@ -1,15 +1,15 @@
-"""One writer for a workdir: a lock that dies with its process on a disk, a lease that runs out in a bucket.
+"""One writer for a workdir: a file lock on a disk, a lease in a bucket.
 
-On a disk the kernel holds the lock (flock), so that a killed process leaves none behind. A bucket has no locks. There the writer
-owns an object, which it writes anew four times in each lease on the condition that nobody else has (a generation precondition).
-Whoever finds the object waits for a change: one within the lease says that the owner lives, none that it is dead and that the
-object may be taken over, on the same condition. No clocks of two machines are compared.
+On a disk the kernel holds the lock (flock) and drops it with the process. A bucket has no locks.
+There the writer owns an object, which it rewrites four times in each lease on the condition that
+it has not changed (a generation precondition). Another job that finds the object watches it for
+one lease. If it changes, its owner is alive and the job is refused. If not, the owner is dead and
+the job takes the object over, on the same condition. Clocks of two machines are never compared.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import errno
 import fcntl
@@ -24,83 +24,92 @@ from typing import Any, Protocol
 
 from trainer.core.console import Console
 from trainer.core.errors import DataError
-from trainer.io import files
-from trainer.io.bucket import Conflict, Unavailable, raise_conflicts, request_options, translate_errors
+from trainer.io import bucket, files
+from trainer.io.bucket import Conflict, NoCredentials, Unavailable
 
 NAME = ".lock"
-_RENEWALS = 4  # in the time of a lease
+_RENEWALS = 4  # per lease
 _POLL_SECONDS = 2.0
+# Limits of one request and of its repetitions: a renewal that fails must fail well within the
+# lease.
+_REQUEST_SECONDS, _RETRY_SECONDS = 10.0, 20.0
 
 
 class WorkdirLock(Protocol):
-    """A workdir that is ours."""
+    """The right to write to a workdir."""
 
     def check(self) -> None:
         """To be called before each commit.
 
         Raises:
-            DataError: the workdir is not ours any more, or that cannot be known.
+            DataError: another job has the workdir, or may have it.
         """
 
     def release(self) -> None:
-        """Gives the workdir back."""
+        """Lets another job write to the workdir."""
 
 
 @contextlib.contextmanager
 def hold_workdir(workdir: str, console: Console, lease: float = 60.0) -> Iterator[WorkdirLock]:
-    """Makes this process the only writer of `workdir`, which is there.
+    """Makes this process the only writer of `workdir`, which exists.
 
     Args:
-        workdir: on a disk or gs://.
-        console: tells people of what is waited for, or cannot be had.
-        lease: for gs://, seconds without a sign of life after which others may take over; 0: nobody is kept out.
+        workdir: on a disk or in a bucket.
+        console: gets a line when a lease of another job is waited for, and a warning when there is
+            no lock.
+        lease: in a bucket, seconds without a renewal after which another job may take over; 0: no
+            lock.
+
+    Yields:
+        The lock. It is released at the end.
 
     Raises:
-        DataError: another process is its writer; the text says which.
+        DataError: another process is writing to it; the text says which.
     """
-    held: WorkdirLock
+    lock: WorkdirLock
     if not files.is_remote(workdir):
-        held = _on_disk(files.join(workdir, NAME), console)
-    elif workdir.startswith("gs://") and lease:
-        held = _in_bucket(files.join(workdir, NAME), console, lease)
+        lock = _lock_file(files.join(workdir, NAME), console)
+    elif bucket.is_bucket(workdir) and lease:
+        lock = _lease_object(files.join(workdir, NAME), console, lease)
     else:
         console.warning(f"nothing keeps a second job from writing to {workdir}")
-        held = Unlocked()
+        lock = Unlocked()
     try:
-        yield held
+        yield lock
     finally:
-        held.release()
+        lock.release()
 
 
 class Unlocked:
-    """Where locks cannot be had."""
+    """A `WorkdirLock` that keeps no other job out."""
 
     def check(self) -> None:
-        """See `Held`."""
+        """Never raises."""
 
     def release(self) -> None:
-        """See `Held`."""
+        """Does nothing."""
 
 
-def _card() -> dict[str, Any]:
-    """Who we are, for people."""
+def _owner() -> dict[str, Any]:
+    """Identifies this process, and describes it for messages."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid(), "since": now}
 
 
 def _refusal(path: str, content: bytes) -> DataError:
     try:
-        card = json.loads(content)
-        who = f"process {card['process']} on {card['host']} since {card['since']}"
+        owner = json.loads(content)
+        process = f"process {owner['process']} on {owner['host']} since {owner['since']}"
     except (ValueError, KeyError, TypeError):
-        who = "another process"
+        process = "another process"
     return DataError(
-        f"--workdir={path.removesuffix('/' + NAME)} is in use by {who}: wait until it ends, stop it, or choose another workdir"
+        f"--workdir={path.removesuffix('/' + NAME)} is in use by {process}: wait until it ends, stop it, or choose "
+        "another workdir"
     )
 
 
-class _Disk:
-    """A lock on a file of the workdir."""
+class _FileLock:
+    """A locked file in the workdir."""
 
     def __init__(self, path: str, handle: int) -> None:
         self._path, self._handle = path, handle
@@ -112,7 +121,8 @@ class _Disk:
             )
 
     def release(self) -> None:
-        # Gone before it is unlocked: who waits for the lock then looks at the path again.
+        # Removed before it is unlocked: a process that then gets the lock sees that the file is
+        # not at its path.
         with contextlib.suppress(OSError):
             if _is_at(self._path, self._handle):
                 os.unlink(self._path)
@@ -126,7 +136,7 @@ def _is_at(path: str, handle: int) -> bool:
         return False
 
 
-def _on_disk(path: str, console: Console) -> WorkdirLock:
+def _lock_file(path: str, console: Console) -> WorkdirLock:
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -144,174 +154,136 @@ def _on_disk(path: str, console: Console) -> WorkdirLock:
                 raise DataError(f"cannot lock {path}: {files.reason(error)}") from error
             console.warning(f"{path} cannot be locked ({files.reason(error)}): nothing keeps a second job out")
             return Unlocked()
-        if _is_at(path, handle):  # else its owner removed it between our two calls
+        if _is_at(path, handle):  # otherwise its owner removed it between the two calls
             break
         os.close(handle)
-    with contextlib.suppress(OSError):  # a full disk must not stop a job that may only want to finish
+    with contextlib.suppress(OSError):  # a full disk must not stop a finished job
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(_card()).encode(), 0)
-    return _Disk(path, handle)
+        os.pwrite(handle, json.dumps(_owner()).encode(), 0)
+    return _FileLock(path, handle)
 
 
-class Register(Protocol):
-    """An object that is only changed on a condition."""
+class LeaseStore(Protocol):
+    """The methods of a bucket that a lease needs: reads, and changes on a condition."""
 
-    def read(self) -> tuple[int, bytes]:
-        """Generation and content; generation 0 where there is no object. Raises `Unavailable`."""
+    def read(self, name: str) -> tuple[int, bytes]:
+        """See `GcsBucket.read`."""
 
-    def write(self, content: bytes, generation: int) -> int:
-        """Replaces generation `generation` (0: creates) and returns the new one. Raises `Conflict` or `Unavailable`."""
+    def write(self, name: str, content: bytes, generation: int) -> int:
+        """See `GcsBucket.write`."""
 
-    def delete(self, generation: int) -> None:
-        """Raises `Conflict` or `Unavailable`."""
+    def delete(self, name: str, generation: int) -> None:
+        """See `GcsBucket.delete`."""
 
 
 class Lease:
-    """A workdir in a bucket that is ours as long as we say so in time."""
+    """The right to write to a workdir in a bucket, which lapses unless it is renewed in time."""
 
-    def __init__(self, path: str, register: Register, lease: float) -> None:
+    def __init__(self, path: str, store: LeaseStore, name: str, seconds: float) -> None:
         """
         Args:
-            path: of the object, for people.
-            register: the object.
-            lease: seconds without one after which others may take over.
+            path: of the object, for messages.
+            store: the bucket.
+            name: of the object in the bucket.
+            seconds: without a renewal after which another job may take over.
         """
-        self._path, self._register, self._renew, self._lease = path, register, lease / _RENEWALS, lease
-        self._card = _card()
-        self._generation, self._renewed, self._turn = 0, 0.0, 0
+        self._path, self._store, self._name, self._seconds = path, store, name, seconds
+        self._owner = _owner()
+        self._generation, self._renewed_at, self._renewals = 0, 0.0, 0
         self._lost: DataError | None = None
-        self._trouble = ""  # why the last renewal failed, if it did
-        self._guard, self._end = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._failure = ""  # why the last renewal failed; empty if it did not
+        self._guard, self._stop = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
 
     def acquire(self, console: Console) -> Lease:
-        """Takes the free object, or a dead owner's after `lease` seconds.
+        """Creates the object, or takes over a dead owner's, and starts to renew it.
 
         Raises:
-            DataError: the owner lives, or the bucket does not answer.
+            DataError: the owner is alive, or the bucket does not answer.
         """
         try:
-            found, content = self._register.read()
-            if found:
-                console.info(f"{self._path} is there: its owner is given {self._lease:.0f} s to show that it lives")
-            deadline = time.monotonic() + self._lease
-            while found and time.monotonic() < deadline:
-                time.sleep(min(_POLL_SECONDS, self._lease / 10))
-                now, content = self._register.read()
-                if now not in (0, found):
+            generation, _ = self._store.read(self._name)
+            if generation:
+                console.info(f"{self._path} exists: waiting {self._seconds:.0f} s to see whether its owner is alive")
+            deadline = time.monotonic() + self._seconds
+            while generation and time.monotonic() < deadline:
+                time.sleep(min(_POLL_SECONDS, self._seconds / 10))
+                current, content = self._store.read(self._name)
+                if current not in (0, generation):
                     raise _refusal(self._path, content)
-                found = now
+                generation = current
             try:
-                self._write(found)
+                self._write(generation)
             except Conflict:
-                raise _refusal(self._path, self._register.read()[1]) from None
+                raise _refusal(self._path, self._store.read(self._name)[1]) from None
         except Unavailable as error:
-            raise DataError(f"cannot take {self._path}, which keeps other jobs out: {error}") from error
+            raise DataError(
+                f"cannot take {self._path}, which keeps other jobs out: {error.reason}; {error.advice}"
+            ) from error
         self._thread.start()
         return self
 
     def check(self) -> None:
-        """See `Held`. Renews by itself where the last renewal is old."""
+        """See `WorkdirLock`. Renews the lease if half of it has passed."""
         with self._guard:
-            if self._lost is None and time.monotonic() > self._renewed + self._lease / 2:
-                self._try()
+            if self._lost is None and time.monotonic() > self._renewed_at + self._seconds / 2:
+                self._renew()
             if self._lost is not None:
                 raise self._lost
-            if (age := time.monotonic() - self._renewed) > self._lease:
+            if (age := time.monotonic() - self._renewed_at) > self._seconds:
                 raise DataError(
-                    f"{self._path} could not be renewed for {age:.0f} s ({self._trouble}), so another job may be writing "
+                    f"{self._path} could not be renewed for {age:.0f} s ({self._failure}), so another job may be writing "
                     "there: nothing more is written; give the same command again"
                 )
 
     def release(self) -> None:
-        """See `Held`."""
-        self._end.set()
-        if self._trouble:
-            return  # who is ending because of a silent bucket does not wait for it once more: the lease runs out
+        """See `WorkdirLock`."""
+        self._stop.set()
+        if self._failure:
+            return  # a delete would fail as slowly; the lease lapses without one
         self._thread.join()
         if self._lost is None:
             with contextlib.suppress(Conflict, Unavailable):
-                self._register.delete(self._generation)
+                self._store.delete(self._name, self._generation)
 
-    def _keep(self) -> None:
-        while not self._end.wait(self._renew):
+    def _keep_renewing(self) -> None:
+        while not self._stop.wait(self._seconds / _RENEWALS):
             with self._guard:
-                self._try()
+                self._renew()
             if self._lost is not None:
                 return
 
-    def _try(self) -> None:
+    def _renew(self) -> None:
         try:
             self._write(self._generation)
-            self._trouble = ""
+            self._failure = ""
         except Conflict:
             self._lost = DataError(
-                f"{self._path} was taken over by another job while this one did not answer: nothing more is written"
+                f"{self._path} was taken over by another job while this one did not renew it: nothing more is written"
             )
         except Unavailable as error:
-            self._trouble = str(error)
+            self._failure = error.reason
 
     def _write(self, generation: int) -> None:
         # Counted from before the request: the bucket may have served it at once and answered late.
-        began, self._turn = time.monotonic(), self._turn + 1
-        content = json.dumps(self._card | {"turn": self._turn}).encode()
+        started, self._renewals = time.monotonic(), self._renewals + 1
+        content = json.dumps(self._owner | {"turn": self._renewals}).encode()
         try:
-            self._generation = self._register.write(content, generation)
+            self._generation = self._store.write(self._name, content, generation)
         except Conflict:
-            # The client repeats a request whose answer was lost; then the conflict is with ourselves.
-            found, there = self._register.read()
-            if there != content:
+            # The client repeats a request whose answer was lost. Then the object holds what was
+            # just written.
+            current, stored = self._store.read(self._name)
+            if stored != content:
                 raise
-            self._generation = found
-        self._renewed = began
+            self._generation = current
+        self._renewed_at = started
 
 
-@dataclasses.dataclass(frozen=True)
-class BucketObject:
-    """A `Register` of google-cloud-storage: an object's name in its bucket."""
-
-    bucket: Any
-    name: str
-
-    def read(self) -> tuple[int, bytes]:
-        """See `Register`."""
-        from google.api_core.exceptions import NotFound, PreconditionFailed
-
-        while True:
-            # A blob that knows its generation asks for that one alone, so each request has a blob of its own.
-            blob = self.bucket.blob(self.name)
-            try:
-                with translate_errors():
-                    blob.reload(**request_options())
-            except NotFound:
-                return 0, b""
-            with (
-                contextlib.suppress(NotFound, PreconditionFailed),
-                translate_errors(),
-            ):  # replaced meanwhile: look again
-                return int(blob.generation), blob.download_as_bytes(**request_options())
-
-    def write(self, content: bytes, generation: int) -> int:
-        """See `Register`."""
-        blob = self.bucket.blob(self.name)
-        with translate_errors(), raise_conflicts():
-            blob.upload_from_string(content, "application/json", if_generation_match=generation, **request_options())
-        return int(blob.generation)
-
-    def delete(self, generation: int) -> None:
-        """See `Register`."""
-        with translate_errors(), raise_conflicts():
-            self.bucket.blob(self.name).delete(if_generation_match=generation, **request_options())
-
-
-def _in_bucket(path: str, console: Console, lease: float) -> WorkdirLock:
-    from google.auth.exceptions import DefaultCredentialsError
-    from google.cloud import storage
-
-    bucket, _, name = path.removeprefix("gs://").partition("/")
+def _lease_object(path: str, console: Console, seconds: float) -> WorkdirLock:
     try:
-        client = storage.Client(project="none")  # objects belong to buckets; no project is ever asked for
-    except DefaultCredentialsError as error:
-        console.warning(f"{path} cannot be taken ({files.reason(error)}): nothing keeps a second job out")
+        store, name = bucket.open_bucket(path, "--workdir", _REQUEST_SECONDS, _RETRY_SECONDS)
+    except NoCredentials as error:
+        console.warning(f"{path} cannot be taken ({error.reason}): nothing keeps a second job out")
         return Unlocked()
-    return Lease(path, BucketObject(client.bucket(bucket), name), lease).acquire(console)
+    return Lease(path, store, name, seconds).acquire(console)

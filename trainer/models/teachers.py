@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.core.config import Config
+from trainer.core.console import Console
 from trainer.core.errors import ConfigError, DataError
 from trainer.io import download, kaggle
 from trainer.models import bit, bit_weights, keras_files, saved_model_to_bit, saved_models, students
@@ -101,7 +102,7 @@ def checksum(config: Config, name: str) -> str:
 def _resolve(name: str) -> tuple[str, str]:
     """Kind and place of a teacher, on this machine if it comes from Kaggle."""
     kind, _, rest = name.partition(":")
-    return kaggle.fetch(rest, "teacher") if kind == "kaggle" and rest else (kind, rest)
+    return kaggle.fetch(rest, "teacher", Console()) if kind == "kaggle" and rest else (kind, rest)
 
 
 def _load(config: Config, name: str, size: int, value_range: str, classes: int) -> Teacher:

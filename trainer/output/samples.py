@@ -2,75 +2,88 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import numpy as np
+import tensorflow as tf
 
-if TYPE_CHECKING:
-    from trainer.output.report import Sample
-    from trainer.run.job import Job
+from trainer.method import views
+from trainer.models.teachers import ensemble, teacher_logits
+from trainer.models.value_range import to_range
+from trainer.output.report import Sample
+from trainer.run.evaluator import EvalResult
+from trainer.run.job import Job
+
+_TOP = 3  # classes shown for each model
 
 
-def samples(job: Job, outcome: Any, count: int = 16) -> tuple[list[Sample], list[Sample]]:
-    """Pictures for the report: views of the run's last batch, and of the final split, with what both models say."""
-    import numpy as np
-    import tensorflow as tf
+def train_samples(job: Job, count: int = 16) -> list[Sample]:
+    """Training views of the run's last batch.
 
-    from trainer.method import views
-    from trainer.models import value_range
-    from trainer.models.teachers import ensemble, teacher_logits
-    from trainer.output import report
-
-    settings, names = job.config, job.stores[job.config.final_split].classes
-
-    def best(logits: Any) -> list[list[tuple[str, float]]]:
-        shares = tf.nn.softmax(tf.cast(logits, tf.float32)).numpy()
-        return [[(names[c], float(row[c])) for c in np.argsort(-row)[:3]] for row in shares]
-
-    def pixels(view: Any) -> Any:
-        return np.clip((np.asarray(view) + 1.0) * 127.5 + 0.5, 0, 255).astype(np.uint8)
-
+    Args:
+        job: trained; its step is >= 1.
+        count: largest number of samples.
+    """
+    config = job.config
     step = job.step - 1
-    ids = job.order.batches(step, 1)[0]
-    count = min(count, settings.batch_size)
-    whole = views.BatchRows.of(0, 1, settings.batch_size, views.mixup_partner(settings))
-    # The first rows alone, each beside its partner: the layout of "reverse", whatever the partner is.
-    pairs = [part[:count] for part in whole.split(whole.numbers)]
-    rows = views.BatchRows(tf.concat(pairs, 0), "reverse") if whole.partner else views.BatchRows(pairs[0], "")
-    chosen = ids[rows.numbers.numpy()]
+    count = min(count, config.batch_size)
+    batch = views.BatchRows.of(0, 1, config.batch_size, views.mixup_partner(config))
+    # Only the first rows, each with its mixup partner, in the layout of "reverse" whatever the partner is.
+    pairs = [part[:count] for part in batch.split_partners(batch.rows)]
+    rows = views.BatchRows(tf.concat(pairs, 0), "reverse") if batch.partner else views.BatchRows(pairs[0], "")
+    ids = job.sampler.batches(step, 1)[0][rows.rows.numpy()]
     made = views.training_views(
-        settings,
-        tf.constant(job.train.take(chosen)),
-        tf.constant(job.train.sizes[chosen]),
+        config,
+        tf.constant(job.train_store.take(ids)),
+        tf.constant(job.train_store.sizes[ids]),
         rows,
         tf.constant(step),
-        () if job.targets else tuple({t.size: None for t in job.teachers}),
+        () if job.targets else tuple({teacher.size: None for teacher in job.teachers}),
     )
-    own, other = rows.split(chosen)
-    student = best(job.student(value_range.to_range(made.student, settings.student_range), training=False))
+    image_ids, partner_ids = rows.split_partners(ids)
+    classes = job.eval_stores[config.final_split].classes
+    student = _top_classes(job.student(to_range(made.student, config.student_range), training=False), classes)
     teacher: list[list[tuple[str, float]]] = [[] for _ in student]
     if job.targets:
-        teacher = best(ensemble([tf.constant(table[own]) for table in job.targets], settings.ensemble))
+        logits = [tf.constant(table[image_ids]) for table in job.targets]
+        teacher = _top_classes(ensemble(logits, config.ensemble), classes)
     elif job.teachers:
-        teacher = best(ensemble(teacher_logits(job.teachers, made.teachers), settings.ensemble))
+        logits = teacher_logits(job.teachers, made.teachers)
+        teacher = _top_classes(ensemble(logits, config.ensemble), classes)
 
-    def caption(share: float, a: int, b: int) -> str:
-        return f"{share:.0%} of image {a}, the rest of image {b}" if rows.partner else f"image {a}"
+    def caption(share: float, image: int, partner: int) -> str:
+        return f"{share:.0%} of image {image}, the rest of image {partner}" if rows.partner else f"image {image}"
 
-    seen = [
-        report.Sample(picture, caption(share, a, b), t, s, None)
-        for picture, share, a, b, t, s in zip(
-            pixels(made.student), made.share.numpy()[:, 0], own, other, teacher, student, strict=True
-        )
-    ]
-    store = job.stores[settings.final_split]
-    picks = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
-    view = views.evaluation_view(
-        settings, tf.constant(store.take(picks)), tf.constant(store.sizes[picks]), settings.image_size
-    )
-    student = best(outcome.student[picks])
-    teacher = best(outcome.teacher[picks]) if outcome.teacher is not None else [[] for _ in student]
-    truths = [names[label] if label >= 0 else None for label in store.labels[picks]]
-    measured = [
-        report.Sample(picture, f"image {number}", t, s, truth)
-        for picture, number, t, s, truth in zip(pixels(view), picks, teacher, student, truths, strict=True)
-    ]
-    return seen, measured
+    shares = made.mixup_ratios.numpy()[:, 0]
+    columns = zip(_pixels(made.student), shares, image_ids, partner_ids, teacher, student, strict=True)
+    return [Sample(pixels, caption(share, a, b), t, s, None) for pixels, share, a, b, t, s in columns]
+
+
+def eval_samples(job: Job, evaluation: EvalResult, count: int = 16) -> list[Sample]:
+    """Evaluation views, evenly spaced over the final split.
+
+    Args:
+        job: trained.
+        evaluation: of the final split.
+        count: largest number of samples.
+    """
+    config, store = job.config, job.eval_stores[job.config.final_split]
+    ids = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
+    images, sizes = tf.constant(store.take(ids)), tf.constant(store.sizes[ids])
+    view = views.evaluation_view(config, images, sizes, config.image_size)
+    student = _top_classes(evaluation.student_logits[ids], store.classes)
+    teacher: list[list[tuple[str, float]]] = [[] for _ in student]
+    if evaluation.teacher_logits is not None:
+        teacher = _top_classes(evaluation.teacher_logits[ids], store.classes)
+    labels = [store.classes[label] if label >= 0 else None for label in store.labels[ids]]
+    columns = zip(_pixels(view), ids, teacher, student, labels, strict=True)
+    return [Sample(pixels, f"image {number}", t, s, label) for pixels, number, t, s, label in columns]
+
+
+def _top_classes(logits: tf.Tensor | np.ndarray, classes: tuple[str, ...]) -> list[list[tuple[str, float]]]:
+    """For each row of logits [n, classes] its likeliest classes and their probabilities."""
+    probabilities = tf.nn.softmax(tf.cast(logits, tf.float32)).numpy()
+    return [[(classes[c], float(row[c])) for c in np.argsort(-row)[:_TOP]] for row in probabilities]
+
+
+def _pixels(view: tf.Tensor) -> np.ndarray:
+    """Views in [-1, 1] as uint8."""
+    return np.clip((np.asarray(view) + 1.0) * 127.5 + 0.5, 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The only file that knows hardware: from a flag to a tf.distribute strategy, and what to run how on it."""
+"""The accelerator of a run: from a flag to a tf.distribute strategy. No other module names hardware."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from trainer.core.console import Console, SilentConsole
 from trainer.core.errors import ConfigError, Stopped
 from trainer.io import files
 
-# Seconds between attempts to reach a TPU: a container that was just restarted may meet its predecessor still holding it.
+# Seconds between attempts to reach a TPU: after a restart, the previous container may still hold it.
 _PAUSES = (5.0, 15.0, 45.0)
-_HEALTHY_SECONDS = 1200  # a TPU node that is being made takes minutes
+_HEALTHY_SECONDS = 1200  # a new TPU node takes minutes
 _sleep = time.sleep
 
-_made: dict[str, tf.distribute.Strategy] = {}  # initialising a second time would wipe what the first one holds
+# Strategies of this process: initialising a TPU a second time would wipe the first one's variables.
+_strategies: dict[str, tf.distribute.Strategy] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Accelerator:
     Attributes:
         strategy: makes variables and runs steps.
         kind: "TPU", "GPU" or "CPU".
-        steps_per_loop: a good number of steps between looks of the host: a TPU waits longest for its host.
-        workers: processes that make up the strategy, each on a machine of its own.
+        steps_per_loop: default number of steps of one device loop; largest where the device would
+            wait longest for its host.
+        workers: processes of the strategy, each on a machine of its own.
         chief: whether this process is the one that writes.
     """
 
@@ -63,18 +65,22 @@ class Accelerator:
         return {"TPU": 2 << 30, "GPU": 4 << 30}.get(self.kind, 1 << 62)
 
     def jit_compile(self, flag: str) -> bool:
-        """Whether to ask XLA for compilation. A TPU does it by itself; small models on a CPU run faster without."""
+        """Whether to request XLA compilation: "on", "off" or "auto" as in `--jit_compile`.
+
+        A TPU always compiles; small models on a CPU run faster without.
+        """
         return flag == "on" or (flag == "auto" and self.kind == "GPU")
 
     @property
     def int8_convolutions(self) -> bool:
-        """Whether XLA has fast convolutions of int8 numbers here. On a CPU it computes them a number at a time."""
+        """Whether XLA has fast int8 convolutions here; on a CPU it does not vectorise them."""
         return self.kind != "CPU"
 
     def check_batch(self, batch_size: int) -> None:
-        """
+        """Checks the global batch size.
+
         Raises:
-            ConfigError: the global batch does not divide evenly.
+            ConfigError: it is not a multiple of the number of replicas.
         """
         count = self.strategy.num_replicas_in_sync
         if batch_size % count:
@@ -83,7 +89,7 @@ class Accelerator:
             )
 
     def hints(self, precision: str) -> list[str]:
-        """What to know about a precision on this hardware, a line each. It is never changed silently: it decides weights."""
+        """Warnings about a precision on this hardware. It is never changed silently: it affects the weights."""
         if self.kind == "TPU" and precision == "float32":
             return [
                 "--precision=float32 on a TPU: products are bfloat16 anyway, but activations take twice the memory of "
@@ -95,26 +101,26 @@ class Accelerator:
 
     def local_replicas(self) -> tuple[int, ...]:
         """Numbers of the replicas that this process feeds."""
-        found: list[int] = []
+        replicas: list[int] = []
 
-        def note(context: tf.distribute.ValueContext) -> tf.Tensor:
-            found.append(context.replica_id_in_sync_group)
+        def collect(context: tf.distribute.ValueContext) -> tf.Tensor:
+            replicas.append(context.replica_id_in_sync_group)
             return tf.constant(0)
 
-        self.strategy.experimental_distribute_values_from_function(note)
-        return tuple(found)
+        self.strategy.experimental_distribute_values_from_function(collect)
+        return tuple(replicas)
 
     def any_worker(self, here: bool) -> bool:
-        """Whether `here` is true on any machine. Every machine must ask at the same point of its run."""
+        """Whether `here` is true on any machine. A collective: every machine must call it at the same point."""
         return self._total(float(here)) > 0
 
     def same_on_all(self, value: int) -> bool:
-        """Whether all machines have this value (below 2^53). Every machine must ask at the same point of its run."""
+        """Whether all machines have this value (below 2^53). A collective, as `any_worker`."""
         total = self._total(float(value))
         return not self.any_worker(total != float(value) * self.strategy.num_replicas_in_sync)
 
     def _total(self, value: float) -> float:
-        """The sum of the replicas' values; one machine alone sums its own without asking a device."""
+        """The sum of the replicas' values; with one machine it needs no device."""
         if self.workers == 1:
             return value * self.strategy.num_replicas_in_sync
         values = self.strategy.experimental_distribute_values_from_function(lambda _: tf.constant(value, tf.float64))
@@ -125,22 +131,24 @@ def resolve(tpu: str, console: Console | None = None) -> Accelerator:
     """Finds and initialises the accelerator: once a process for a TPU or for several machines.
 
     Args:
-        tpu: "none", or what TPUClusterResolver takes ("local", a name, "grpc://...", "" for the environment's).
-        console: takes a line about what is waited for.
+        tpu: "none", or what TPUClusterResolver takes ("local", a name, "grpc://...", "" for the
+            environment's).
+        console: gets a line about each wait; None: nothing is printed.
 
     Raises:
-        ConfigError: a TPU was asked for and cannot be had, or the variables that name several machines are wrong.
+        ConfigError: the TPU cannot be initialised, or the variables that name several machines are wrong.
     """
     console = console or SilentConsole()
     cluster, workers = environment.cluster()
     if tpu != "none":
         if workers > 1:
             raise ConfigError(
-                f"--tpu={tpu}: {workers} machines are in TF_CONFIG, and a TPU job runs on one; choose a machine with more chips"
+                f"--tpu={tpu}: {workers} machines are in TF_CONFIG, and a TPU job runs on one; choose a machine with "
+                "more chips"
             )
-        if tpu not in _made:
-            _made[tpu] = _tpu(tpu, console)
-        return Accelerator(_made[tpu], "TPU", 100)
+        if tpu not in _strategies:
+            _strategies[tpu] = _tpu(tpu, console)
+        return Accelerator(_strategies[tpu], "TPU", 100)
     gpus = tf.config.list_physical_devices("GPU")
     if workers > 1:
         return _many_machines(cluster, workers, "GPU" if gpus else "CPU", console)
@@ -158,7 +166,7 @@ def resolve(tpu: str, console: Console | None = None) -> Accelerator:
 def _many_machines(cluster: dict[str, Any], workers: int, kind: str, console: Console) -> Accelerator:
     """One strategy over the machines of TF_CONFIG, each of which runs this same command."""
     chief = environment.is_chief()
-    if "many" not in _made:
+    if "many" not in _strategies:
         task = cluster["task"]
         console.info(f"{task['type']} {task['index']} of {workers} machines; waiting for the others")
         os.environ["TF_CONFIG"] = json.dumps(cluster)
@@ -169,17 +177,17 @@ def _many_machines(cluster: dict[str, Any], workers: int, kind: str, console: Co
             implementation=how.NCCL if kind == "GPU" else how.RING
         )
         try:
-            _made["many"] = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+            _strategies["many"] = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
         except (ValueError, RuntimeError, tf.errors.OpError) as error:
             raise ConfigError(
                 f"the {workers} machines of TF_CONFIG did not come together: {files.reason(error)}; see that each is up, "
                 "runs the same command and can reach the others' ports"
             ) from error
-    return Accelerator(_made["many"], kind, 50 if kind == "GPU" else 10, workers, chief)
+    return Accelerator(_strategies["many"], kind, 50 if kind == "GPU" else 10, workers, chief)
 
 
 def _tpu(tpu: str, console: Console) -> tf.distribute.Strategy:
-    """Connects and initialises, with some patience for what passes."""
+    """Connects to a TPU and initialises it; tries again after errors that may pass."""
     address = environment.tpu_address(tpu)
     if address not in ("", "local") and "://" not in address:
         _wait_until_healthy(address, console)
@@ -187,7 +195,7 @@ def _tpu(tpu: str, console: Console) -> tf.distribute.Strategy:
         try:
             return _connect(address)
         except (ValueError, RuntimeError, OSError, IndexError, tf.errors.OpError) as error:
-            if pause is None or not _passes(error):
+            if pause is None or not _is_transient(error):
                 raise ConfigError(f"--tpu={tpu}: no TPU could be initialised: {_advice(error)}") from error
             console.warning(f"the TPU cannot be had yet ({files.reason(error)}); trying again in {pause:.0f} s")
             _sleep(pause)
@@ -212,10 +220,10 @@ def _wait_until_healthy(name: str, console: Console) -> None:
     """Waits for a named TPU with cloud-tpu-client, where that is installed.
 
     Raises:
-        ConfigError: it did not become healthy, or cannot be asked about.
+        ConfigError: it did not become healthy, or its state cannot be read.
     """
     if importlib.util.find_spec("cloud_tpu_client") is None:
-        return  # TensorFlow's own client looks once; what it says comes with advice
+        return  # TensorFlow's own client checks once; `_advice` explains its error
     import cloud_tpu_client
 
     console.info(f"waiting for TPU {name} to be healthy, {_HEALTHY_SECONDS // 60} minutes at most")
@@ -225,8 +233,8 @@ def _wait_until_healthy(name: str, console: Console) -> None:
         raise ConfigError(f"--tpu={name}: the TPU did not become healthy: {_advice(error)}") from error
 
 
-def _passes(error: Exception) -> bool:
-    """Whether waiting may help."""
+def _is_transient(error: Exception) -> bool:
+    """Whether another attempt may succeed."""
     if isinstance(error, urllib.error.URLError):
         return False  # no metadata server: this machine is not in Google's cloud
     text = str(error)
@@ -238,7 +246,7 @@ def _passes(error: Exception) -> bool:
 
 
 def _advice(error: Exception) -> str:
-    """What to do, by the words of what was raised (facts of TensorFlow 2.19 and 2.21)."""
+    """What to do about an error, by its text (TensorFlow 2.19 and 2.21)."""
     text = str(error)
     if "No OpKernel was registered" in text:
         return (
@@ -246,8 +254,8 @@ def _advice(error: Exception) -> str:
         )
     if "No matching devices found" in text:
         return (
-            "libtpu is not loaded; unset TPU_LOAD_LIBRARY, and see that the package libtpu is installed, that no other process "
-            "holds /tmp/libtpu_lockfile, and that NEXT_PLUGGABLE_DEVICE_USE_C_API is not set to false"
+            "libtpu is not loaded; unset TPU_LOAD_LIBRARY, and see that the package libtpu is installed, that no other "
+            "process holds /tmp/libtpu_lockfile, and that NEXT_PLUGGABLE_DEVICE_USE_C_API is not set to false"
         )
     if "Please provide a TPU Name" in text:
         return "no TPU is named in the environment; give --tpu=local on a TPU VM or Vertex AI, or the TPU's name"
@@ -255,20 +263,20 @@ def _advice(error: Exception) -> str:
         return "another process uses the TPU; end it (it holds /tmp/libtpu_lockfile)"
     if "device found" in text:
         return (
-            "libtpu works but this machine has no TPU; without --tpu the job runs on the CPU. On a TPU VM, start the container "
-            "with --privileged --net=host"
+            "libtpu works but this machine has no TPU; without --tpu the job runs on the CPU. On a TPU VM, start the "
+            "container with --privileged --net=host"
         )
     if "Missing runtime dependency" in text:
         return (
-            "a named TPU is looked up with Google's API client, which is not installed; pip install 'funmatch[tpu-client]', or "
-            "give --tpu=grpc://HOST:8470"
+            "a named TPU is looked up with Google's API client, which is not installed; "
+            "pip install 'funmatch[tpu-client]', or give --tpu=grpc://HOST:8470"
         )
     if "is not yet ready" in text:
         return f"{files.reason(error)}; pip install 'funmatch[tpu-client]' to have the job wait for it"
     if isinstance(error, urllib.error.URLError):
         return (
-            f"Google's metadata server does not answer ({error.reason}), so this is no machine of its cloud; give --tpu=local on a "
-            "TPU VM, or --tpu=grpc://HOST:8470"
+            f"Google's metadata server does not answer ({error.reason}), so this is no machine of its cloud; "
+            "give --tpu=local on a TPU VM, or --tpu=grpc://HOST:8470"
         )
     if isinstance(error, IndexError):
         return "the TPU system was not initialised: it has no devices; see what was logged before this line"
@@ -276,8 +284,8 @@ def _advice(error: Exception) -> str:
 
 
 def worker_lost(error: tf.errors.OpError) -> Stopped:
-    """What to raise when another machine of the job has gone away in the middle of a step."""
+    """The error to raise when another machine of the job is lost in the middle of a step."""
     return Stopped(
-        f"another machine of this job does not answer any more ({type(error).__name__}): start all of them again with the same "
-        "command; they go on from the newest checkpoint"
+        f"another machine of this job does not answer any more ({type(error).__name__}): start all of them again with "
+        "the same command; they resume from the newest checkpoint"
     )

@@ -1,9 +1,10 @@
 """Checkpoints: immutable objects first, one small commit object last, on a disk and on gs:// alike.
 
-A checkpoint is `state-STEP-HASH.npz` (arrays only, read without pickle) and `checkpoint-STEP.json`, which names it with its
-SHA-256. Without the second the first does not exist for anyone. Nothing is ever renamed over or changed in place.
+A checkpoint is `state-STEP-HASH.npz` (arrays only, read without pickle) and `checkpoint-STEP.json`,
+which names it with its SHA-256. Without the second, the first is ignored and later deleted. Nothing
+is renamed over or changed in place.
 
-`Background` does the slow part of a save beside the device's work.
+`Background` does the slow part of a save in a thread, while the device trains.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from trainer.io import files
 FORMAT = "funmatch-checkpoint/1"
 _COMMIT = re.compile(r"checkpoint-(\d{10})\.json")
 _STATE = re.compile(r"state-(\d{10})-[0-9a-f]{16}\.npz")
-# A bucket or a disk that does not answer now, or not us, says nothing of what it holds.
+# Errors after which the content of a file is unknown: the bucket or disk did not answer, or denied access.
 _UNKNOWN = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,
@@ -41,7 +42,7 @@ _UNKNOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint that was read whole: the step, its arrays by name, and `extra` as it was given to `save`."""
+    """A complete checkpoint: the step, its arrays by name, and `extra` as it was given to `save`."""
 
     step: int
     arrays: dict[str, np.ndarray]
@@ -61,22 +62,22 @@ class Checkpoints:
         """
         Args:
             folder: on a disk or gs://.
-            identity: JSON value; what decides which weights come out. A checkpoint with another is refused.
-            keep: newest checkpoints that are kept, >= 1.
+            identity: JSON value of all that decides the weights. A checkpoint with another is refused.
+            keep: number of newest checkpoints that are kept, >= 1.
             before_commit: raises where this process must not commit any more.
         """
         self._folder, self._identity, self._keep, self._before_commit = folder, identity, keep, before_commit
         self.passed_over: list[str] = []  # why newer checkpoints were not used, a line each
-        self.warnings: list[str] = []  # what went wrong and is no reason to stop; whoever says them takes them out
+        self.warnings: list[str] = []  # problems that do not stop the run; whoever prints them removes them
 
     def save(self, step: int, arrays: dict[str, np.ndarray], extra: dict[str, Any], best: int | None = None) -> None:
         """Commits a checkpoint, then deletes what is older than the newest `keep` and what crashes left behind.
 
         Args:
-            step: updates made; checkpoints of later steps, which were passed over, go.
+            step: updates made. Checkpoints of later steps, which were passed over, are deleted.
             arrays: by name.
-            extra: JSON value that `restore` gives back.
-            best: step of a checkpoint that is kept beside the newest.
+            extra: JSON value that `restore` returns.
+            best: step of a checkpoint that is kept beside the newest; None: there is none.
 
         Raises:
             Diverged: an array holds a value that is not finite; nothing is written.
@@ -112,11 +113,11 @@ class Checkpoints:
         )
         self._sweep({step} if best is None else {step, best}, step)
 
-    def require_ours(self) -> None:
-        """Looks at the newest readable commit alone: before hours of work in a folder that belongs to another run.
+    def require_same_run(self) -> None:
+        """Checks the newest readable commit only, before hours of work in a folder of another run.
 
         Raises:
-            DataError: it does (the differing fields are listed), or the folder does not answer.
+            DataError: it belongs to another run (the differing fields are listed), or cannot be read now.
         """
         for step in sorted(self._commits(files.names(self._folder)), reverse=True):
             try:
@@ -125,14 +126,15 @@ class Checkpoints:
             except (_ForeignRun, _NoAnswer) as error:
                 raise DataError(str(error)) from None
             except (DataError, ValueError, KeyError, TypeError):
-                continue  # `restore` says what is wrong with it
+                continue  # `restore` reports it
 
     def restore(self) -> Restored | None:
-        """The newest whole checkpoint; None where there is none. Damaged ones are named in `passed_over`.
+        """The newest complete checkpoint; None where there is none. Damaged ones are named in `passed_over`.
 
         Raises:
-            DataError: the newest readable commit belongs to another run (the differing fields are listed) or to another
-                version, the folder does not answer, or there are commits and none is whole.
+            DataError: the newest readable commit belongs to another run (the differing fields are
+                listed) or to another version, the folder cannot be read now, or there are commits
+                and none is complete.
         """
         commits = self._commits(files.names(self._folder))
         for step in sorted(commits, reverse=True):
@@ -147,7 +149,7 @@ class Checkpoints:
         if commits:
             raise DataError(
                 f"none of the {len(commits)} checkpoints in {self._folder} is whole ({self.passed_over[0]}); "
-                "start in another --workdir, or delete that folder to begin anew"
+                "start in another --workdir, or delete that folder to start again"
             )
         return None
 
@@ -155,7 +157,7 @@ class Checkpoints:
         """The checkpoint of a step.
 
         Raises:
-            DataError: it is not there, not whole or not of this run.
+            DataError: it is missing, damaged or of another run.
         """
         try:
             commit = self._commit(step)
@@ -165,22 +167,27 @@ class Checkpoints:
             raise DataError(f"checkpoint {path} is not usable: {files.reason(error)}") from error
 
     def clean(self, step: int, best: int | None) -> None:
-        """Deletes what a crash left behind; to be called by a run's writer after `restore` gave `step`."""
+        """Deletes what a crash left behind. To be called by the process that writes, after `restore`.
+
+        Args:
+            step: of the restored checkpoint.
+            best: step of the checkpoint that `save` keeps as the best; None: there is none.
+        """
         self._sweep({step} if best is None else {step, best}, None)
 
     @staticmethod
     def _commits(present: list[str]) -> dict[int, str]:
         """Names of commits by step."""
-        found = ((name, _COMMIT.fullmatch(name)) for name in present)
-        return {int(match.group(1)): name for name, match in found if match}
+        matches = ((name, _COMMIT.fullmatch(name)) for name in present)
+        return {int(match.group(1)): name for name, match in matches if match}
 
     def _commit(self, step: int) -> dict[str, Any]:
         path = files.join(self._folder, _name(step))
         commit = json.loads(self._read(path, "a checkpoint's commit"))
         if commit["format"] != FORMAT:
             raise _ForeignRun(
-                f"{path} has format {commit['format']!r}, and this version of funmatch reads {FORMAT!r}: go on with the version "
-                "that began the run, or give another --workdir"
+                f"{path} has format {commit['format']!r}, and this version of funmatch reads {FORMAT!r}: resume with the "
+                "version that began the run, or give another --workdir"
             )
         self._check_identity(path, commit["identity"])
         return commit
@@ -201,45 +208,48 @@ class Checkpoints:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
 
-    def _check_identity(self, path: str, theirs: dict[str, Any]) -> None:
-        ours = self._identity
+    def _check_identity(self, path: str, saved: dict[str, Any]) -> None:
+        # An option added after the checkpoint was made is left out of the identity at its default
+        # (`options.option(omit_default=True)`), so it differs only if it was given.
         differing = [
-            f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
-            for key in sorted({*theirs, *ours})
-            if theirs.get(key) != ours.get(key)
+            f"{key}: {saved.get(key)!r} there, {self._identity.get(key)!r} here"
+            for key in sorted({*saved, *self._identity})
+            if saved.get(key) != self._identity.get(key)
         ]
         if differing:
             raise _ForeignRun(
-                f"{path} belongs to another run ({'; '.join(differing)}): give the flags of that run, or another --workdir"
+                f"{path} belongs to another run ({'; '.join(differing)}): give the flags of that run, or another "
+                "--workdir"
             )
 
-    def _sweep(self, wanted: set[int], newest: int | None) -> None:
-        """Keeps the newest commits, the wanted ones and their states; everything else of ours in the folder goes.
+    def _sweep(self, protected: set[int], newest: int | None) -> None:
+        """Deletes all checkpoint files but those of the newest commits and of `protected`.
 
         Args:
-            wanted: steps.
-            newest: commits of later steps go too. They are damaged: else the run would have begun from them.
+            protected: steps whose commits are kept.
+            newest: commits of later steps are deleted too: they are damaged, else the run would have
+                resumed from them. None: no step counts as later.
         """
         try:
             present = files.names(self._folder)
             commits = self._commits(present)
             steps = sorted(step for step in commits if newest is None or step <= newest)
-            kept = {commits[step] for step in steps[-self._keep :]} | {commits[s] for s in wanted if s in commits}
+            kept = {commits[step] for step in steps[-self._keep :]} | {commits[s] for s in protected if s in commits}
             states = {match.group(1) for name in kept if (match := _COMMIT.fullmatch(name))}
-            # Commits go before states: a commit never names what is gone.
-            gone = [name for name in commits.values() if name not in kept]
-            gone += [name for name in present if (m := _STATE.fullmatch(name)) and m.group(1) not in states]
-            gone += [name for name in present if files.is_temporary(name)]
-            for name in gone:
+            # Commits are deleted before states, so that no commit names a deleted state.
+            obsolete = [name for name in commits.values() if name not in kept]
+            obsolete += [name for name in present if (m := _STATE.fullmatch(name)) and m.group(1) not in states]
+            obsolete += [name for name in present if files.is_temporary(name)]
+            for name in obsolete:
                 files.remove(files.join(self._folder, name))
-        except DataError as error:  # what was just committed is whole, and the next sweep tries again
+        except DataError as error:  # the new checkpoint is complete, and the next sweep tries again
             self.warnings.append(f"old checkpoints take up room: {error}")
 
 
 class Background:
-    """Does the slow part of a save in a thread, one at a time. What fails there is raised here.
+    """Runs the slow part of a save in a thread, one at a time; re-raises its error in the caller.
 
-    Used with `with`: whatever ends the block, the save under way is waited for, so that it is whole.
+    A context manager: at the end of the block it waits for the save under way, so that it is complete.
     """
 
     def __init__(self) -> None:
@@ -247,7 +257,7 @@ class Background:
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Runs `work` beside the caller; first waits for the work before, and raises as that did."""
+        """Waits for the previous work, then runs `work` in a thread. Raises what the previous work raised."""
         self.wait()
 
         def run() -> None:
@@ -260,12 +270,12 @@ class Background:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises as the last work did, if it has ended so; does not wait."""
+        """Raises what the last work raised, if it has ended; does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the work and raises as it did."""
+        """Waits for the work, and raises what it raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -280,7 +290,7 @@ class Background:
         if error is None:
             self.wait()
         elif self._thread is not None:
-            self._thread.join()  # the first error is the one to tell
+            self._thread.join()  # the error of the block is reported, not the thread's
 
 
 def _name(step: int) -> str:

@@ -1,10 +1,9 @@
-"""How good the student is and how close to its teacher: every example of a split exactly once, on the central crop."""
+"""Evaluation of student and teachers: every example of a split exactly once, on the central crop."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import keras
 import numpy as np
@@ -23,51 +22,70 @@ class EvalResult:
 
     Attributes:
         labels: int32 [n], -1 where there is none.
-        student: float32 [n, classes].
-        teacher: float32 [n, classes], or None without teacher.
+        student_logits: float32 [n, classes].
+        teacher_logits: float32 [n, classes], of the ensemble of teachers; None without teacher.
     """
 
     labels: np.ndarray
-    student: np.ndarray
-    teacher: np.ndarray | None
+    student_logits: np.ndarray
+    teacher_logits: np.ndarray | None
 
     def metrics(self) -> dict[str, float]:
         """student_top1, student_top5, teacher_top1, teacher_top5, agreement_top1 (all 0..1) and kl (nats, T = 1).
 
         Accuracies are over labelled examples and absent if there are none; what needs a teacher is absent without one.
         """
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
+        student, teacher = self.student_logits, self.teacher_logits
         labelled = self.labels >= 0
-        for name, logits in (("student", self.student), ("teacher", self.teacher)):
+        for name, logits in (("student", student), ("teacher", teacher)):
             if logits is not None and labelled.any():
-                found[f"{name}_top1"] = top_k(logits[labelled], self.labels[labelled], 1)
-                found[f"{name}_top5"] = top_k(logits[labelled], self.labels[labelled], 5)
-        if self.teacher is not None:
-            found["agreement_top1"] = float((self.teacher.argmax(1) == self.student.argmax(1)).mean())
-            found["kl"] = float(distances.kl(self.teacher, self.student).numpy().mean(dtype=np.float64))
-        return found
+                metrics[f"{name}_top1"] = top_k(logits[labelled], self.labels[labelled], 1)
+                metrics[f"{name}_top5"] = top_k(logits[labelled], self.labels[labelled], 5)
+        if teacher is not None:
+            metrics["agreement_top1"] = float((teacher.argmax(1) == student.argmax(1)).mean())
+            metrics["kl"] = float(distances.kl(teacher, student).numpy().mean(dtype=np.float64))
+        return metrics
 
 
 def top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share (0..1) of rows whose label is among the k largest logits; ties count against the label."""
-    own = np.take_along_axis(logits, labels[:, None].astype(np.int64), axis=1)
-    # Anything that is not a finite number is no correct answer.
-    rank = (logits >= own).sum(axis=1)
+    """Top-k accuracy; ties count against the label.
+
+    Args:
+        logits: float32 [n, classes]; a row with a value that is not finite counts as wrong.
+        labels: int [n], each in 0 .. classes - 1.
+        k: >= 1.
+
+    Returns:
+        Share of rows whose label is among the k largest logits, in [0, 1].
+    """
+    label_logits = np.take_along_axis(logits, labels[:, None].astype(np.int64), axis=1)
+    rank = (logits >= label_logits).sum(axis=1)
     return float((np.isfinite(logits).all(axis=1) & (rank <= k)).mean())
 
 
 def per_class(logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """For each class with examples: `top1` (0..1, ties against the label) and `images`, their number."""
-    found = {}
+    """Accuracy by class.
+
+    Args:
+        logits: float32 [n, classes].
+        labels: int [n], -1 where there is none.
+        names: of the classes.
+
+    Returns:
+        For each class with examples: `top1` in [0, 1] (ties count against the label) and `images`,
+        their number.
+    """
+    accuracies = {}
     for number, name in enumerate(names):
-        own = labels == number
-        if own.any():
-            found[name] = {"top1": top_k(logits[own], labels[own], 1), "images": int(own.sum())}
-    return found
+        rows = labels == number
+        if rows.any():
+            accuracies[name] = {"top1": top_k(logits[rows], labels[rows], 1), "images": int(rows.sum())}
+    return accuracies
 
 
 class Evaluator:
-    """Runs models over one split. A frozen teacher sees the same views each time, so its logits are computed once."""
+    """Runs models over one split. The views never change, so a teacher's logits are computed once."""
 
     def __init__(
         self,
@@ -86,54 +104,60 @@ class Evaluator:
         """
         self._config, self._strategy, self._store, self._jit = config, strategy, store, jit_compile
         replicas = strategy.num_replicas_in_sync
-        self._share = -(-min(config.eval_batch_size, max(1, len(store))) // replicas)
-        self._teacher: np.ndarray | None = None
+        self._replica_batch = -(-min(config.eval_batch_size, max(1, len(store))) // replicas)
+        self._teacher_logits: np.ndarray | None = None
         self._student: Callable[[np.ndarray, np.ndarray], tf.Tensor] | None = None
         self._model: keras.Model | None = None
 
     def run(self, student: keras.Model, teachers: tuple[Teacher, ...]) -> EvalResult:
-        """Logits of both on the central crop of every example. The teachers must be the same at each call."""
+        """Logits of student and teachers on the central crop of every example.
+
+        Args:
+            student: compiled once, as long as it is the same model.
+            teachers: the same at each call.
+        """
+        size, value_range_ = self._config.image_size, self._config.student_range
         if self._model is not student:
             self._model = student
             self._student = self._compile(
-                {self._config.image_size},
-                lambda made: student(
-                    value_range.to_range(made[self._config.image_size], self._config.student_range), training=False
-                ),
+                {size}, lambda images: student(value_range.to_range(images[size], value_range_), training=False)
             )
-        if teachers and self._teacher is None:
+        if teachers and self._teacher_logits is None:
             how = self._config.ensemble
-            self._teacher = self._over_all(
-                self._compile({t.size for t in teachers}, lambda made: ensemble(teacher_logits(teachers, made), how))
+            forward = self._compile(
+                {teacher.size for teacher in teachers},
+                lambda images: ensemble(teacher_logits(teachers, images), how),
             )
+            self._teacher_logits = self._run_over_split(forward)
         assert self._student is not None
-        return EvalResult(self._store.labels, self._over_all(self._student), self._teacher)
+        return EvalResult(self._store.labels, self._run_over_split(self._student), self._teacher_logits)
 
     def fixed_logits(self, teachers: tuple[Teacher, ...]) -> Callable[[int], np.ndarray]:
-        """What the teachers say of the fixed views (`--views=fix/...`).
+        """The teachers' logits on the fixed views (`--views=fix/...`).
 
         Returns:
-            A function of the crop's number (0 where there is but one) to float32 [examples, teachers, classes].
+            A function of the crop's number (0 where there is only one) to float32 [examples, teachers,
+            classes].
         """
         config = self._config
 
         def forward(images: tf.Tensor, originals: tf.Tensor, ids: tf.Tensor, crop: tf.Tensor) -> tf.Tensor:
-            made = {t.size: views.fixed_view(config, images, originals, ids, crop, t.size) for t in teachers}
-            return tf.stack(teacher_logits(teachers, made), axis=1)
+            inputs = {t.size: views.fixed_view(config, images, originals, ids, crop, t.size) for t in teachers}
+            return tf.stack(teacher_logits(teachers, inputs), axis=1)
 
         run = self._distributed(forward)
 
         def logits(crop: int) -> np.ndarray:
             number = tf.constant(crop)
-            return self._over_all(lambda *batch: run(*batch, number))
+            return self._run_over_split(lambda *batch: run(*batch, number))
 
         return logits
 
     def _compile(self, sizes: set[int], model: Callable[[dict[int, tf.Tensor]], tf.Tensor]) -> Callable:
         def forward(images: tf.Tensor, originals: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
-            del ids  # the central crop is the same whichever example it is
-            made = {size: views.evaluation_view(self._config, images, originals, size) for size in sizes}
-            return tf.cast(model(made), tf.float32)
+            del ids  # the central crop does not depend on the example
+            inputs = {size: views.evaluation_view(self._config, images, originals, size) for size in sizes}
+            return tf.cast(model(inputs), tf.float32)
 
         return self._distributed(forward)
 
@@ -141,25 +165,25 @@ class Evaluator:
         compiled = tf.function(forward, jit_compile=self._jit, autograph=False)
         strategy = self._strategy
 
-        def run(*values: tf.distribute.DistributedValues) -> Any:
-            made = strategy.run(compiled, values)
-            elsewhere = len(strategy.experimental_local_results(made)) < strategy.num_replicas_in_sync
-            return strategy.gather(made, axis=0) if elsewhere else made  # rows of other machines come here
+        def run(*values: tf.distribute.DistributedValues) -> tf.Tensor | tf.distribute.DistributedValues:
+            outputs = strategy.run(compiled, values)
+            several_machines = len(strategy.experimental_local_results(outputs)) < strategy.num_replicas_in_sync
+            return strategy.gather(outputs, axis=0) if several_machines else outputs
 
         return tf.function(run, autograph=False)
 
-    def _over_all(self, run: Callable) -> np.ndarray:
-        """Concatenates what `run` gives for images, original sizes and ids of each batch."""
+    def _run_over_split(self, run: Callable) -> np.ndarray:
+        """Runs a function of images, original sizes and ids over all batches; returns the concatenated rows."""
         store, strategy = self._store, self._strategy
-        batch = self._share * strategy.num_replicas_in_sync
+        batch = self._replica_batch * strategy.num_replicas_in_sync
 
         def make(start: int) -> list:
-            # The last batch is filled up with the split's last image, so that every shape is the same; the filling is cut off.
+            # The last batch is padded with the split's last image, so that every shape is the same.
             ids = np.minimum(np.arange(start, start + batch), len(store) - 1).astype(np.int32)
 
             def share(context: tf.distribute.ValueContext, source: np.ndarray) -> tf.Tensor:
-                first = context.replica_id_in_sync_group * self._share
-                return tf.constant(source[first : first + self._share])
+                first = context.replica_id_in_sync_group * self._replica_batch
+                return tf.constant(source[first : first + self._replica_batch])
 
             distribute = strategy.experimental_distribute_values_from_function
             return [distribute(lambda c, s=source: share(c, s)) for source in (store.take(ids), store.sizes[ids], ids)]

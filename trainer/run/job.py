@@ -18,11 +18,13 @@ from trainer.data.records import CorruptRecord
 from trainer.data.store import ImageStore
 from trainer.method import step
 from trainer.method.feed import BatchPrefetcher
-from trainer.models import teachers
+from trainer.models.teachers import Teacher
 from trainer.run.accelerator import Accelerator
 from trainer.run.evaluator import Evaluator
+from trainer.run.plan import RunPlan
 
-REMEDY = {step.CAUSES[0]: "check the teacher's file, --teacher_range and --teacher_precision"}
+# What to try, by the first value that was not finite.
+REMEDY = {step.FINITE_CHECKS[0]: "check the teacher's file, --teacher_range and --teacher_precision"}
 
 
 @dataclasses.dataclass
@@ -30,92 +32,107 @@ class Job:
     """A run, built and ready to train.
 
     Attributes:
-        config: resolved; nothing in it is left to a default.
-        identity: JSON value that decides which weights come out: configuration, data, teachers.
-        train: the training images, of all sets.
-        order: which of them make batch t.
-        feed: makes the inputs of the device's loops.
-        targets: for each teacher its constant logits on the training split, where the views fix them; else none.
-        left_out: bad records by split, which the run does without (--max_bad_fraction).
+        plan: what the run is; its config has `steps_per_loop` filled in.
+        train_store: the training images, of all sets.
+        eval_stores: images of the evaluation and the final split, by the split's name.
+        skipped_records: corrupt records by split, which the run does without (--max_bad_fraction).
+        sampler: which examples make batch t.
+        prefetcher: makes the inputs of the device's loops.
+        targets: for each teacher its constant logits float32 [examples, classes] on the training
+            split, where the views fix them; else empty.
+        train_loop: the compiled loop of `step.make_train_loop`.
         step: updates made so far.
         seconds: wall time of training so far, over all processes of this run.
-        pending: steps and metrics of the device's loops since the last row of metrics.
-        best: with `--keep_best`, what it is about ("by"), its best "value" so far and the "step" of that; else empty.
+        pending_metrics: steps and mean metrics of the device's loops since the last logged row.
+        best: with `--keep_best`, the metric's name ("by"), its best "value" so far and the "step" of
+            that evaluation; else empty.
     """
 
-    config: Config
+    plan: RunPlan
     accelerator: Accelerator
-    identity: dict[str, Any]
-    train: ImageStore
-    stores: dict[str, ImageStore]
-    order: ExampleSampler
-    feed: BatchPrefetcher
+    train_store: ImageStore
+    eval_stores: dict[str, ImageStore]
+    skipped_records: dict[str, list[CorruptRecord]]
+    sampler: ExampleSampler
+    prefetcher: BatchPrefetcher
     student: keras.Model
-    teachers: tuple[teachers.Teacher, ...]
+    teachers: tuple[Teacher, ...]
     targets: tuple[np.ndarray, ...]
     optimizer: keras.optimizers.Optimizer
-    run_steps: Callable[..., dict[str, tf.Tensor]]
-    left_out: dict[str, list[CorruptRecord]] = dataclasses.field(default_factory=dict)
+    train_loop: Callable[..., dict[str, tf.Tensor]]
     step: int = 0
     seconds: float = 0.0
-    pending: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
+    pending_metrics: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
-    evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
+    _evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
+
+    @property
+    def config(self) -> Config:
+        """The plan's configuration."""
+        return self.plan.config
 
     def evaluator(self, split: str) -> Evaluator:
-        """The evaluator of one of `stores`."""
-        if split not in self.evaluators:
-            self.evaluators[split] = Evaluator(
+        """The evaluator of one of `eval_stores`."""
+        if split not in self._evaluators:
+            self._evaluators[split] = Evaluator(
                 self.config,
                 self.accelerator.strategy,
-                self.stores[split],
+                self.eval_stores[split],
                 jit_compile=self.accelerator.jit_compile(self.config.jit_compile),
             )
-        return self.evaluators[split]
+        return self._evaluators[split]
 
-    def until_due(self, step: int) -> int:
-        """Steps from `step` to the next moment at which the host has something to do, at most a loop's; 0 at the end."""
+    def is_due(self, every: int) -> bool:
+        """Whether an action of each `every` steps is due now; each action is due at the end of the run."""
+        return self.step == self.config.steps or self.step % every == 0
+
+    def steps_to_next_event(self, step: int) -> int:
+        """Steps from `step` to the next log, evaluation or checkpoint, capped by `steps_per_loop`; 0 at the end."""
         config = self.config
         intervals = (config.log_every, config.eval_every, config.checkpoint_every)
-        most = min(config.steps_per_loop, self.feed.most_steps or config.steps_per_loop)
-        return max(0, min(config.steps - step, most, *(every - step % every for every in intervals)))
+        cap = min(config.steps_per_loop, self.prefetcher.max_steps or config.steps_per_loop)
+        return max(0, min(config.steps - step, cap, *(every - step % every for every in intervals)))
 
-    def advance(self, steps: int, order: ExampleSampler | None = None) -> dict[str, float]:
-        """Makes `steps` updates on the device and returns the mean of each metric over them.
+    def run_steps(self, steps: int, sampler: ExampleSampler | None = None) -> dict[str, float]:
+        """Makes `steps` updates in one loop of the device.
 
         Args:
-            steps: in one loop of the device.
-            order: of the examples; by default the job's.
+            steps: number of updates, >= 1.
+            sampler: of the examples; by default the job's.
+
+        Returns:
+            The mean over these steps of each of `step.METRICS`.
 
         Raises:
             Diverged: a loss or gradient was not finite.
             DataError: an image cannot be read or decoded.
         """
-        first, order = self.step, order or self.order
-        ids, streamed = self.feed.take(first, steps, order)
-        if then := self.until_due(first + steps):
-            self.feed.ahead(first + steps, then, order)  # on the host, while the device runs this loop
-        told = self.run_steps(ids, tf.constant(first, tf.int64), *([streamed] if streamed else []))
-        metrics = {name: float(told[name]) for name in step.METRICS}
-        bad = int(told["bad_step"])
-        if bad >= 0 or not all(math.isfinite(value) for value in metrics.values()):
-            at = f"in step {bad + 1}" if bad >= 0 else f"between steps {first} and {first + steps}"
-            cause = step.cause(told["faults"].numpy())
+        first, sampler = self.step, sampler or self.sampler
+        ids, streamed = self.prefetcher.take(first, steps, sampler)
+        if next_steps := self.steps_to_next_event(first + steps):
+            # Decodes on the host while the device runs this loop.
+            self.prefetcher.prefetch(first + steps, next_steps, sampler)
+        outputs = self.train_loop(ids, tf.constant(first, tf.int64), *([streamed] if streamed else []))
+        metrics = {name: float(outputs[name]) for name in step.METRICS}
+        bad_step = int(outputs["non_finite_step"])
+        if bad_step >= 0 or not all(math.isfinite(value) for value in metrics.values()):
+            where = f"in step {bad_step + 1}" if bad_step >= 0 else f"between steps {first} and {first + steps}"
+            cause = step.first_non_finite(outputs["non_finite"].numpy())
+            remedy = REMEDY.get(cause, "try a lower --learning_rate, a longer --warmup_steps or --precision=float32")
             raise Diverged(
-                f"not finite {at} of {self.config.steps}: {cause}. The last good checkpoint is kept; "
-                f"{REMEDY.get(cause, 'try a lower --learning_rate, a longer --warmup_steps or --precision=float32')}"
+                f"not finite {where} of {self.config.steps}: {cause}. The last good checkpoint is kept; {remedy}"
             )
         self.step += steps
-        made = int(keras.ops.convert_to_numpy(self.optimizer.iterations))
-        if made != self.step:
-            raise AssertionError(f"{made} updates were made where {self.step} were due")
+        iterations = int(keras.ops.convert_to_numpy(self.optimizer.iterations))
+        if iterations != self.step:
+            raise AssertionError(f"the optimizer counts {iterations} updates at step {self.step}")
         return metrics
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that the next step depends on beside configuration, data and teachers, by name: copies in host memory.
+        """All that the next step depends on beside configuration, data and teachers, copied to host memory.
 
-        Keras numbers layers and optimizers by how many a process has made before, so a name holds a variable's place in
-        its model and the end of its own name: the same in every process.
+        Keras numbers layers and optimizers by how many a process has made before. So a name holds a
+        variable's position in its model and the end of its own name: the same in every process.
         """
         student = {
             f"student/{number:04d}/{variable.path.rsplit('/', 1)[-1]}": variable
@@ -136,9 +153,9 @@ class Job:
         variables = [*self.student.variables, *self.optimizer.variables]
         names = list(self.state())
         if names != list(arrays):
-            odd = sorted(set(names) ^ set(arrays))[:5]
+            different = sorted(set(names) ^ set(arrays))[:5]
             raise DataError(
-                f"the checkpoint does not hold this model's variables; the first that differ: {', '.join(odd)}"
+                f"the checkpoint does not hold this model's variables; the first that differ: {', '.join(different)}"
             )
         for variable, (name, array) in zip(variables, arrays.items(), strict=True):
             if tuple(variable.shape) != array.shape:

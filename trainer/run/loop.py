@@ -1,9 +1,8 @@
-"""The outer loop: what the host does between the device's loops."""
+"""The training loop: what the host does between the device's loops."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from trainer.core import environment
 from trainer.core.console import Console
@@ -11,150 +10,179 @@ from trainer.core.errors import DataError, Stopped
 from trainer.core.signals import OTHER_MACHINE, StopRequest
 from trainer.io import files
 from trainer.run.checkpoint import Background, Checkpoints
+from trainer.run.evaluator import EvalResult
 from trainer.run.job import Job
 from trainer.run.metric_writer import MetricWriter
 from trainer.run.throughput import Throughput
 
 
-def train(job: Job, journal: MetricWriter, checkpoints: Checkpoints, console: Console) -> None:
-    """Trains to the end of the run from its newest checkpoint.
+def train(job: Job, writer: MetricWriter, checkpoints: Checkpoints, console: Console) -> None:
+    """Trains to the end of the run, from its newest checkpoint.
+
+    Args:
+        job: built; its step and weights are those of the checkpoint afterwards, then of each update.
+        writer: of the run's metrics.
+        checkpoints: of the run.
+        console: shows progress, evaluations and warnings.
 
     Raises:
-        Diverged: a value that is not finite; the last good checkpoint is kept.
+        Diverged: a value is not finite; the last good checkpoint is kept.
         Stopped: a signal asked for it; the state is saved.
+        DataError: a record or a checkpoint cannot be read or written.
     """
-    config = job.config
-    resume(job, journal, checkpoints, console)
-    meter, hardware = Throughput(job), job.accelerator
-    if not hardware.same_on_all(job.step):
+    config, accelerator = job.config, job.accelerator
+    resume(job, writer, checkpoints, console)
+    if not accelerator.same_on_all(job.step):
         raise DataError(
-            f"this machine resumed at step {job.step} and another did not: --workdir must be one folder that all machines share"
+            f"this machine resumed at step {job.step} and another did not: --workdir must be one folder "
+            "that all machines share"
         )
-
-    def tell() -> None:
-        for told in (journal.warnings, checkpoints.warnings):
-            while told:
-                console.warning(f"{told.pop(0)}")
-
-    with StopRequest() as stop, Background() as saving:
-        stopping = hardware.any_worker(bool(stop.name))
+    throughput = Throughput(job)
+    with StopRequest() as signal, Background() as saving:
+        stopping = accelerator.any_worker(bool(signal.name))
         while job.step < config.steps and not stopping:
             saving.check()
-            steps = job.until_due(job.step)
-            metrics = job.advance(steps, job.order)
-            job.pending.append((steps, metrics))
-            note = meter.tick(steps, metrics)
-            console.progress("train", job.step, config.steps, note)
-            last, better = job.step == config.steps, False
-            if last or job.step % config.log_every == 0:
-                journal.add("train", job.step, _mean(job.pending) | meter.row())
-                job.pending.clear()
-            if last or job.step % config.eval_every == 0:
-                better = _note_best(job, evaluate(job, config.eval_split, "eval", journal, console).metrics())
-                meter.skip()
-            # Asked once a turn, so that all machines, and saving and ending, go by the same answer.
-            stopping = hardware.any_worker(bool(stop.name))
-            if last or better or stopping or job.step % config.checkpoint_every == 0:
-                save(job, journal, checkpoints, saving)
-                meter.skip()
-            tell()
+            steps = job.steps_to_next_event(job.step)
+            metrics = job.run_steps(steps)
+            job.pending_metrics.append((steps, metrics))
+            console.progress("train", job.step, config.steps, throughput.update(steps, metrics))
+            improved = False
+            if job.is_due(config.log_every):
+                writer.add("train", job.step, _weighted_mean(job.pending_metrics) | throughput.row())
+                job.pending_metrics.clear()
+            if job.is_due(config.eval_every):
+                result = evaluate(job, config.eval_split, "eval", writer, console)
+                improved = _update_best(job, result.metrics())
+                throughput.pause()
+            # Read the stop flag once per iteration, so that all workers, and both the save and the
+            # exit, agree on it.
+            stopping = accelerator.any_worker(bool(signal.name))
+            if improved or stopping or job.is_due(config.checkpoint_every):
+                save(job, writer, checkpoints, saving)
+                throughput.pause()
+            _print_warnings(writer, checkpoints, console)
         saving.wait()
-    tell()
+    _print_warnings(writer, checkpoints, console)
     console.close()
-    # Of several machines none goes on before the chief's last checkpoint is whole, nor alone after a late signal.
-    if hardware.any_worker(stopping or bool(stop.name)):
+    # A barrier: no worker proceeds before the chief's last checkpoint is complete, or alone after a late signal.
+    if accelerator.any_worker(stopping or bool(signal.name)):
         raise Stopped(
-            f"stopped by {stop.name or OTHER_MACHINE} at step {job.step} of {config.steps}; saved: the same command goes on"
+            f"stopped by {signal.name or OTHER_MACHINE} at step {job.step} of {config.steps}; saved: "
+            "the same command resumes"
         )
 
 
-def resume(job: Job, journal: MetricWriter, checkpoints: Checkpoints, console: Console) -> None:
-    """Takes up the newest whole checkpoint, if there is one, and removes what a crash left behind.
+def resume(job: Job, writer: MetricWriter, checkpoints: Checkpoints, console: Console) -> None:
+    """Loads the newest complete checkpoint, if there is one, and removes what a crash left behind.
+
+    Args:
+        job: gets the checkpoint's weights, step, time and metrics.
+        writer: drops rows after the checkpoint's step.
+        checkpoints: of the run.
+        console: shows the step, and damaged checkpoints as warnings.
 
     Raises:
-        DataError: it belongs to another run, or all are damaged.
+        DataError: the checkpoint belongs to another run, or all are damaged.
     """
     restored = checkpoints.restore()
     for line in checkpoints.passed_over:
-        console.warning(f"{line}")
+        console.warning(line)
     if restored is not None:
         job.load(restored.arrays)
         job.step, job.seconds = restored.step, restored.extra["seconds"]
-        job.pending = [(steps, metrics) for steps, metrics in restored.extra["pending"]]
+        job.pending_metrics = [(steps, metrics) for steps, metrics in restored.extra["pending"]]
         best = restored.extra.get("best", {})
         job.best = best if best.get("by") == job.config.keep_best else {}
         if job.accelerator.chief:
             checkpoints.clean(job.step, job.best.get("step"))
         console.info(f"resumed at step {job.step} of {job.config.steps}")
-    journal.rewind(job.step)
+    writer.rewind(job.step)
     if job.accelerator.chief:
         files.remove_temporary(job.config.workdir)
 
 
-def save(job: Job, journal: MetricWriter, checkpoints: Checkpoints, saving: Background | None = None) -> None:
-    """Commits the state: rows of metrics first, so that none is missing after a crash, then the state, then the commit.
+def save(job: Job, writer: MetricWriter, checkpoints: Checkpoints, saving: Background | None = None) -> None:
+    """Commits the state: rows of metrics first, so that none is missing after a crash, then the checkpoint.
+
+    Of several machines only the chief writes.
 
     Args:
-        saving: does all of it but the copy of the state into host memory; None: here, now.
-
-    Of several machines the chief alone does.
+        job: whose state is copied to host memory before this returns.
+        writer: of the run's metrics.
+        checkpoints: of the run.
+        saving: thread that writes; None: this one, before the function returns.
     """
     if not job.accelerator.chief:
         return
     if saving is not None:
         saving.wait()  # one copy of the state at a time
-    step, arrays, text, best = job.step, job.state(), journal.text(), dict(job.best)
-    extra = {"seconds": job.seconds, "pending": list(job.pending), "best": best}
+    step, arrays, text, best = job.step, job.state(), writer.text(), dict(job.best)
+    extra = {"seconds": job.seconds, "pending": list(job.pending_metrics), "best": best}
 
-    def work() -> None:
-        journal.write(text)
+    def commit() -> None:
+        writer.write(text)
         checkpoints.save(step, arrays, extra, best.get("step"))
 
     if saving is None:
-        work()
+        commit()
     else:
-        saving.start(work)
-
-
-def _note_best(job: Job, metrics: dict[str, float]) -> bool:
-    """Whether these are the best so far by `--keep_best`; the first of equals is."""
-    by = job.config.keep_best
-    if by == "none" or not math.isfinite(metrics.get(by, math.nan)):
-        return False
-    sign = -1.0 if by == "kl" else 1.0
-    if job.best and sign * metrics[by] <= sign * job.best["value"]:
-        return False
-    job.best = {"by": by, "value": metrics[by], "step": job.step}
-    return True
+        saving.start(commit)
 
 
 def take_best(job: Job, checkpoints: Checkpoints) -> None:
     """Gives the job the weights of its best evaluation, for `--export_from=best`.
 
     Raises:
-        DataError: no evaluation has been, or its checkpoint is not whole.
+        DataError: there was no evaluation, or its checkpoint is damaged.
     """
     if not job.best:
         raise DataError(
-            f"--export_from=best: {job.config.workdir} holds no checkpoint chosen by --keep_best={job.config.keep_best}: "
-            "the run was made without that flag; give --export_from=last"
+            f"--export_from=best: {job.config.workdir} holds no checkpoint chosen by "
+            f"--keep_best={job.config.keep_best}: the run was made without that flag; give --export_from=last"
         )
     job.load(checkpoints.load(job.best["step"]).arrays)
 
 
-def evaluate(job: Job, split: str, kind: str, journal: MetricWriter, console: Console) -> Any:
-    """Evaluates on one of the job's splits, writes a row, says it, and returns the `Outcome`."""
-    outcome = job.evaluator(split).run(job.student, job.teachers)
-    metrics = outcome.metrics()
-    journal.add(kind, job.step, {"split": split} | metrics)
+def evaluate(job: Job, split: str, kind: str, writer: MetricWriter, console: Console) -> EvalResult:
+    """Evaluates student and teachers on a split, writes a row of metrics and prints it.
+
+    Args:
+        job: whose student is evaluated.
+        split: name in `job.eval_stores`.
+        kind: of the row: "eval" or "final".
+        writer: of the run's metrics.
+        console: gets a line.
+    """
+    result = job.evaluator(split).run(job.student, job.teachers)
+    metrics = result.metrics()
+    writer.add(kind, job.step, {"split": split} | metrics)
     if kind == "eval" and job.accelerator.chief and job.config.hp_metric in metrics:
         environment.report_metric(job.config.hp_metric, metrics[job.config.hp_metric], job.step)
     names = {"student_top1": "student", "teacher_top1": "teacher", "agreement_top1": "agreement"}
-    told = ", ".join(f"{word} {100 * metrics[name]:.1f}%" for name, word in names.items() if name in metrics)
-    console.info(f"step {job.step}, {split} ({len(outcome.labels)} images): {told}")
-    return outcome
+    parts = [f"{word} {100 * metrics[name]:.1f}%" for name, word in names.items() if name in metrics]
+    console.info(f"step {job.step}, {split} ({len(result.labels)} images): {', '.join(parts)}")
+    return result
 
 
-def _mean(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+def _update_best(job: Job, metrics: dict[str, float]) -> bool:
+    """Notes an evaluation that is the best so far by `--keep_best`; returns whether it is. Of equals the first is."""
+    name = job.config.keep_best
+    if name == "none" or not math.isfinite(metrics.get(name, math.nan)):
+        return False
+    sign = -1.0 if name == "kl" else 1.0
+    if job.best and sign * metrics[name] <= sign * job.best["value"]:
+        return False
+    job.best = {"by": name, "value": metrics[name], "step": job.step}
+    return True
+
+
+def _weighted_mean(parts: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The mean of each metric over all steps, from numbers of steps and the means over them."""
     total = sum(steps for steps, _ in parts)
-    return {name: sum(steps * values[name] for steps, values in parts) / total for name in parts[0][1]}
+    return {name: sum(steps * metrics[name] for steps, metrics in parts) / total for name in parts[0][1]}
+
+
+def _print_warnings(writer: MetricWriter, checkpoints: Checkpoints, console: Console) -> None:
+    for warnings in (writer.warnings, checkpoints.warnings):
+        while warnings:
+            console.warning(warnings.pop(0))

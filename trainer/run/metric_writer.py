@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, and a line or a bar on the terminal."""
+"""Metrics of a run: rows of metrics.jsonl, and their copies in TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,30 +18,37 @@ from trainer.io import files
 class MetricWriter:
     """Rows of metrics.jsonl and their copies in TensorBoard.
 
-    The file is written whole by `write`, before each checkpoint commits: a resumed run cuts the rows after its checkpoint
-    off and writes the same ones again, so there are no gaps and no repeats. TensorBoard's files are a convenience: where they
-    cannot be written, that is said and the run goes on. For a bucket they are made on this machine and sent when the rows are
-    written: TensorFlow's own writer sends them from the training thread, and waits for a silent bucket for minutes at its end.
+    `write` writes the whole file before each checkpoint commits. A resumed run drops the rows after
+    its checkpoint and writes them again, so there are no gaps and no repeats.
+
+    TensorBoard's files are a convenience: where they cannot be written, a warning says so and the run
+    continues. For a bucket they are made on this machine and uploaded when the rows are written:
+    TensorFlow's own writer uploads from the training thread, and at its end waits minutes for a
+    bucket that does not answer.
+
+    Attributes:
+        rows: all rows so far, with `kind` ("train", "eval", "final"), `step` and the metrics.
+        warnings: lines to print; whoever prints them removes them.
     """
 
-    def __init__(self, workdir: str, boards: str = "", *, writes: bool = True) -> None:
+    def __init__(self, workdir: str, tensorboard_dir: str = "", *, writes: bool = True) -> None:
         """
         Args:
             workdir: of the run.
-            boards: folder of TensorBoard's files; empty: one in the workdir.
+            tensorboard_dir: folder of TensorBoard's files; empty: one in the workdir.
             writes: whether this process writes at all; of several machines one does.
         """
-        self.warnings: list[str] = []  # whoever says them takes them out
-        self._path = files.join(workdir, "metrics.jsonl")
-        self._boards = boards or files.join(workdir, "tensorboard")
-        self._writes = writes
-        self._writer: Any = None
-        self._local: tempfile.TemporaryDirectory[str] | None = None  # where TensorBoard's files for a bucket are made
-        self._broken = False
+        self.warnings: list[str] = []
         self.rows: list[dict[str, Any]] = []
+        self._path = files.join(workdir, "metrics.jsonl")
+        self._tensorboard_dir = tensorboard_dir or files.join(workdir, "tensorboard")
+        self._writes = writes
+        self._summary_writer: tf.summary.SummaryWriter | None = None
+        self._local: tempfile.TemporaryDirectory[str] | None = None  # TensorBoard's files for a bucket
+        self._broken = False
 
     def rewind(self, step: int) -> None:
-        """Takes up the training and evaluation rows of an earlier process up to `step` updates; others are dropped."""
+        """Reads the training and evaluation rows of an earlier process up to `step` updates; drops others."""
         self.rows = []
         if files.exists(self._path):
             for line in files.read(self._path, "the metrics").decode().splitlines():
@@ -50,55 +57,64 @@ class MetricWriter:
                     self.rows.append(row)
 
     def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One row; numbers go to TensorBoard too, and to the log where that is JSON."""
+        """Adds a row; numbers go to TensorBoard too, and to the log where that is JSON.
+
+        Args:
+            kind: "train", "eval" or "final".
+            step: updates made.
+            values: metrics by name.
+        """
         self.rows.append({"kind": kind, "step": step} | values)
         if not self._writes:
             return
         if logs.as_json():
             logs.write("INFO", f"{kind} at step {step}", kind=kind, step=step, metrics=values)
 
-        def work() -> None:
-            if self._writer is None:
-                if files.is_remote(self._boards):
+        def write_scalars() -> None:
+            if self._summary_writer is None:
+                if files.is_remote(self._tensorboard_dir):
                     self._local = tempfile.TemporaryDirectory()
-                self._writer = tf.summary.create_file_writer(self._local.name if self._local else self._boards)
-            with self._writer.as_default(step=step):
+                folder = self._local.name if self._local else self._tensorboard_dir
+                self._summary_writer = tf.summary.create_file_writer(folder)
+            with self._summary_writer.as_default(step=step):
                 for name, value in values.items():
                     if isinstance(value, (int, float)):
                         tf.summary.scalar(f"{kind}/{name}", value)
 
-        self._optional(work)
+        self._try_tensorboard(write_scalars)
 
     def text(self) -> bytes:
         """The rows so far, as the file holds them."""
         return "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.rows).encode()
 
     def write(self, text: bytes) -> None:
-        """Makes rows durable; in another thread too."""
+        """Makes rows durable; may be called from another thread."""
         if not self._writes:
             return
         files.write(self._path, text, "the metrics")
-        self._optional(self._publish)
+        self._try_tensorboard(self._upload)
 
     def flush(self) -> None:
         """Makes the rows so far durable."""
         self.write(self.text())
 
-    def _publish(self) -> None:
+    def _upload(self) -> None:
         """Makes TensorBoard's files durable."""
-        if self._writer is not None:
-            self._writer.flush()
+        if self._summary_writer is not None:
+            self._summary_writer.flush()
         if self._local is not None:
             for name in os.listdir(self._local.name):
                 content = files.read(os.path.join(self._local.name, name), "TensorBoard's file")
-                files.write(files.join(self._boards, name), content, "TensorBoard's file")
+                files.write(files.join(self._tensorboard_dir, name), content, "TensorBoard's file")
 
-    def _optional(self, work: Callable[[], Any]) -> None:
+    def _try_tensorboard(self, work: Callable[[], None]) -> None:
         if self._broken:
             return
         try:
             work()
         except (tf.errors.OpError, DataError) as error:
             self._broken = True
-            cause = error.__cause__ or error  # of what is sent, what the bucket said
-            self.warnings.append(f"nothing more goes to {self._boards}: {files.reason(cause, self._boards)}")
+            cause = error.__cause__ or error  # of an upload: the bucket's answer
+            self.warnings.append(
+                f"nothing more is written to {self._tensorboard_dir}: {files.reason(cause, self._tensorboard_dir)}"
+            )

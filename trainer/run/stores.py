@@ -1,4 +1,4 @@
-"""Where the images of a run are kept, and which records it does without."""
+"""The images of a run: where they are kept, and which corrupt records the run skips."""
 
 from __future__ import annotations
 
@@ -8,64 +8,166 @@ import json
 from trainer.core.config import Config
 from trainer.core.console import Console
 from trainer.core.errors import DataError
-from trainer.data.cache import Cache, too_little
+from trainer.data.cache import Cache, describe_shortage
 from trainer.data.dataset import Dataset, Split
 from trainer.data.memory import choose_stores, decoded_bytes, free_memory
 from trainer.data.records import CorruptRecord, CorruptRecordLog
+from trainer.data.store import ConcatenatedStore, DiskStore, ImageStore, MemoryStore
 from trainer.io import files
 from trainer.run.accelerator import Accelerator
+from trainer.run.plan import RunPlan, check_labels
+
+_MAX_LINES = 20  # corrupt records of a split that are printed one by one
 
 
-def report_corrupt_records(damage: CorruptRecordLog, split: Split, console: Console, most: int = 20) -> None:
-    lines = damage.lines()
-    for line in lines[:most]:
-        console.warning(f"left out: {line}")
-    if lines:
-        more = f"{len(lines) - most} more; " if len(lines) > most else ""
-        console.warning(f"{more}{len(lines)} of {split.examples:,} records of {split.name!r} are bad and left out")
+@dataclasses.dataclass(frozen=True)
+class Stores:
+    """The images of a run.
+
+    Attributes:
+        train: training images of all sets.
+        train_sizes: number of images of each set, in the order of `--data`.
+        eval: images of the evaluation and the final split, by the split's name.
+        on_device: the training images are to be copied to the accelerator.
+        skipped: corrupt records that the run does without, by split.
+    """
+
+    train: ImageStore
+    train_sizes: list[int]
+    eval: dict[str, ImageStore]
+    on_device: bool
+    skipped: dict[str, list[CorruptRecord]]
 
 
-def require_same_records(workdir: str, left_out: dict[str, list[CorruptRecord]]) -> None:
-    """Writes down which records a run does without, once: the order of the others depends on it.
+def open_stores(plan: RunPlan, accelerator: Accelerator, console: Console) -> Stores:
+    """Reads and checks every record, and decodes the images that are kept in memory.
+
+    Args:
+        plan: of the run.
+        accelerator: whose memory may hold the images.
+        console: shows progress and skipped records.
 
     Raises:
-        DataError: an earlier process of this run did without others.
+        ConfigError: no image of `--eval_split` has the label that `--keep_best` needs.
+        DataError: a record is corrupt, a label is missing where it is needed, or there is no room.
+    """
+    config = plan.config
+    train_kind, eval_kind = choose_kinds(plan, accelerator, console)
+    skipped: dict[str, list[CorruptRecord]] = {}
+
+    def open_split(dataset: Dataset, flag: str, kind: str) -> ImageStore:
+        split = dataset.split(getattr(config, flag), flag)
+        corrupt = CorruptRecordLog(dataset, split, config.max_bad_fraction)
+        store = _open_split(config, dataset, split, kind, corrupt, console)
+        if corrupt.records:
+            name = split.name if len(plan.train_sets) == 1 else f"{dataset.folder}, {split.name}"
+            skipped[name] = corrupt.records
+        return store
+
+    train_stores = [open_split(dataset, "train_split", train_kind) for dataset in plan.train_sets]
+    eval_stores: dict[str, ImageStore] = {}
+    for flag in ("eval_split", "final_split"):
+        name = getattr(config, flag)
+        if name not in eval_stores:
+            eval_stores[name] = open_split(plan.eval_set, flag, eval_kind)
+    check_labels(plan, train_stores, eval_stores[config.eval_split].labels)
+    _drop_foreign_labels(plan, train_stores, console)
+    if config.max_bad_fraction and config.workdir and not (config.check or config.dry_run):
+        require_same_records(config.workdir, skipped)
+    train = train_stores[0] if len(train_stores) == 1 else ConcatenatedStore(train_stores)
+    sizes = [len(store) for store in train_stores]
+    return Stores(train, sizes, eval_stores, train_kind == "device", skipped)
+
+
+def _open_split(
+    config: Config, dataset: Dataset, split: Split, kind: str, corrupt: CorruptRecordLog, console: Console
+) -> ImageStore:
+    """Opens one split as `kind` ("device", "host" or "disk"), and prints the records that it skips."""
+    task = f"decode {split.name}" if kind != "disk" else f"copy and check {split.name}, bytes"
+
+    def progress(done: int, total: int) -> None:
+        console.progress(task, done, total)
+
+    store: ImageStore
+    if kind == "disk":
+        store = DiskStore(dataset, split, config.store_size, open_cache(config), progress, corrupt=corrupt)
+    else:
+        store = MemoryStore(dataset, split, config.store_size, progress, corrupt)
+    messages = corrupt.messages()
+    for message in messages[:_MAX_LINES]:
+        console.warning(f"skipped: {message}")
+    if messages:
+        more = f"{len(messages) - _MAX_LINES} more; " if len(messages) > _MAX_LINES else ""
+        console.warning(
+            f"{more}{len(messages)} of {split.examples:,} records of {split.name!r} are corrupt and skipped"
+        )
+    return store
+
+
+def _drop_foreign_labels(plan: RunPlan, train_stores: list[ImageStore], console: Console) -> None:
+    """Removes labels that number other classes than the student's."""
+    for dataset, store in zip(plan.train_sets, train_stores, strict=True):
+        if store.classes != plan.eval_set.classes:
+            store.labels[:] = -1
+            if store.classes:
+                console.info(
+                    f"the labels of {dataset.folder} are not used: its classes are not those of {plan.eval_set.folder}"
+                )
+
+
+def require_same_records(workdir: str, skipped: dict[str, list[CorruptRecord]]) -> None:
+    """Writes down which records a run skips, once: the order of the others depends on it.
+
+    Raises:
+        DataError: an earlier process of this run skipped others.
     """
     path = files.join(workdir, "left_out.json")
-    text = json.dumps({name: [dataclasses.asdict(bad) for bad in bads] for name, bads in left_out.items()}, indent=1)
+    records = {name: [dataclasses.asdict(record) for record in corrupt] for name, corrupt in skipped.items()}
+    text = json.dumps(records, indent=1)
     if not files.exists(path):
-        files.write(path, f"{text}\n".encode(), "the list of bad records")
-    elif files.read(path, "the list of bad records").decode(errors="replace") != f"{text}\n":
+        files.write(path, f"{text}\n".encode(), "the list of corrupt records")
+    elif files.read(path, "the list of corrupt records").decode(errors="replace") != f"{text}\n":
         raise DataError(
-            f"other records are bad now than when this run began ({path} lists those): it would not go on as it began. "
-            "Mend the data, or take another --workdir"
+            f"other records are corrupt now than when this run began ({path} lists those), so it cannot resume "
+            "with the same order of examples: restore the data, or take another --workdir"
         )
 
 
-def plan_stores(
-    config: Config, accelerator: Accelerator, sets: tuple[Dataset, ...], held_out: Dataset, console: Console
-) -> tuple[str, str]:
-    """Where the images of training and of evaluation will be kept (`store.choose`), said in a line.
+def choose_kinds(plan: RunPlan, accelerator: Accelerator, console: Console) -> tuple[str, str]:
+    """Where the images of training and of evaluation are kept (`memory.choose_stores`).
+
+    Args:
+        plan: of the run.
+        accelerator: whose memory may hold the images.
+        console: gets a line where the choice is not the fastest.
+
+    Returns:
+        "device", "host" or "disk" for training, "host" or "disk" for evaluation.
 
     Raises:
-        DataError: there is no room for them, neither in memory nor on the disk; the line has the sizes.
+        DataError: there is no room, neither in memory nor on the disk; the message gives the sizes.
     """
-    train = [(dataset, dataset.split(config.train_split, "train_split")) for dataset in sets]
+    config = plan.config
+    train = [(dataset, dataset.split(config.train_split, "train_split")) for dataset in plan.train_sets]
     names = dict.fromkeys((config.eval_split, config.final_split))
-    others = [(held_out, held_out.splits[name]) for name in names]
-    need, other = (sum(decoded_bytes(split, config.store_size) for _, split in group) for group in (train, others))
-    kinds = choose_stores(config.store, accelerator.image_bytes, free_memory(), need, other)
+    others = [(plan.eval_set, plan.eval_set.splits[name]) for name in names]
+    train_bytes, eval_bytes = (
+        sum(decoded_bytes(split, config.store_size) for _, split in group) for group in (train, others)
+    )
+    kinds = choose_stores(config.store, accelerator.image_bytes, free_memory(), train_bytes, eval_bytes)
     on_disk = (train if kinds[0] == "disk" else []) + (others if kinds[1] == "disk" else [])
     if on_disk:
         cache = open_cache(config)
-        found = cache.need(on_disk)
-        if found.copies > found.room:
+        space = cache.space(on_disk)
+        if space.required > space.available:
             raise DataError(
-                f"the images take {(need + other) / 2**30:.2f} GiB decoded at {config.store_size} pixels, which is "
-                f"not in memory (--store={config.store}), and {too_little(found, cache.folder)}"
+                f"the images take {(train_bytes + eval_bytes) / 2**30:.2f} GiB decoded at {config.store_size} pixels, "
+                f"which is not in memory (--store={config.store}), and {describe_shortage(space, cache.folder)}"
             )
     if kinds != ("device", "host"):
-        console.info(f"{need / 2**30:.2f} GiB of training images at {config.store_size} pixels: store {kinds[0]}")
+        console.info(
+            f"{train_bytes / 2**30:.2f} GiB of training images at {config.store_size} pixels: store {kinds[0]}"
+        )
     return kinds
 
 

@@ -1,0 +1,77 @@
+"""trainer.run.plan: made once, and the rules about data and teachers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+from conftest import RecordingConsole
+
+from trainer import task
+from trainer.core.config import Config, fingerprint
+from trainer.core.errors import ConfigError, DataError
+from trainer.data.dataset import Dataset
+from trainer.models import teachers
+from trainer.run.plan import check_data, make_plan
+
+
+def test_a_start_reads_each_index_and_each_teacher_once(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    checksum, load = teachers.checksum, Dataset.load
+
+    def counted_checksum(config: Config, name: str) -> str:
+        calls.append("checksum")
+        return checksum(config, name)
+
+    def counted_load(folder: str, flag: str = "data") -> Dataset:
+        calls.append("load")
+        return load(folder, flag)
+
+    monkeypatch.setattr(teachers, "checksum", counted_checksum)
+    monkeypatch.setattr(Dataset, "load", counted_load)
+    task.run(make_config(dry_run=True), RecordingConsole())
+    assert sorted(calls) == ["checksum", "load"]
+
+
+def test_the_run_id_is_the_identitys_fingerprint(make_config: Callable[..., Config]) -> None:
+    plan = make_plan(make_config())
+    assert plan.run_id == fingerprint(plan.identity)
+    assert plan.config.eval_batch_size == 10
+    assert plan.classes == len(plan.eval_set.classes) == 5
+    assert make_plan(make_config(temperature=3.0)).run_id != plan.run_id
+
+
+def test_classes_of_a_run_from_labels_must_be_the_same(data: str) -> None:
+    train = Dataset.load(data)
+    other = dataclasses.replace(train, classes=tuple(reversed(train.classes)))
+    config = Config(data=(data,), distance="labels", steps=1)
+    check_data(config, [train], train)
+    with pytest.raises(DataError, match="same classes in the same order"):
+        check_data(config, [train], other)
+
+
+def test_a_set_without_classes_cannot_be_evaluated_on(data: str) -> None:
+    unlabelled = dataclasses.replace(Dataset.load(data), classes=())
+    with pytest.raises(DataError, match="give --eval_data"):
+        check_data(Config(data=(data,), steps=1), [unlabelled], unlabelled)
+
+
+def test_labels_that_the_configuration_needs(make_config: Callable[..., Config]) -> None:
+    from conftest import build_job
+
+    from trainer.data import store
+
+    class Unlabelled(store.MemoryStore):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options)  # type: ignore[arg-type]
+            self.labels[:] = -1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.run.stores.MemoryStore", Unlabelled)
+        with pytest.raises(ConfigError, match="--keep_best=student_top1, but validation has no labels"):
+            build_job(make_config(keep_best="student_top1"))
+        with pytest.raises(DataError, match="has images without labels"):
+            build_job(make_config(distance="labels", teacher=()))

@@ -1,0 +1,138 @@
+"""The plan of a run: what it is, before anything is built. Made once and handed to everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.core.config import Config, fingerprint
+from trainer.core.errors import ConfigError, DataError
+from trainer.data.dataset import Dataset
+from trainer.data.store import ImageStore
+from trainer.models import students, teachers
+from trainer.models.teachers import Teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """A run before it is built.
+
+    Attributes:
+        config: resolved: nothing in it depends on the data any more.
+        train_sets: data sets to train on, in the order of `--data`.
+        eval_set: data set to evaluate on; its classes are the student's.
+        identity: JSON value of all that decides the weights: configuration, data, teachers' checksums.
+        run_id: SHA-256 (hex) of `identity`; a checkpoint or result of another run is refused.
+    """
+
+    config: Config
+    train_sets: tuple[Dataset, ...]
+    eval_set: Dataset
+    identity: dict[str, Any]
+    run_id: str
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the student."""
+        return len(self.eval_set.classes)
+
+
+def make_plan(config: Config) -> RunPlan:
+    """Reads the indices of the data sets and the bytes of the teachers' files; builds nothing.
+
+    Args:
+        config: as the user gave it.
+
+    Raises:
+        ConfigError: two flags do not fit together once the number of examples is known.
+        DataError: a data set, split or teacher is missing, or breaks a rule of `check_data`.
+    """
+    train_sets = tuple(Dataset.load(folder) for folder in config.data)
+    eval_set = Dataset.load(config.eval_data, "eval_data") if config.eval_data else train_sets[0]
+    check_data(config, train_sets, eval_set)
+    splits = [dataset.split(config.train_split, "train_split") for dataset in train_sets]
+    config = config.resolve(sum(split.examples for split in splits))
+    data = [f"{split.name}: {split.examples} examples, {split.crc32c}" for split in splits]
+    if config.data_weights:
+        data = [f"{text}, weight {weight:g}" for text, weight in zip(data, config.data_weights, strict=True)]
+    identity = config.identity() | {
+        # A file is identified by its checksum, not by its path.
+        "student": "keras" if config.student.startswith("keras:") else config.student,
+        "classes": len(eval_set.classes),
+        "data": "; ".join(data),
+        "teacher": [teachers.checksum(config, name) for name in config.teacher],
+        "student_files": students.checksums(config.student, config.student_weights),
+    }
+    return RunPlan(config, train_sets, eval_set, identity, fingerprint(identity))
+
+
+def check_data(config: Config, train_sets: Sequence[Dataset], eval_set: Dataset) -> None:
+    """Checks the data sets against the configuration and each other, by their indices alone.
+
+    Args:
+        config: as the user gave it.
+        train_sets: data sets to train on.
+        eval_set: data set to evaluate on.
+
+    Raises:
+        DataError: a split is missing or empty, there are no classes to evaluate on, or the data sets
+            of `--distance=labels` do not name the same classes.
+    """
+    for dataset in train_sets:
+        dataset.split(config.train_split, "train_split")
+    for flag in ("eval_split", "final_split"):
+        eval_set.split(getattr(config, flag), flag)
+    if not eval_set.classes:
+        raise DataError(f"{eval_set.folder} has no classes; evaluation needs labelled images: give --eval_data")
+    for dataset in train_sets:
+        if config.distance == "labels" and dataset.classes != eval_set.classes:
+            raise DataError(
+                f"--distance=labels: {eval_set.folder} has {len(eval_set.classes)} classes and "
+                f"--data={dataset.folder} has {len(dataset.classes)}, or their names differ: "
+                "both must name the same classes in the same order"
+            )
+
+
+def check_labels(plan: RunPlan, train_stores: Sequence[ImageStore], eval_labels: np.ndarray) -> None:
+    """Checks the labels that the configuration needs, once the records have been read.
+
+    Args:
+        plan: of the run.
+        train_stores: images of each training set, in the order of `--data`.
+        eval_labels: int32 [examples] of `--eval_split`, -1 where there is none.
+
+    Raises:
+        DataError: `--distance=labels`, and an image has no label.
+        ConfigError: `--keep_best=student_top1`, and no image of `--eval_split` has a label.
+    """
+    config = plan.config
+    for dataset, store in zip(plan.train_sets, train_stores, strict=True):
+        if config.distance == "labels" and (store.labels < 0).any():
+            raise DataError(
+                f"--distance=labels, but {config.train_split} of {dataset.folder} has images without labels"
+            )
+    if config.keep_best == "student_top1" and (eval_labels < 0).all():
+        raise ConfigError(
+            f"--keep_best=student_top1, but {config.eval_split} has no labels: choose agreement_top1 or kl"
+        )
+
+
+def check_teachers(plan: RunPlan, loaded: Sequence[Teacher]) -> None:
+    """Checks that the teachers' outputs fit the distance.
+
+    Args:
+        plan: of the run.
+        loaded: its teachers.
+
+    Raises:
+        ConfigError: the distance compares logits, and a teacher gives probabilities.
+    """
+    distance = plan.config.distance
+    if distance in ("l2", "euclidean") and any(teacher.probabilities for teacher in loaded):
+        raise ConfigError(
+            f"--distance={distance} compares logits, and a teacher gives probabilities, which fix logits "
+            "only up to a constant"
+        )
