@@ -6,13 +6,13 @@ MUTANTS = [
     Mutant(
         "a folder that cannot be listed is not empty",
         "trainer.io.files._list",
-        Negate("_.startswith('gs://')"),
+        Negate("is_remote(folder)"),
         "io/test_gcs.py::test_a_folder_that_cannot_be_looked_at_is_not_empty",
     ),
     Mutant(
         "a refusal is tried again",
         "trainer.io.files.attempt",
-        Replace("(0.5, 1.5)", "()"),
+        Replace("client.REFUSAL_PAUSES", "()"),
         "io/test_gcs.py::test_what_passes_is_not_felt",
     ),
     Mutant(

@@ -4,7 +4,7 @@ from mutants import Mutant, Never, Replace, Return, Skip
 
 CHECKPOINT = "run/test_checkpoint.py"
 LOCK = "io/test_lock.py"
-SILENT_BUCKET = f"{LOCK}::test_who_ends_for_a_silent_bucket_does_not_wait_for_it_again"
+SILENT_BUCKET = f"{LOCK}::test_release_sends_no_request_to_a_bucket_that_does_not_answer"
 SIGNALS = "core/test_signals.py"
 NOT_FINITE = "run/test_numbers.py::test_stopped_before_a_commit_and_named"
 
@@ -12,59 +12,62 @@ MUTANTS = [
     # The lock of a workdir.
     Mutant(
         "a second writer on a disk is refused",
-        "trainer.io.lock._on_disk",
+        "trainer.io.lock._lock_file",
         Replace("fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB"),
-        f"{LOCK}::test_the_second_is_refused_in_fifty_of_fifty_tries",
+        f"{LOCK}::test_a_second_process_is_refused",
+    ),
+    Mutant(
+        "a lock on a deleted file is taken again",
+        "trainer.io.lock._lock_file",
+        Replace("_is_at(path, _)", "True"),
+        f"{LOCK}::test_one_of_many_threads_at_a_time_has_the_lock",
     ),
     Mutant(
         "who lost the lock's file stops",
         "trainer.io.lock._is_at",
         Return("True"),
-        f"{LOCK}::test_who_lost_the_file_stops",
+        f"{LOCK}::test_a_job_whose_lock_file_was_removed_stops",
     ),
     Mutant(
         "a living owner keeps its bucket",
         "trainer.io.lock.Lease.acquire",
         Never("_ not in (0, _)"),
-        f"{LOCK}::test_a_living_owner_keeps_its_bucket_in_fifty_of_fifty_tries",
+        f"{LOCK}::test_a_second_job_is_refused_while_the_owner_renews",
     ),
     Mutant(
         "who lost its lease stops",
         "trainer.io.lock.Lease.check",
         Skip("raise self._lost"),
-        f"{LOCK}::test_a_dead_owners_bucket_is_free_after_the_lease_and_the_dead_one_stops",
+        f"{LOCK}::test_a_job_that_stood_still_loses_its_lease_and_stops",
     ),
     Mutant(
         "a lease that could not be renewed runs out",
         "trainer.io.lock.Lease.check",
-        Never("_ > self._lease"),
-        f"{LOCK}::test_a_bucket_that_does_not_answer_is_waited_for_and_not_for_ever",
+        Never("_ > self._seconds"),
+        f"{LOCK}::test_renewals_may_fail_for_as_long_as_the_lease",
     ),
     Mutant(
         "a conflict with one's own lost answer is none",
         "trainer.io.lock.Lease._write",
         Replace("_ != content", "True"),
-        f"{LOCK}::test_an_answer_that_got_lost_is_no_conflict",
+        f"{LOCK}::test_a_lost_answer_is_no_conflict",
     ),
     Mutant(
         "a lease is written on a condition",
-        "trainer.io.lock.BucketObject.write",
-        Replace(
-            "_.upload_from_string(_, _, ...)",
-            "blob.upload_from_string(content, 'application/json', **request_options())",
-        ),
-        f"{LOCK}::test_a_dead_owner_in_a_bucket_is_followed",
+        "trainer.io.lock.Lease._write",
+        Replace("self._store.write(_1, _2, _)", "self._store.write(_1, _2, self._store.read(_1)[0])"),
+        f"{LOCK}::test_a_job_that_stood_still_loses_its_lease_and_stops",
     ),
     Mutant(
         "a silent bucket is not waited for at the end",
         "trainer.io.lock.Lease.release",
-        Never("self._trouble"),
+        Never("self._failure"),
         SILENT_BUCKET,
     ),
     Mutant(
         "a renewal that worked ends the trouble",
-        "trainer.io.lock.Lease._try",
-        Skip("self._trouble = ''"),
+        "trainer.io.lock.Lease._renew",
+        Skip("self._failure = ''"),
         SILENT_BUCKET,
     ),
     # Checkpoints.
@@ -151,13 +154,13 @@ MUTANTS = [
     ),
     Mutant(
         "of equal evaluations the first is the best",
-        "trainer.run.loop._note_best",
+        "trainer.run.loop._update_best",
         Replace("_1 <= _2", "_1 < _2"),
         "run/test_job.py::test_the_best_evaluation_is_kept_and_exported",
     ),
     Mutant(
         "TensorBoard may fail",
-        "trainer.run.metric_writer.MetricWriter._optional",
+        "trainer.run.metric_writer.MetricWriter._try_tensorboard",
         Replace("(tf.errors.OpError, DataError)", "ZeroDivisionError"),
         "run/test_job.py::test_tensorboard_is_a_convenience",
     ),
@@ -170,13 +173,13 @@ MUTANTS = [
     # Values that are not finite.
     Mutant(
         "training stops at a value that is not finite",
-        "trainer.run.job.Job.advance",
+        "trainer.run.job.Job.run_steps",
         Never("_ >= 0 or not all(_)"),
         "run/test_job.py::test_what_is_not_finite_stops_before_a_commit",
     ),
     Mutant(
         "weights that are not finite are named as the cause",
-        "trainer.method.step._finite",
+        "trainer.method.step._all_finite",
         Return("tf.constant(True)"),
         f"{NOT_FINITE}[weight]",
     ),
@@ -189,7 +192,7 @@ MUTANTS = [
     Mutant(
         "the first bad step is named",
         "trainer.method.step.make_train_loop",
-        Replace("bad_step < 0", "bad_step < 99"),
+        Replace("_1 < 0", "_1 < 99"),
         f"{NOT_FINITE}[gradient]",
     ),
     # Signals.
