@@ -10,8 +10,10 @@ MINIATURE_FLAGS ?=
 PYTEST_FLAGS ?=
 AUDIT_FLAGS ?=
 MUTATION_FLAGS ?=
-# Files of tests go to as many processes as there are processors, at most four: each has a TensorFlow of its own.
+# As many processes as processors, at most four, because each imports TensorFlow. Tests of one file share its fixtures.
 PARALLEL ?= -n logical --maxprocesses=4 --dist=loadfile
+# Slow tests wait for buckets that fall silent, leases that run out and gcloud's retries, so two processes share a processor.
+PARALLEL_SLOW ?= -n 4 --dist=loadfile
 BUILD_FLAGS ?=
 SOAK ?= 200
 
@@ -36,7 +38,7 @@ test: venv  ## Run the tests that take seconds each.
 
 # pytest exits with 5 when it finds no test. That is right while no test is marked slow, and a mistake afterwards.
 test-slow: venv  ## Run the tests that take minutes.
-	@$(PY) -m pytest -m "slow and not docker" $(PARALLEL) $(PYTEST_FLAGS) \
+	@$(PY) -m pytest -m "slow and not docker" $(PARALLEL_SLOW) $(PYTEST_FLAGS) \
 		|| { code=$$?; [ $$code -eq 5 ] && ! grep -rqs --include='*.py' 'mark\.slow' tests || exit $$code; }
 
 test-kills: venv  ## Stop jobs at chosen moments, or take their disk away, and compare to the bit.
@@ -45,7 +47,7 @@ test-kills: venv  ## Stop jobs at chosen moments, or take their disk away, and c
 test-docker: venv  ## Build the image and test it. Starts an engine of its own (root, Debian) when none runs.
 	$(PY) -m pytest -m docker $(PYTEST_FLAGS)
 
-mutations: venv  ## Break each guard in turn, in a copy, and see its test fail. One: MUTANT="clip".
+mutations: venv  ## Break each guard in a copy of the project and see its test fail. Some: MUTANT="checkpoint".
 	$(PY) tests/mutations.py $(MUTATION_FLAGS) $(if $(MUTANT),"$(MUTANT)")
 
 soak: venv  ## Kill SOAK=200 jobs at random moments and compare to the bit.

@@ -1,4 +1,4 @@
-"""Jobs that are stopped and told to go on, and what must come out: the kill matrix (test_kills.py) and `make soak` share it."""
+"""Jobs that are killed and resumed, and how their results are compared: for test_kills.py, test_gcs_job.py and `make soak`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from zygote import Zygote
 
 STEPS = 12
-CLOCKS = ("images_per_second", "wall_seconds")  # what depends on the clock
+CLOCKS = ("images_per_second", "wall_seconds")  # differ from run to run
 PRELOAD = (
     "hooks",
     "matplotlib.pyplot",
@@ -28,18 +28,19 @@ PRELOAD = (
 
 
 def rows(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
+    """The rows of metrics.jsonl without `CLOCKS`."""
     lines = pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in lines]
 
 
 def result(workdir: str | pathlib.Path) -> dict[str, Any]:
-    found = json.loads(pathlib.Path(workdir, "result.json").read_text())
-    return {k: v for k, v in found.items() if k not in CLOCKS}
+    """The content of result.json without `CLOCKS`."""
+    content = json.loads(pathlib.Path(workdir, "result.json").read_text())
+    return {k: v for k, v in content.items() if k not in CLOCKS}
 
 
 def final_state(workdir: str | pathlib.Path) -> dict[str, str]:
-    """A digest of every array of the newest checkpoint: weights, optimizer slots and their counter."""
+    """SHA-256 of each array of the newest checkpoint, by name: weights, optimizer slots and their counter."""
     folder = pathlib.Path(workdir, "checkpoints")
     commit = json.loads(max(folder.glob("checkpoint-*.json")).read_text())
     with np.load(folder / commit["state"], allow_pickle=False) as archive:
@@ -47,19 +48,28 @@ def final_state(workdir: str | pathlib.Path) -> dict[str, str]:
 
 
 def names(workdir: str | pathlib.Path) -> list[str]:
-    """Every file of a run but TensorBoard's, of which each process writes one; of checkpoints how many, not of which steps."""
+    """Names of a run's files, sorted.
+
+    Without TensorBoard's, of which each process writes one, and without the steps of checkpoints.
+    """
     root = pathlib.Path(workdir)
-    found = (str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-    return sorted(re.sub(r"-\d{10}(-[0-9a-f]{16})?", "", name) for name in found if not name.startswith("tensorboard/"))
+    paths = (str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    return sorted(re.sub(r"-\d{10}(-[0-9a-f]{16})?", "", path) for path in paths if not path.startswith("tensorboard/"))
 
 
 def differences(one: str | pathlib.Path, other: str | pathlib.Path) -> list[str]:
-    """In what two finished runs differ: weights and slots to the bit, rows, result, files that lie around."""
-    return [look.__name__ for look in (final_state, rows, result, names) if look(one) != look(other)]
+    """What differs between two finished runs: weights and slots (to the bit), rows, result, names of files."""
+    return [part.__name__ for part in (final_state, rows, result, names) if part(one) != part(other)]
 
 
 def flags(data: str, teacher: str, student: str) -> list[str]:
-    """A job of 12 steps, a step at a time, that saves after 4, 8 and 12 and evaluates after 6 and 12."""
+    """Flags of a job of 12 steps, one per loop, that saves after 4, 8 and 12 and evaluates after 6 and 12.
+
+    Args:
+        data: a prepared data set.
+        teacher: path of a `.keras` file.
+        student: value of --student.
+    """
     return [
         "task",
         f"--data={data}",
@@ -80,7 +90,13 @@ def flags(data: str, teacher: str, student: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A way to be stopped: the hooks (tests/hooks.py) of each process but the last, and how each of these must end."""
+    """How a job is stopped, once or several times.
+
+    Attributes:
+        name: of the test.
+        hooks: of each process but the last (tests/hooks.py).
+        ends: exit code of each of these processes, or minus the signal that ends it.
+    """
 
     name: str
     hooks: tuple[dict[str, Any], ...]
@@ -88,23 +104,34 @@ class Point:
 
 
 def go(zygote: Zygote, argv: list[str], workdir: pathlib.Path, point: Point, whole: pathlib.Path) -> str:
-    """Stops a job as told, gives the same command again, and says what is wrong with what came out; empty: nothing."""
-    told = workdir.with_suffix(".txt")
+    """Stops a job at a point, gives the same command again, and compares the result.
+
+    Args:
+        zygote: has `PRELOAD`.
+        argv: the job, without --workdir.
+        workdir: new; deleted if all went well.
+        point: where the job is stopped.
+        whole: workdir of a run that was never stopped.
+
+    Returns:
+        What is wrong; empty if nothing is.
+    """
+    output = workdir.with_suffix(".txt")
     command = [*argv, f"--workdir={workdir}"]
 
     def run(*hooks: dict[str, Any]) -> int:
-        return zygote.start("hooks", "job", told, argv=command, hooks=list(hooks)).wait()
+        return zygote.start("hooks", "job", output, argv=command, hooks=list(hooks)).wait()
 
     for hook, expected in zip(point.hooks, point.ends, strict=True):
         if (code := run(hook)) != expected:
-            return f"ended with {code} where {expected} was due: {told.read_text()[-1500:]}"
+            return f"exit code {code} instead of {expected}: {output.read_text()[-1500:]}"
         if (workdir / "result.json").exists():
-            return "was stopped too late: it had finished"
+            return "the job finished before it was stopped"
     if code := run():
-        return f"the same command again ended with {code}: {told.read_text()[-1500:]}"
-    if "Traceback" in told.read_text():
-        return f"showed a traceback: {told.read_text()[-1500:]}"
-    if found := differences(whole, workdir):
-        return f"{', '.join(found)} differ from those of the run that was never stopped"
+        return f"the same command ended with {code}: {output.read_text()[-1500:]}"
+    if "Traceback" in output.read_text():
+        return f"a traceback was shown: {output.read_text()[-1500:]}"
+    if parts := differences(whole, workdir):
+        return f"{', '.join(parts)} differ from those of the run that was never stopped"
     shutil.rmtree(workdir)
     return ""

@@ -1,8 +1,8 @@
-"""Processes that have TensorFlow already: a server that imports it once and forks a child for each piece of work.
+"""A server that imports TensorFlow once and forks a child process for each call.
 
-Starting TensorFlow takes seconds, and a matrix of killed jobs starts hundreds. The server runs no operation of TensorFlow, so
-it has none of its threads, and a child is as good as a process that a shell started: it has a process id of its own, dies of real
-signals and is waited for. As a script this file is the server; `Zygote` is the tests' side.
+Importing TensorFlow takes seconds, and the kill matrix starts hundreds of jobs. The server runs no operation of TensorFlow, so
+it has none of its threads, and a child behaves as a process that a shell started: it has its own process id and dies of real
+signals. As a script this file is the server; tests use the class `Zygote`.
 """
 
 from __future__ import annotations
@@ -27,18 +27,22 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass
 class Child:
-    """A piece of work in a process of its own."""
+    """A call that runs in a process of its own."""
 
     pid: int
     status: concurrent.futures.Future[int]
 
     def send(self, number: int) -> None:
-        """A signal, if it still runs."""
+        """Sends a signal, if the process still runs."""
         if not self.status.done():
             os.kill(self.pid, number)
 
     def wait(self, timeout: float = 120.0) -> int:
-        """Its exit code, or minus the signal that ended it; a child that takes too long is killed, which is an error."""
+        """Its exit code, or minus the signal that ended it.
+
+        Raises:
+            TimeoutError: it did not end in time, and was killed.
+        """
         try:
             return self.status.result(timeout)
         except concurrent.futures.TimeoutError:
@@ -47,14 +51,14 @@ class Child:
 
 
 class Zygote:
-    """The server, seen from outside; used with `with`."""
+    """A client of the server, which lives as long as the `with` block."""
 
     def __init__(self, *preload: str, root: pathlib.Path = ROOT, unset: Iterable[str] = ()) -> None:
         """
         Args:
             preload: modules that the server imports.
-            root: project whose `tests` and root are on the server's path.
-            unset: variables of this process that the server does not get.
+            root: the project; it and its `tests` are on the server's path.
+            unset: environment variables that the server does not inherit.
         """
         command = [sys.executable, str(root / "tests" / "zygote.py"), *preload]
         inherited = {name: value for name, value in os.environ.items() if name not in set(unset)}
@@ -69,13 +73,20 @@ class Zygote:
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
 
-    def start(self, module: str, function: str, told: pathlib.Path | str, **arguments: Any) -> Child:
-        """Runs `module.function(**arguments)`, which returns an exit code, in a child; what it prints goes to the file `told`."""
+    def start(self, module: str, function: str, output: pathlib.Path | str, **arguments: Any) -> Child:
+        """Runs a function in a child process.
+
+        Args:
+            module: that holds the function.
+            function: its name; it returns an exit code.
+            output: file to which the child's stdout and stderr are appended.
+            arguments: of the function; JSON values.
+        """
         with self._guard:
             self._number += 1
             number, pid, status = self._number, concurrent.futures.Future(), concurrent.futures.Future()
             self._started[number], self._ended[number] = pid, status
-            request = {"number": number, "call": [module, function, arguments], "told": str(told)}
+            request = {"number": number, "call": [module, function, arguments], "output": str(output)}
             assert self._server.stdin is not None
             self._server.stdin.write(json.dumps(request) + "\n")
             self._server.stdin.flush()
@@ -87,9 +98,9 @@ class Zygote:
 
     def _listen(self) -> None:
         while line := self._read():
-            said = json.loads(line)
-            where = self._started if "pid" in said else self._ended
-            where.pop(said["number"]).set_result(said.get("pid", said.get("status")))
+            event = json.loads(line)
+            futures = self._started if "pid" in event else self._ended
+            futures.pop(event["number"]).set_result(event.get("pid", event.get("status")))
 
     def __enter__(self) -> Zygote:
         return self
@@ -102,15 +113,15 @@ class Zygote:
 
 
 def main() -> int:
-    """The server: a line of JSON in for each child, one out when it starts and one when it has ended."""
+    """The server: reads a line of JSON for each child, and writes one when the child starts and one when it has ended."""
     for name in sys.argv[1:]:
         importlib.import_module(name)
     answers = os.dup(1)
-    os.dup2(2, 1)  # what anything prints is no answer
+    os.dup2(2, 1)  # what a module prints must not mix with the answers
     os.set_inheritable(answers, False)
 
-    def answer(**what: Any) -> None:
-        os.write(answers, (json.dumps(what) + "\n").encode())
+    def answer(**event: Any) -> None:
+        os.write(answers, (json.dumps(event) + "\n").encode())
 
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -131,12 +142,12 @@ def main() -> int:
                 answer(number=children.pop(pid), status=os.waitstatus_to_exitcode(status))
         if 0 not in ready:
             continue
-        got = os.read(0, 65536)
-        if not got:
+        received = os.read(0, 65536)
+        if not received:
             for pid in children:
                 os.kill(pid, signal.SIGKILL)
             return 0
-        *lines, pending = (pending + got).split(b"\n")
+        *lines, pending = (pending + received).split(b"\n")
         for line in lines:
             request = json.loads(line)
             pid = os.fork()
@@ -151,26 +162,26 @@ def main() -> int:
 
 
 def child(request: dict[str, Any]) -> int:
-    """The work, in the forked process; returns its exit code."""
+    """Makes the call in the forked process; returns its exit code."""
     nothing = os.open(os.devnull, os.O_RDONLY)
-    told = os.open(request["told"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for here, there in ((nothing, 0), (told, 1), (told, 2)):
-        os.dup2(here, there)
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for handle, standard in ((nothing, 0), (output, 1), (output, 2)):
+        os.dup2(handle, standard)
     module, function, arguments = request["call"]
     return getattr(importlib.import_module(module), function)(**arguments)
 
 
-def side_by_side(work: list[Callable[[], Any]], workers: int = os.cpu_count() or 1) -> list[Any]:
-    """Results of functions that mostly wait for children, as many at a time as there are cores."""
+def side_by_side(calls: list[Callable[[], Any]], workers: int = os.cpu_count() or 1) -> list[Any]:
+    """Results of functions that mostly wait for children; `workers` run at a time, in threads."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        return [future.result() for future in [pool.submit(one) for one in work]]
+        return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Waits until `what` is true."""
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Waits until `condition` returns true; fails after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
+    while not condition():
+        assert time.monotonic() < deadline, f"not true after {seconds:.0f} s"
         time.sleep(0.02)
 
 

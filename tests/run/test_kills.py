@@ -41,7 +41,6 @@ PHASES = {
 # Where SIGKILL goes in what follows training.
 ENDINGS = {
     "after the final evaluation": ("trainer.run.evaluator:Evaluator.run", 2, True),
-    "while the SavedModel is copied": ("os:replace", 12, False),  # probe, configuration, 9 of 3 saves, fingerprint.pb
     "after the SavedModel": ("tensorflow:saved_model.save", 0, True),
     "in the SavedModel": ("tensorflow:saved_model.save", 0, False),
     "after the Keras model": ("trainer.output.export:save_keras", 0, True),
@@ -67,11 +66,19 @@ def disk(kill_at: int) -> dict[str, Any]:
     return {"hook": "storage", "kill_at": kill_at}
 
 
+# Right before the last file of the SavedModel gets its name in the workdir.
+COPYING = {
+    "hook": "renamed",
+    "path": "*/export/saved_model/saved_model.pb",
+    "after": False,
+    "then": {"signal": "SIGKILL"},
+}
 POINTS = [
     *(Point(f"SIGKILL after step {n + 1}", (step(n),), (KILLED,)) for n in range(matrix.STEPS)),
     *(Point(f"SIGTERM in {name}", (at(phase, "SIGTERM"),), (75,)) for name, phase in PHASES.items()),
     *(Point(f"SIGTERM twice in {name}", (at(phase, "SIGTERM", 2),), (75,)) for name, phase in PHASES.items()),
     *(Point(f"SIGKILL {name}", (at(phase, "SIGKILL"),), (KILLED,)) for name, phase in ENDINGS.items()),
+    Point("SIGKILL while the SavedModel is copied", (COPYING,), (KILLED,)),
     *(
         Point(f"SIGTERM in {name} of a recovery", (step(5), at(phase, "SIGTERM")), (KILLED, 75))
         for name, phase in {
