@@ -141,7 +141,7 @@ def _speed(teacher: Any, batch: int, jit_compile: bool) -> float:
         .uniform(-1, 1, (batch, teacher.size, teacher.size, 3))
         .astype(np.float32)
     )
-    run = quantize.everywhere(teacher.logits, jit_compile=jit_compile)
+    run = quantize.replicated(teacher.logits, jit_compile=jit_compile)
     run(view)
     seconds = []
     for _ in range(_PASSES):

@@ -79,7 +79,7 @@ def convert_and_compare(
         teacher: in float32.
         store: the training split.
         wanted: of "bfloat16" and "int8".
-        native: see `cheap.convolve`.
+        native: see `quantize.convolve`.
         jit_compile: let XLA compile.
 
     Raises:
@@ -96,7 +96,7 @@ def convert_and_compare(
     asked = training_views(config, store, teacher.size, IMAGES, calibration)
 
     def said(one: Teacher) -> np.ndarray:
-        run = quantize.everywhere(one.logits, jit_compile=jit_compile)
+        run = quantize.replicated(one.logits, jit_compile=jit_compile)
         return np.concatenate([run(batch) for batch in asked])
 
     original, found = said(teacher), []
