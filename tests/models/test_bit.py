@@ -1,4 +1,4 @@
-"""BiT against published parameter counts and an independent forward pass; students and teachers by name."""
+"""BiT against published parameter counts and a NumPy forward pass; students, teachers by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_parameter_counts_match_the_published_ones(arch: str, classes: int, coun
     assert bit.bit(arch, classes, None).count_params() == count
 
 
-# An independent forward pass in NumPy, from the description of the architecture (arXiv 1912.11370, released weights).
+# A forward pass in NumPy, from the description of the architecture (arXiv 1912.11370).
 def np_standardize(w: np.ndarray) -> np.ndarray:
     flat = w.reshape(-1, w.shape[-1]).astype(np.float64)
     return ((flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-10)).reshape(w.shape)

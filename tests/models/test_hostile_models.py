@@ -1,4 +1,4 @@
-"""Hostile model files: none runs code or writes outside its folder, and each is refused in one line."""
+"""Hostile model files run no code, write nothing outside their folder, and are refused in a line."""
 
 from __future__ import annotations
 

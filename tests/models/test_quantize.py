@@ -1,4 +1,4 @@
-"""Quantized teachers: int8 equals a NumPy reference to the bit; agreement with float32; cost against hand counts."""
+"""Quantization against NumPy to the bit; agreement with float32; cost against hand counts."""
 
 from __future__ import annotations
 

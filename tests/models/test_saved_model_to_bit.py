@@ -1,4 +1,4 @@
-"""SavedModels that hold a BiT are converted with the same logits; others run as saved, with a reason."""
+"""SavedModels that hold a BiT are converted; others run as they were saved, with a reason."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def hub_name(name: str) -> str:
 
 
 class Foreign(tf.__internal__.tracking.AutoTrackable):
-    """A BiT in plain TensorFlow, as the Keras example's teacher: it scales its input and has a classifier on top.
+    """A BiT in plain TensorFlow that scales its input, as the Keras example's teacher.
 
     Args:
         rename: names of variables from ours.
@@ -303,7 +303,7 @@ def test_architectures_are_inferred_from_shapes() -> None:
 
 @pytest.mark.slow
 def test_the_examples_teacher_saved_by_keras_2(tmp_path: pathlib.Path, make_config: Callable[..., Config]) -> None:
-    """A subclassed model of Keras 2 (hub.KerasLayer and Dense), trained for a step and saved in another environment."""
+    """hub.KerasLayer and Dense in a subclassed model, saved in another environment."""
     folder = ROOT / "tests" / "keras2"
     install = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""SavedModel teachers of Keras and of plain TensorFlow, compiled and on several replicas; unsafe ones are refused."""
+"""SavedModel teachers of Keras and of plain TensorFlow; unsafe ones are refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_keras_export_has_the_networks_logits(tmp_path: pathlib.Path, compiled
 
 
 def test_a_model_in_a_bucket_is_the_same(tmp_path: pathlib.Path, gcs: fake_gcs.Server) -> None:
-    """With TensorFlow's client, in another process: reading variables holds a lock that this process's server needs.
+    """In another process: TensorFlow's client holds a lock that this process's server needs.
 
     The checksum, which a resumed run compares, is the same in both places.
     """
@@ -181,7 +181,7 @@ def test_programs_that_touch_files_or_processes_are_refused_before_they_run(tmp_
 
 @pytest.mark.parametrize("takes", ["pixels", "files"])
 def test_a_saver_by_name_alone_is_no_way_around(tmp_path: pathlib.Path, takes: str) -> None:
-    """A function with a saver's name that the signature calls; `funmatch evaluate` loads `files`."""
+    """The signature calls a function with a saver's name; `funmatch evaluate` loads `files`."""
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
     def inner_traced_save_function(text: tf.Tensor) -> tf.Tensor:

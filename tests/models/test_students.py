@@ -1,4 +1,4 @@
-"""Students by name: normalisation, batch statistics over replicas, initial weights; teachers from keras.applications."""
+"""Students: normalisation, batch statistics, initial weights. Teachers from keras.applications."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_group_norm_replaces_batch_norm(name: str, same_as: str) -> None:
     x = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32, 3)).astype(np.float32)
     together = grouped(x, training=True).numpy()
     assert together.shape == (3, 7)
-    # An example's output does not depend on the rest of the batch, nor, without dropout, on `training`.
+    # An output does not depend on the rest of the batch, nor, without dropout, on `training`.
     assert np.allclose(grouped(x[:1], training=False).numpy(), together[:1], atol=1e-4)
     assert np.ptp(together) > 0
 
@@ -206,7 +206,7 @@ def test_initial_weights_from_a_file_of_the_network(tmp_path: pathlib.Path, kind
 def test_a_students_file_is_known_by_its_content_and_not_by_its_place(
     tmp_path: pathlib.Path, make_config: Callable[..., Config]
 ) -> None:
-    """A run resumes when the file has moved, into a bucket for example, but not with another file."""
+    """A run resumes when the file has moved, to a bucket for example, but not with another file."""
 
     def identity(name: str, seed: int = 0) -> dict[str, object]:
         model = keras.Sequential([keras.Input((IMAGE, IMAGE, 3)), keras.layers.Flatten(), keras.layers.Dense(CLASSES)])

@@ -1,4 +1,4 @@
-"""Exports load without this package, are written file by file, and leave nothing behind after a crash."""
+"""Exports load without this package, are written atomically, and leave nothing after a crash."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model() -> keras.Model:
 def test_a_bucket_gets_whole_objects_and_refusals_that_pass_are_not_felt(
     gcs_here: fake_gcs.Server, make_config: Callable[..., Config]
 ) -> None:
-    """TensorFlow alone would write under temporary names, rename, and give up at the first error."""
+    """TensorFlow alone would write under temporary names and give up at the first error."""
     faults = [
         gcs_here.fail("403", "start", match=f"export/{name}") for name in ("saved_model/variables", "model.keras")
     ]
@@ -85,7 +85,7 @@ for path in sys.argv[1:]:
 
 
 def check_loads_alone(folder: pathlib.Path, variants: list[dict[str, object]]) -> None:
-    """Exports students of these arguments of `students.build`; loaded alone, they give the same outputs to the bit."""
+    """Exports students of these arguments of `students.build` and compares outputs to the bit."""
     expected = {}
     for number, variant in enumerate(variants):
         path = str(folder / f"{number}.keras")
