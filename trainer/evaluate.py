@@ -164,9 +164,7 @@ def _evaluate(
             text = str(error).replace("--teacher_image_size", "--image_size")
             raise type(error)(text.replace("--teacher", "--model")) from error
         loaded = teachers.load(teacher_config, count)
-    for teacher in (*models, *loaded):
-        for note in teacher.notes:
-            console.info(note)
+    teachers.print_notes((*models, *loaded), console)
     size = models[0].size if models else loaded[0].size if loaded else model_config.image_size
     largest = max((teacher.size for teacher in (*models, *loaded)), default=size)
     config = dataclasses.replace(

@@ -92,8 +92,7 @@ def run(config: Config, split: str, precisions: tuple[str, ...], console: Consol
     jit_compile = hardware.jit_compile(config.jit_compile)
     with hardware.strategy.scope():
         (teacher,) = teachers.load(config, len(dataset.classes))
-    for note in teacher.notes:
-        console.info(note)
+    teachers.print_notes([teacher], console)
     config = dataclasses.replace(config, image_size=teacher.size, store_size=config.store_size or 2 * teacher.size)
     config = config.resolve(splits["train_split"].examples)
 
@@ -161,7 +160,7 @@ def _images_per_second(teacher: Teacher, batch_size: int, jit_compile: bool) -> 
 
     shape = (batch_size, teacher.size, teacher.size, 3)
     images = np.random.Generator(np.random.Philox(0)).uniform(-1, 1, shape).astype(np.float32)
-    forward = quantize.everywhere(teacher.logits, jit_compile=jit_compile)
+    forward = quantize.replicated(teacher.logits, jit_compile=jit_compile)
     forward(images)
     seconds = []
     for _ in range(_PASSES):

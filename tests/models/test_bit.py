@@ -1,4 +1,4 @@
-"""BiT against the published counts and an independent forward pass; students by name; teachers of every kind."""
+"""BiT against published parameter counts and a NumPy forward pass; students, teachers by name."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from trainer.models import bit, keras_files, students, teachers
         ("R152x2", 1000, 236_335_208),
     ],
 )
-def test_parameter_counts_are_the_published(arch: str, classes: int, count: int) -> None:
-    """Counts of the seed example's models and of the paper's teacher."""
+def test_parameter_counts_match_the_published_ones(arch: str, classes: int, count: int) -> None:
+    """Of the Keras example's models and of the paper's teacher."""
     assert bit.bit(arch, classes, None).count_params() == count
 
 
-# An independent forward pass in NumPy, from the description of the architecture (arXiv 1912.11370, released weights).
+# A forward pass in NumPy, from the description of the architecture (arXiv 1912.11370).
 def np_standardize(w: np.ndarray) -> np.ndarray:
     flat = w.reshape(-1, w.shape[-1]).astype(np.float64)
     return ((flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-10)).reshape(w.shape)
@@ -74,7 +74,7 @@ def np_bit(model: keras.Model, arch: bit.Arch, x: np.ndarray, root_pool: str) ->
 
 
 def shaken(model: keras.Model) -> keras.Model:
-    """Every weight moved, so that no default hides an error."""
+    """Adds noise to every weight, so that no default hides an error."""
     rng = np.random.default_rng(3)
     model.set_weights([w + rng.normal(0, 0.2, w.shape).astype(np.float32) for w in model.get_weights()])
     return model
@@ -82,7 +82,7 @@ def shaken(model: keras.Model) -> keras.Model:
 
 @pytest.mark.parametrize("root_pool", ["zero", "inf"])
 @pytest.mark.parametrize("size", [24, 37])
-def test_bit_is_the_described_network(root_pool: str, size: int) -> None:
+def test_bit_matches_an_independent_forward_pass(root_pool: str, size: int) -> None:
     arch = bit.Arch((2, 1, 2), 8, groups=4)
     model = shaken(bit.bit(arch, 5, None, root_pool=root_pool))
     x = np.random.default_rng(0).uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
@@ -94,7 +94,7 @@ def test_bit_is_the_described_network(root_pool: str, size: int) -> None:
     )
 
 
-def test_epsilons_are_the_published_where_they_decide() -> None:
+def test_epsilons_match_where_they_matter() -> None:
     """Variances as small as the epsilons: 1e-10 for kernels, 1e-5 for groups."""
     rng = np.random.default_rng(0)
     kernel = rng.normal(0, 1e-5, (3, 3, 4, 6)).astype(np.float32)
@@ -108,14 +108,14 @@ def test_epsilons_are_the_published_where_they_decide() -> None:
             assert np.allclose(np.maximum(np.asarray(layer(part)), 0), expected, atol=1e-3), layer.name
 
 
-def test_root_pool_matters_and_typos_are_refused() -> None:
+def test_unknown_root_pool_and_architecture() -> None:
     with pytest.raises(ValueError, match="'zero' or 'inf'"):
         bit.bit("tiny", 3, root_pool="same")
     with pytest.raises(ValueError, match="R50x1"):
         bit.bit("R50x2", 3)
 
 
-def test_folded_is_the_same_function_without_our_layers(tmp_path: pathlib.Path) -> None:
+def test_fold_keeps_the_function_and_drops_custom_layers(tmp_path: pathlib.Path) -> None:
     model = shaken(bit.bit("tiny", 4, 32))
     folded = bit.fold(model)
     x = np.random.default_rng(0).uniform(-1, 1, (3, 32, 32, 3)).astype(np.float32)
@@ -167,7 +167,7 @@ def classifier(path: pathlib.Path, ending: str, size: int | None = 16, scale: fl
         x = keras.layers.Softmax()(keras.layers.Dense(CLASSES)(x))
     elif ending == "activation":
         x = keras.layers.Dense(CLASSES, activation="softmax")(x)
-    elif ending == "hidden":  # no layer says so
+    elif ending == "hidden":  # the last layer is not the softmax
         x = keras.layers.Dense(CLASSES)(x)
         x = x * 1.0
         x = keras.layers.Activation("softmax")(x)
@@ -193,11 +193,11 @@ def test_any_ending_and_range_gives_logits(tmp_path: pathlib.Path, ending: str, 
     native = {"-1,1": view, "0,1": (view + 1) / 2, "0,255": (view + 1) * 127.5}[value_range]
     outputs = np.asarray(original(native))
     expected = outputs if ending == "logits" else np.log(outputs)
-    found = teacher.logits(tf.constant(view)).numpy()
-    assert np.allclose(found - found.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True), atol=2e-5)
+    logits = teacher.logits(tf.constant(view)).numpy()
+    assert np.allclose(logits - logits.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True), atol=2e-5)
 
 
-def test_size_comes_from_the_file_or_the_flag(tmp_path: pathlib.Path) -> None:
+def test_image_size_comes_from_file_or_flag(tmp_path: pathlib.Path) -> None:
     fixed, free = (
         classifier(tmp_path / "a.keras", "logits"),
         classifier(tmp_path / "b.keras", "logits", None),
@@ -216,11 +216,11 @@ def test_teacher_is_frozen_and_folded(teacher_file: str) -> None:
 
 
 def test_ensemble_is_the_mean_of_logits(teacher_file: str) -> None:
-    one, other = load(f"keras:{teacher_file}"), load("random:bit-tiny", image_size=IMAGE, seed=4)
-    other = teachers.Teacher("x", opinionated(other.model, 9), IMAGE, "-1,1", False)
+    first, second = load(f"keras:{teacher_file}"), load("random:bit-tiny", image_size=IMAGE, seed=4)
+    second = teachers.Teacher("x", opinionated(second.model, 9), IMAGE, "-1,1", False)
     view = tf.random.stateless_uniform([2, IMAGE, IMAGE, 3], [1, 2], -1, 1)
-    found = teachers.ensemble(teachers.teacher_logits((one, other), {IMAGE: view}), "mean_logits").numpy()
-    assert np.allclose(found, (one.logits(view) + other.logits(view)).numpy() / 2, atol=1e-6)
+    logits = teachers.ensemble(teachers.teacher_logits((first, second), {IMAGE: view}), "mean_logits").numpy()
+    assert np.allclose(logits, (first.logits(view) + second.logits(view)).numpy() / 2, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -231,12 +231,12 @@ def test_ensemble_is_the_mean_of_logits(teacher_file: str) -> None:
         ("pickle:x", "must be keras:PATH"),
     ],
 )
-def test_bad_teacher_names(name: str, words: str) -> None:
+def test_unknown_teachers(name: str, words: str) -> None:
     with pytest.raises((ConfigError, DataError), match=words):
         load(name)
 
 
-def test_files_that_are_no_classifiers(tmp_path: pathlib.Path) -> None:
+def test_files_without_a_classifier(tmp_path: pathlib.Path) -> None:
     (tmp_path / "junk.keras").write_bytes(b"junk")
     with pytest.raises(DataError, match="does not load"):
         load(f"keras:{tmp_path}/junk.keras")
@@ -255,7 +255,7 @@ def test_code_inside_a_file_does_not_run(tmp_path: pathlib.Path) -> None:
             keras.layers.Dense(CLASSES),
         ]
     ).save(tmp_path / "evil.keras")
-    assert os.path.exists(mark)  # building it ran it: the file does hold code
+    assert os.path.exists(mark)  # building the model ran the code, so the file has it
     os.unlink(mark)
     with pytest.raises(DataError, match="does not load"):
         load(f"keras:{tmp_path}/evil.keras")
@@ -268,5 +268,5 @@ def test_softmax_of_a_nested_model_is_stripped() -> None:
     x = np.random.default_rng(0).normal(size=(2, 1, 2, 3)).astype(np.float32)
     expected = np.log(np.asarray(outer(x)))
     assert keras_files._ends_in_softmax(outer)
-    found = np.asarray(keras_files.strip_softmax(outer)(x))
-    assert np.allclose(found - found.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True), atol=1e-5)
+    logits = np.asarray(keras_files.strip_softmax(outer)(x))
+    assert np.allclose(logits - logits.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True), atol=1e-5)

@@ -1,4 +1,4 @@
-"""BiT's npz files: both layouts as they were published, from a disk and over https, and what is refused."""
+"""BiT's npz files: both published layouts, from a disk and over https; refused files."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from trainer.models import bit_weights, students, teachers
 
 def transfer_layout(model: keras.Model, *, numbered: bool = False) -> dict[str, np.ndarray]:
     """As google-research/big_transfer writes it; in some of its files, layers carry numbers."""
-    found = {}
+    arrays = {}
     for n, (name, w) in enumerate(parts(model)):
         suffix = f"_{n}" if numbered and n else ""
         if name == "root_conv":
-            found[f"resnet/root_block/standardized_conv2d{suffix}/kernel"] = w["kernel"]
+            arrays[f"resnet/root_block/standardized_conv2d{suffix}/kernel"] = w["kernel"]
         elif name == "final_norm":
-            found |= {f"resnet/group_norm{suffix}/{k}": v for k, v in w.items()}
+            arrays |= {f"resnet/group_norm{suffix}/{k}": v for k, v in w.items()}
         elif name == "head":
-            found[f"resnet/head/conv2d{suffix}/kernel"] = w["kernel"][None, None]
-            found[f"resnet/head/conv2d{suffix}/bias"] = w["bias"]
+            arrays[f"resnet/head/conv2d{suffix}/kernel"] = w["kernel"][None, None]
+            arrays[f"resnet/head/conv2d{suffix}/bias"] = w["bias"]
         else:
             block, unit, part = name.split("_")[:3]
             where = f"resnet/{block}/{unit}/{'a/proj' if part == 'proj' else part}"
             if name.endswith("norm"):
-                found |= {f"{where}/group_norm{suffix}/{k}": v for k, v in w.items()}
+                arrays |= {f"{where}/group_norm{suffix}/{k}": v for k, v in w.items()}
             else:
-                found[f"{where}/standardized_conv2d{suffix}/kernel"] = w["kernel"]
-    return found
+                arrays[f"{where}/standardized_conv2d{suffix}/kernel"] = w["kernel"]
+    return arrays
 
 
 LAYOUTS: dict[str, Callable[[keras.Model], dict[str, np.ndarray]]] = {
@@ -66,7 +66,7 @@ LAYOUTS: dict[str, Callable[[keras.Model], dict[str, np.ndarray]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_teacher(tmp_path: pathlib.Path, layout: str) -> None:
+def test_every_layout_gives_the_same_logits(tmp_path: pathlib.Path, layout: str) -> None:
     model = shaken()
     path = tmp_path / "w.npz"
     np.savez(path, **LAYOUTS[layout](model))
@@ -77,20 +77,20 @@ def test_every_layout_gives_the_same_teacher(tmp_path: pathlib.Path, layout: str
     assert not teacher.model.trainable_variables
 
 
-def test_root_pool_is_chosen(tmp_path: pathlib.Path) -> None:
+def test_root_pool_of_a_teacher(tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "w.npz", **native_layout(shaken()))
     view = np.random.default_rng(0).uniform(-1, 1, (3, IMAGE, IMAGE, 3)).astype(np.float32)
-    said = {}
+    logits = {}
     for root_pool in ("zero", "inf"):
         config = Config(teacher=(f"bit:tiny@{tmp_path}/w.npz",), image_size=IMAGE, root_pool=root_pool)
-        said[root_pool] = teachers.load(config, CLASSES)[0].logits(view).numpy()
+        logits[root_pool] = teachers.load(config, CLASSES)[0].logits(view).numpy()
         expected = shaken(root_pool=root_pool)
-        assert np.allclose(said[root_pool], np.asarray(expected(view)), atol=1e-4)
-    assert np.abs(said["zero"] - said["inf"]).max() > 1e-3
+        assert np.allclose(logits[root_pool], np.asarray(expected(view)), atol=1e-4)
+    assert np.abs(logits["zero"] - logits["inf"]).max() > 1e-3
 
 
 @pytest.mark.parametrize("classes", [CLASSES, 9])
-def test_a_student_starts_from_weights(tmp_path: pathlib.Path, classes: int) -> None:
+def test_initial_weights_of_a_student(tmp_path: pathlib.Path, classes: int) -> None:
     """With the file's classifier where it fits, with a new one of zeros where it does not."""
     model = shaken(classes)
     np.savez(tmp_path / "w.npz", **transfer_layout(model))
@@ -107,15 +107,15 @@ def test_a_student_starts_from_weights(tmp_path: pathlib.Path, classes: int) -> 
 
 def refused(arrays: dict[str, np.ndarray], tmp_path: pathlib.Path) -> str:
     np.savez(tmp_path / "w.npz", **arrays)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as error:
         bit_weights.load(f"tiny@{tmp_path}/w.npz", "teacher", IMAGE, "zero")
-    return str(told.value)
+    return str(error.value)
 
 
 def test_missing_left_over_and_strange_keys_are_listed(tmp_path: pathlib.Path) -> None:
     good = native_layout(shaken())
-    told = refused({k: v for k, v in good.items() if k != "block2/unit01/conv2/kernel"}, tmp_path)
-    assert "1 missing (block2_unit01_b/kernel)" in told
+    message = refused({k: v for k, v in good.items() if k != "block2/unit01/conv2/kernel"}, tmp_path)
+    assert "1 missing (block2_unit01_b/kernel)" in message
     assert "1 unexpected (block4_unit01_a/kernel)" in refused(
         good | {"block4/unit01/conv1/kernel": np.ones(3)}, tmp_path
     )
@@ -124,11 +124,11 @@ def test_missing_left_over_and_strange_keys_are_listed(tmp_path: pathlib.Path) -
         good | {"root_block/conv_root/kernel": np.ones((7, 7, 3, 4))}, tmp_path
     )
     assert "no head" in refused({k: v for k, v in good.items() if not k.startswith("head")}, tmp_path)
-    told = refused({k: v.transpose(1, 0) if k == "head/kernel" else v for k, v in good.items()}, tmp_path)
-    assert "head/kernel has shape" in told
+    message = refused({k: v.transpose(1, 0) if k == "head/kernel" else v for k, v in good.items()}, tmp_path)
+    assert "head/kernel has shape" in message
 
 
-def test_another_architectures_file_is_refused(tmp_path: pathlib.Path) -> None:
+def test_weights_of_another_architecture_are_refused(tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "w.npz", **native_layout(shaken()))
     with pytest.raises(DataError, match="another architecture"):
         bit_weights.load(f"small@{tmp_path}/w.npz", "teacher", IMAGE, "zero")
@@ -179,9 +179,9 @@ def test_published_names() -> None:
             bit_weights.parse_source(text, "teacher")
 
 
-def test_what_a_published_name_says_is_checked_before_anything_is_fetched() -> None:
+def test_published_names_are_checked_before_the_download() -> None:
     name = "bit:R152x2_T_flowers128"
-    with pytest.raises(DataError, match="knows 102 classes"):
+    with pytest.raises(DataError, match="has 102 classes"):
         teachers.load(Config(teacher=(name,)), CLASSES)
     with pytest.raises(ConfigError, match="takes -1,1"):
         teachers.load(Config(teacher=(name,), teacher_range=("0,1",)), 102)
@@ -203,7 +203,7 @@ def self_signed(path: pathlib.Path) -> pathlib.Path:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.datetime.now(datetime.UTC)
-    made = (
+    certificate = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
@@ -211,13 +211,13 @@ def self_signed(path: pathlib.Path) -> pathlib.Path:
         .sign(key, hashes.SHA256())
     )
     plain = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.write_bytes(key.private_bytes(*plain) + made.public_bytes(serialization.Encoding.PEM))
+    path.write_bytes(key.private_bytes(*plain) + certificate.public_bytes(serialization.Encoding.PEM))
     return path
 
 
 @pytest.fixture
 def server(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict]]:
-    """An https server of `tmp_path/www` with a certificate that this process trusts, and what it does on demand."""
+    """An https server of `tmp_path/www` that this process trusts; its state counts and cuts downloads."""
     certificate = self_signed(tmp_path / "cert.pem")
     (tmp_path / "www").mkdir()
     state: dict = {"gets": 0, "cut": False}
@@ -240,15 +240,15 @@ def server(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         def log_message(self, *_: object) -> None:
             pass
 
-    made = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    made.socket = context.wrap_socket(made.socket, server_side=True)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     monkeypatch.setenv("FUNMATCH_CACHE", str(tmp_path / "cache"))
-    yield f"https://localhost:{made.server_port}", state
-    made.shutdown()
+    yield f"https://localhost:{server.server_port}", state
+    server.shutdown()
 
 
 def test_files_over_https_are_fetched_once_and_whole(tmp_path: pathlib.Path, server: tuple[str, dict]) -> None:
@@ -289,12 +289,12 @@ def test_weights_in_a_bucket(
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_an_open_line_is_refused() -> None:
+def test_http_is_refused() -> None:
     with pytest.raises(DataError, match="anybody can change"):
         download.local_copy("http://localhost/w.npz", "teacher")
 
 
-def test_a_job_with_a_bit_teacher_and_a_started_student(data: str, tmp_path: pathlib.Path) -> None:
+def test_a_job_with_weights_of_teacher_and_student(data: str, tmp_path: pathlib.Path) -> None:
     for name in ("t", "s"):
         np.savez(tmp_path / f"{name}.npz", **transfer_layout(shaken()))
     flags = [
@@ -313,11 +313,11 @@ def test_a_job_with_a_bit_teacher_and_a_started_student(data: str, tmp_path: pat
         path = tmp_path / f"{name}.npz"
         before = path.read_bytes()
         np.savez(path, **transfer_layout(shaken(), numbered=True))
-        told = here(*flags)
-        assert told.returncode == 3
-        assert "another configuration" in told.stderr
+        done = here(*flags)
+        assert done.returncode == 3
+        assert "another configuration" in done.stderr
         path.write_bytes(before)
     assert here(*flags).returncode == 0
-    told = here(*[f for f in flags if "student_weights" not in f], "--student_weights=saved_model:x")
-    assert told.returncode == 2
-    assert "--student_weights=saved_model:x does not fit --student=bit-tiny" in told.stderr
+    done = here(*[f for f in flags if "student_weights" not in f], "--student_weights=saved_model:x")
+    assert done.returncode == 2
+    assert "--student_weights=saved_model:x does not fit --student=bit-tiny" in done.stderr

@@ -1,4 +1,4 @@
-"""Models that want more than to be loaded: none runs anything, none writes outside its folder, each is refused in one line."""
+"""Hostile model files run no code, write nothing outside their folder, and are refused in a line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.models.saved_models import SavedClassifier
 
 @pytest.fixture
 def canary(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """The working directory and home of a test: everything in it must be at the end as it was."""
+    """The working directory and home of a test, in which nothing may change."""
     folder = tmp_path / "around/here"
     folder.mkdir(parents=True)
     (folder / "secret").write_text("secret")
@@ -41,7 +41,7 @@ def everything(folder: pathlib.Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The members of an honest `.keras` file."""
+    """The members of a valid `.keras` file."""
     inputs = keras.Input((24, 24, 3))
     hidden = keras.layers.GlobalAveragePooling2D()(inputs)
     model = keras.Model(inputs, keras.layers.Dense(conftest.CLASSES, name="head")(hidden))
@@ -56,36 +56,36 @@ Change = Callable[[Members, pathlib.Path], Members]
 
 
 def layer(change: dict[str, object]) -> Change:
-    """Puts another layer in the place of the pooling."""
+    """Replaces the pooling layer."""
 
-    def made(members: Members, mark: pathlib.Path) -> Members:
+    def change_config(members: Members, mark: pathlib.Path) -> Members:
         config = json.loads(members["config.json"])
         old = next(part for part in config["config"]["layers"] if part["class_name"] == "GlobalAveragePooling2D")
         text = json.dumps(change).replace("MARK", str(mark))
         old.update(json.loads(text))
         return members | {"config.json": json.dumps(config).encode()}
 
-    return made
+    return change_config
 
 
 def lambda_layer() -> dict[str, object]:
-    """A Lambda as Keras itself writes it; its code makes a file."""
-    made = keras.layers.Lambda(lambda x: (open("ran", "w").close(), x)[1])
-    return keras.saving.serialize_keras_object(made)
+    """A Lambda as Keras writes it; its code creates a file."""
+    layer = keras.layers.Lambda(lambda x: (open("ran", "w").close(), x)[1])
+    return keras.saving.serialize_keras_object(layer)
 
 
 def h5(change: Callable[[h5py.File], None]) -> Change:
-    def made(members: Members, _: pathlib.Path) -> Members:
+    def change_weights(members: Members, _: pathlib.Path) -> Members:
         buffer = io.BytesIO(members["model.weights.h5"])
         with h5py.File(buffer, "r+") as file:
             change(file)
         return members | {"model.weights.h5": buffer.getvalue()}
 
-    return made
+    return change_weights
 
 
 def bomb(file: h5py.File) -> None:
-    """8 PiB in no bytes, as Keras's own tests have it."""
+    """8 PiB in no bytes, as in Keras's tests."""
     group = next(g for g in (file["layers"][name]["vars"] for name in file["layers"]) if len(g))
     del group["0"]
     group.create_dataset("0", shape=(1 << 50,), dtype="float64", chunks=(1 << 20,))
@@ -107,7 +107,7 @@ CHANGES: dict[str, Change] = {
     "a download": layer(
         {"module": "keras.utils", "class_name": "get_file", "config": {"fname": "MARK", "origin": "file:///etc/passwd"}}
     ),
-    "a class of nobody's": layer(
+    "an unknown class": layer(
         {"module": "somewhere", "class_name": "Evil", "config": {}, "registered_name": "Custom>Evil"}
     ),
     "an activation of os": layer(
@@ -146,7 +146,7 @@ def refused(path: str, canary: pathlib.Path) -> str:
     return str(caught.value)
 
 
-def test_the_honest_one_loads(good: Members, tmp_path: pathlib.Path) -> None:
+def test_the_unchanged_file_loads(good: Members, tmp_path: pathlib.Path) -> None:
     model, _ = keras_files.load_keras(pack(tmp_path / "m.keras", good), "teacher")
     assert model.output_shape == (None, conftest.CLASSES)
 
@@ -167,7 +167,7 @@ def test_a_link_in_a_keras_file(good: Members, canary: pathlib.Path, tmp_path: p
     assert "is a link or a device" in refused(path, canary)
 
 
-def test_a_name_twice(good: Members, canary: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_two_members_with_one_name(good: Members, canary: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path = pack(tmp_path / "evil.keras", good)
     with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as archive:
         archive.writestr("config.json", b"{}")
@@ -210,7 +210,7 @@ def test_hostile_npz_files(canary: pathlib.Path, tmp_path: pathlib.Path) -> None
     assert "claims shape" in npz_refused(pathlib.Path(pack(path, {"head/kernel.npy": content})), canary)
     assert "no BiT has" in npz_refused(pathlib.Path(pack(path, {"../../ran.npy": content})), canary)
     pack(path, {"head/kernel.npy": content})
-    # A member that says it is larger than any model: nothing of it is read.
+    # A member whose header claims more than any model has: nothing of it is read.
     raw = bytearray(path.read_bytes())
     place = raw.rindex(b"PK\x01\x02") + 24
     raw[place : place + 4] = (0xFFFFFFFE).to_bytes(4, "little")
@@ -257,7 +257,9 @@ def test_a_saved_model_that_touches_files(kind: str, canary: pathlib.Path, tmp_p
     assert everything(canary) == before
 
 
-def test_the_job_exits_with_3(good: Members, data: str, canary: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_job_with_a_hostile_teacher_exits_with_3(
+    good: Members, data: str, canary: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     path = pack(tmp_path / "evil.keras", CHANGES["Lambda"](dict(good), canary / "here/ran"))
     done = conftest.here("task", f"--data={data}", f"--teacher=keras:{path}", "--student=bit-tiny", "--image_size=24",
                          "--steps=1", "--batch_size=4", f"--workdir={tmp_path / 'run'}")  # fmt: skip

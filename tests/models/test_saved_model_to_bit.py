@@ -1,4 +1,4 @@
-"""SavedModels that hold a BiT become our own BiT and say the same; those that do not quite are called as saved, with a reason."""
+"""SavedModels that hold a BiT are converted; others run as they were saved, with a reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARCH = bit.ARCHS["tiny"]
 
 
 def network(classes: int = CLASSES) -> keras.Model:
-    """A BiT whose every weight is its own."""
+    """A BiT whose weights all differ."""
     model = opinionated(bit.bit("tiny", classes, None, seed=5))
     rng = np.random.default_rng(1)
     model.set_weights([w + rng.normal(0, 0.2, w.shape).astype(np.float32) for w in model.get_weights()])
@@ -33,7 +33,7 @@ def network(classes: int = CLASSES) -> keras.Model:
 
 
 def hub_name(name: str) -> str:
-    """As big_transfer's TensorFlow 2 code names them, with a classifier of Keras 2 on top."""
+    """The names in big_transfer's TensorFlow 2 code, with a classifier of Keras 2 on top."""
     layer, weight = name.split("/")
     if layer == "root_conv":
         return f"resnet/root_block/standardized_conv2d/{weight}"
@@ -48,12 +48,12 @@ def hub_name(name: str) -> str:
 
 
 class Foreign(tf.__internal__.tracking.AutoTrackable):
-    """A BiT written without our layers, as the Keras example's teacher is: the range is made inside, the classifier is on top.
+    """A BiT in plain TensorFlow that scales its input, as the Keras example's teacher.
 
     Args:
         rename: names of variables from ours.
         order: of their creation, from ours.
-        flaw: what makes it another network.
+        flaw: a difference from a BiT.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class Foreign(tf.__internal__.tracking.AutoTrackable):
 
 
 def saved(path: pathlib.Path, **how: object) -> str:
-    made = Foreign(**how)  # type: ignore[arg-type]
-    tf.saved_model.save(made, str(path / "saved"), signatures={"serving_default": made.classify})
+    foreign = Foreign(**how)  # type: ignore[arg-type]
+    tf.saved_model.save(foreign, str(path / "saved"), signatures={"serving_default": foreign.classify})
     return f"saved_model:{path}/saved"
 
 
@@ -126,14 +126,14 @@ def load(name: str, **changes: object) -> teachers.Teacher:
     return teachers.load(Config(teacher=(name,), image_size=IMAGE, **changes), CLASSES)[0]  # type: ignore[arg-type]
 
 
-def says(teacher: teachers.Teacher, **how: object) -> None:
-    """The teacher is ours and says what the network says."""
+def check_converted(teacher: teachers.Teacher, **how: object) -> None:
+    """The teacher is a folded Keras BiT with the logits of `bit_of`."""
     expected = np.asarray(bit_of(**how)(views()))
     assert isinstance(teacher.model, keras.Model)
     assert not any(isinstance(layer, bit.StdConv2D) for layer in teacher.model.layers)  # folded, as any BiT
     assert np.abs(teacher.logits(views()).numpy() - expected).max() < 1e-4 * np.abs(expected).max()
     (note,) = teacher.notes
-    assert "our own network" in note
+    assert "converted to Keras" in note
     assert teacher.model.count_params() == bit_of().count_params()
 
 
@@ -173,69 +173,69 @@ NAMINGS: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_variables_are_found_by_any_naming_or_order(naming: str) -> None:
-    """Among the candidates, of which the probe takes the right one; where names tell, there is one."""
-    made = Foreign(**NAMINGS[naming])
-    found = list(saved_model_to_bit._candidates([made.variables]))
-    assert all(arch == ARCH for arch, _ in found)
-    assert any(all(assigned[name] is made.kept[name] for name in made.kept) for _, assigned in found)
-    assert len(found) == 1 if not naming.startswith("none") else 1 <= len(found) <= 16
+def test_variables_are_matched_by_any_naming_or_order(naming: str) -> None:
+    """The right assignment is among the candidates; with names, it is the only one."""
+    foreign = Foreign(**NAMINGS[naming])
+    candidates = list(saved_model_to_bit._candidates([foreign.variables]))
+    assert all(arch == ARCH for arch, _ in candidates)
+    assert any(all(assigned[name] is foreign.kept[name] for name in foreign.kept) for _, assigned in candidates)
+    assert len(candidates) == 1 if not naming.startswith("none") else 1 <= len(candidates) <= 16
 
 
-@pytest.mark.parametrize("odd", ["one too many", "one too few", "shuffled", "two roots"])
-def test_variables_that_are_not_a_bits_are_not_taken_for_one(odd: str) -> None:
+@pytest.mark.parametrize("change", ["one too many", "one too few", "shuffled", "two roots"])
+def test_other_variables_are_not_matched(change: str) -> None:
     variables = Foreign(rename=lambda _: "w").variables
     changed = {
         "one too many": [*variables, tf.Variable(tf.zeros([3]))],
         "one too few": variables[:5] + variables[6:],
         "shuffled": random.Random(0).sample(variables, len(variables)),
         "two roots": [*variables, variables[2]],
-    }[odd]
+    }[change]
     assert list(saved_model_to_bit._candidates([changed])) == []
 
 
-def things() -> list:
+def live_models_and_variables() -> list:
     gc.collect()
     return [o for o in gc.get_objects() if isinstance(o, (tf.Variable, saved_models.SavedClassifier))]
 
 
-def test_the_examples_teacher_becomes_ours_and_leaves_no_copy(tmp_path: pathlib.Path) -> None:
+def test_the_examples_teacher_is_converted_and_leaves_no_copy(tmp_path: pathlib.Path) -> None:
     name = saved(tmp_path)
-    before = {id(o) for o in things()}
+    before = {id(o) for o in live_models_and_variables()}
     teacher = load(name)
-    new = [o for o in things() if id(o) not in before]
+    new = [o for o in live_models_and_variables() if id(o) not in before]
     assert not [o for o in new if isinstance(o, saved_models.SavedClassifier)]
-    # The teacher's own, and nothing of its size beside.
+    # The teacher's variables, and nothing else of that size.
     assert sum(int(np.prod(o.shape)) for o in new) < 1.2 * teacher.model.count_params()
-    says(teacher)
-    assert "a BiT tiny that takes 0,1: run as our own network" in teacher.notes[0]
+    check_converted(teacher)
+    assert "a BiT tiny that takes 0,1: converted to Keras" in teacher.notes[0]
     assert teacher.value_range == "-1,1"
 
 
 def test_variables_without_names_another_range_and_a_softmax(tmp_path: pathlib.Path) -> None:
-    """The range is found as well where it was told; probabilities become exact logits."""
+    """The value range agrees with the flag; probabilities become exact logits."""
     how = {"rename": lambda _: "w", "value_range": "0,255", "ending": "probabilities"}
     teacher = load(saved(tmp_path, **how), teacher_range=("0,255",))
-    says(teacher)
+    check_converted(teacher)
     assert "takes 0,255" in teacher.notes[0]
     assert not teacher.probabilities
 
 
-def test_the_padding_of_the_root_and_the_order_of_use_are_found(tmp_path: pathlib.Path) -> None:
+def test_root_pool_and_order_of_use_are_recognised(tmp_path: pathlib.Path) -> None:
     name = saved(tmp_path, rename=lambda _: "w", listed=False, root_pool="inf", value_range="-1,1")
     teacher = load(name)
-    says(teacher, root_pool="inf")
+    check_converted(teacher, root_pool="inf")
     assert "root pool inf that takes -1,1" in teacher.notes[0]
 
 
-def test_a_range_that_contradicts_the_probe_is_obeyed_and_told(tmp_path: pathlib.Path) -> None:
-    """Somebody may have trained it so; then it is called as it is."""
+def test_a_range_that_contradicts_the_probe_gives_a_warning(tmp_path: pathlib.Path) -> None:
+    """It may have been trained with this range, so it runs as it was saved."""
     teacher = load(saved(tmp_path), teacher_range=("-1,1",))
     assert isinstance(teacher.model, saved_models.SavedClassifier)
     (note,) = teacher.notes
     assert note.startswith("warning: ")
     assert "it takes 0,1" in note
-    assert "--teacher_range says -1,1" in note
+    assert "--teacher_range is -1,1" in note
     expected = np.asarray(bit_of()(views() * 2 - 1))
     assert np.abs(teacher.logits(views()) - expected).max() < 1e-4 * np.abs(expected).max()
 
@@ -244,20 +244,20 @@ def test_a_range_that_contradicts_the_probe_is_obeyed_and_told(tmp_path: pathlib
     ("how", "reason"),
     [
         ({"flaw": "epsilon"}, r"differs by \S+ of the largest logit"),
-        ({"head": 0.0}, "does not tell whether it takes"),
+        ({"head": 0.0}, "does not show whether it takes"),
     ],
 )
-def test_what_is_not_quite_a_bit_is_called_as_it_was_saved(tmp_path: pathlib.Path, how: dict, reason: str) -> None:
+def test_a_near_bit_runs_as_it_was_saved(tmp_path: pathlib.Path, how: dict, reason: str) -> None:
     teacher = load(saved(tmp_path, **how))
     assert isinstance(teacher.model, saved_models.SavedClassifier)
     (note,) = teacher.notes
-    assert note.startswith(f"warning: saved_model:{tmp_path}/saved is called as it was saved")
+    assert note.startswith(f"warning: saved_model:{tmp_path}/saved runs as it was saved")
     assert re.search(reason, note), note
-    made = Foreign(**how)
-    assert np.allclose(teacher.logits(views()), made.classify(views())["output_1"], atol=1e-4)
+    foreign = Foreign(**how)
+    assert np.allclose(teacher.logits(views()), foreign.classify(views())["output_1"], atol=1e-4)
 
 
-def test_what_is_no_bit_at_all_gets_no_warning(tmp_path: pathlib.Path) -> None:
+def test_other_networks_give_no_warning(tmp_path: pathlib.Path) -> None:
     keras.Sequential(
         [keras.Input((IMAGE, IMAGE, 3)), keras.layers.Conv2D(4, 7), keras.layers.Flatten(), keras.layers.Dense(CLASSES)]
     ).export(str(tmp_path / "saved"), verbose=False)
@@ -265,28 +265,28 @@ def test_what_is_no_bit_at_all_gets_no_warning(tmp_path: pathlib.Path) -> None:
 
 
 def replicated(teacher: teachers.Teacher, images: tf.Tensor, compiled: bool) -> np.ndarray:
-    """What the replicas of the current strategy say, one after the other."""
-    here = tf.distribute.get_strategy()
+    """Logits of the replicas of the current strategy, one after the other."""
+    current = tf.distribute.get_strategy()
     body = tf.function(teacher.logits, jit_compile=compiled)
-    run = tf.function(lambda x: here.run(body, (x,)))
-    return np.concatenate([part.numpy() for part in here.experimental_local_results(run(images))])
+    run = tf.function(lambda x: current.run(body, (x,)))
+    return np.concatenate([part.numpy() for part in current.experimental_local_results(run(images))])
 
 
-@pytest.mark.parametrize("told", [(), ("-1,1",)])
-def test_under_xla_and_on_two_replicas(tmp_path: pathlib.Path, told: tuple[str, ...]) -> None:
-    """As our own network, and as it was saved."""
+@pytest.mark.parametrize("value_range", [(), ("-1,1",)])
+def test_under_xla_and_on_two_replicas(tmp_path: pathlib.Path, value_range: tuple[str, ...]) -> None:
+    """Converted, and as it was saved."""
     name = saved(tmp_path)
-    changes = {"teacher_range": told} if told else {}
+    changes = {"teacher_range": value_range} if value_range else {}
     with strategy(2).scope():
         teacher = load(name, **changes)
-        assert isinstance(teacher.model, saved_models.SavedClassifier) == bool(told)
-        found = replicated(teacher, views(), compiled=False)
-    expected = np.asarray(bit_of()(views() * 2 - 1 if told else views()))
-    assert np.abs(found - np.concatenate([expected] * 2)).max() < 1e-4 * np.abs(expected).max()
+        assert isinstance(teacher.model, saved_models.SavedClassifier) == bool(value_range)
+        logits = replicated(teacher, views(), compiled=False)
+    expected = np.asarray(bit_of()(views() * 2 - 1 if value_range else views()))
+    assert np.abs(logits - np.concatenate([expected] * 2)).max() < 1e-4 * np.abs(expected).max()
     assert np.abs(tf.function(load(name, **changes).logits, jit_compile=True)(views()) - expected).max() < 1e-3
 
 
-def test_another_depth_is_found_by_its_shapes() -> None:
+def test_architectures_are_inferred_from_shapes() -> None:
     layout = saved_model_to_bit._layout(bit.Arch((2, 3, 1), 32), saved_model_to_bit._ORDERS[0])
     assert teachers.bit_weights.infer_arch(dict(layout)) == bit.Arch((2, 3, 1), 32)
     for name, arch in bit.ARCHS.items():
@@ -299,9 +299,9 @@ def test_another_depth_is_found_by_its_shapes() -> None:
 
 
 @pytest.mark.slow
-def test_the_examples_own_teacher_made_by_keras_2(tmp_path: pathlib.Path, make_config: Callable[..., Config]) -> None:
-    """A subclassed model of Keras 2, hub.KerasLayer and Dense, trained a step and saved, in an environment of its own."""
-    made = ROOT / "tests" / "keras2"
+def test_the_examples_teacher_saved_by_keras_2(tmp_path: pathlib.Path, make_config: Callable[..., Config]) -> None:
+    """hub.KerasLayer and Dense in a subclassed model, saved in another environment."""
+    folder = ROOT / "tests" / "keras2"
     install = [
         sys.executable,
         "-m",
@@ -313,19 +313,19 @@ def test_the_examples_own_teacher_made_by_keras_2(tmp_path: pathlib.Path, make_c
         "--target",
         str(tmp_path / "k2"),
     ]
-    subprocess.run([*install, "-r", str(made / "requirements.txt")], check=True, capture_output=True, text=True)
+    subprocess.run([*install, "-r", str(folder / "requirements.txt")], check=True, capture_output=True, text=True)
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "k2"), "TF_USE_LEGACY_KERAS": "1"}
     subprocess.run(
-        [sys.executable, str(made / "make_teacher.py"), str(tmp_path / "T"), str(CLASSES), str(IMAGE)],
+        [sys.executable, str(folder / "make_teacher.py"), str(tmp_path / "T"), str(CLASSES), str(IMAGE)],
         check=True,
         env=environment,
     )
     expected = np.load(tmp_path / "T.npz")
     teacher = load(f"saved_model:{tmp_path}/T")
-    assert "a BiT tiny that takes 0,1: run as our own network" in teacher.notes[0]
-    found = teacher.logits(tf.constant(expected["images"] * 2 - 1)).numpy()
-    assert np.abs(found - expected["logits"]).max() < 1e-4 * np.abs(expected["logits"]).max()
-    # And called as it is, compiled and on two replicas.
+    assert "a BiT tiny that takes 0,1: converted to Keras" in teacher.notes[0]
+    logits = teacher.logits(tf.constant(expected["images"] * 2 - 1)).numpy()
+    assert np.abs(logits - expected["logits"]).max() < 1e-4 * np.abs(expected["logits"]).max()
+    # As it was saved: compiled, and on two replicas.
     raw = load(f"saved_model:{tmp_path}/T", teacher_range=("0,255",))
     assert isinstance(raw.model, saved_models.SavedClassifier)
     compiled = tf.function(lambda x: raw.model(x), jit_compile=True)(tf.constant(expected["images"]))

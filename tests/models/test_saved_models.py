@@ -1,4 +1,4 @@
-"""SavedModel teachers: Keras's and hand-made ones, compiled, on several replicas; programs that do more are refused."""
+"""SavedModel teachers of Keras and of plain TensorFlow; unsafe ones are refused."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, IMAGE, ROOT, build_job, here, opinionated
+from conftest import CLASSES, IMAGE, ROOT, here, opinionated, strategy
 
 from trainer.core.config import Config
+from trainer.core.console import Console
 from trainer.core.errors import DataError
 from trainer.data.order import ExampleSampler
 from trainer.models import bit, teachers
 from trainer.models.saved_models import SavedServable
+from trainer.run import build
+from trainer.run.accelerator import Accelerator
 
 
 def network() -> keras.Model:
-    """No BiT, which would be made our own (tests/test_conversion.py)."""
+    """Not a BiT, which would be converted (test_saved_model_to_bit.py)."""
     keras.utils.set_random_seed(0)
     x = inputs = keras.Input((IMAGE, IMAGE, 3))
     for filters in (16, 32):
@@ -34,21 +37,21 @@ def network() -> keras.Model:
 
 
 def exported(path: pathlib.Path) -> str:
-    """As Keras 3 exports, for inference."""
+    """Keras 3's export for inference."""
     network().export(str(path), verbose=False)
     return f"saved_model:{path}"
 
 
-class HandMade(tf.Module):
-    """Two inputs' worth of signatures, of which one is a classifier's; probabilities, and features beside them."""
+class PlainTensorFlow(tf.Module):
+    """Two signatures, one of a classifier; it returns features beside the logits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kernel = tf.Variable(np.random.default_rng(0).normal(0, 1, (3, CLASSES)).astype(np.float32))
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)])
-    def classify(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
-        pooled = tf.reduce_mean(pictures, axis=(1, 2))
+    def classify(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+        pooled = tf.reduce_mean(images, axis=(1, 2))
         return {"logits": pooled @ self.kernel, "features": pooled}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
@@ -65,7 +68,7 @@ def load(name: str, **changes: object) -> teachers.Teacher:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_keras_export_says_what_the_network_says(tmp_path: pathlib.Path, compiled: bool) -> None:
+def test_a_keras_export_has_the_networks_logits(tmp_path: pathlib.Path, compiled: bool) -> None:
     teacher = load(exported(tmp_path / "saved"))
     run = tf.function(teacher.logits, jit_compile=compiled)
     assert np.allclose(run(view()), np.asarray(network()(view())), atol=1e-4)
@@ -73,10 +76,10 @@ def test_a_keras_export_says_what_the_network_says(tmp_path: pathlib.Path, compi
     assert teacher.model.count_params() == network().count_params()
 
 
-def test_one_in_a_bucket_is_the_same(tmp_path: pathlib.Path, gcs: fake_gcs.Server) -> None:
-    """With TensorFlow's own client, in a process of its own: reading variables holds the lock that this process' server needs.
+def test_a_model_in_a_bucket_is_the_same(tmp_path: pathlib.Path, gcs: fake_gcs.Server) -> None:
+    """In another process: TensorFlow's client holds a lock that this process's server needs.
 
-    The checksum, which a resumed run asks for, is the same in both places.
+    The checksum, which a resumed run compares, is the same in both places.
     """
     name, there = exported(tmp_path / "saved"), "saved_model:gs://bucket/teachers/one"
     gcs.put_tree(tmp_path / "saved", "bucket", "teachers/one")
@@ -103,45 +106,47 @@ except DataError as error:
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | gcs.env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    same, known, missing = done.stdout.splitlines()
-    assert (same, known) == ("True", "True")
+    same_logits, same_checksum, missing = done.stdout.splitlines()
+    assert (same_logits, same_checksum) == ("True", "True")
     assert "--teacher=saved_model:gs://bucket/teachers/two" in missing
 
 
-def test_the_right_signature_and_output_are_found(tmp_path: pathlib.Path) -> None:
-    made = HandMade()
-    signatures = {"serving_default": made.describe, "classify": made.classify}
-    tf.saved_model.save(made, str(tmp_path / "saved"), signatures=signatures)
+def test_signature_and_output_are_chosen(tmp_path: pathlib.Path) -> None:
+    module = PlainTensorFlow()
+    signatures = {"serving_default": module.describe, "classify": module.classify}
+    tf.saved_model.save(module, str(tmp_path / "saved"), signatures=signatures)
     teacher = load(f"saved_model:{tmp_path}/saved", teacher_range=("0,1",))
-    expected = tf.reduce_mean((view() + 1) / 2, axis=(1, 2)) @ made.kernel
+    expected = tf.reduce_mean((view() + 1) / 2, axis=(1, 2)) @ module.kernel
     assert np.allclose(teacher.logits(view()), expected, atol=1e-5)
 
 
-def test_probabilities_are_seen(tmp_path: pathlib.Path) -> None:
+def test_probabilities_are_recognised(tmp_path: pathlib.Path) -> None:
     model = network()
     keras.Sequential([model, keras.layers.Softmax()]).export(str(tmp_path / "saved"), verbose=False)
     teacher = load(f"saved_model:{tmp_path}/saved")
     assert teacher.probabilities
-    found = tf.nn.softmax(teacher.logits(view()))
-    assert np.allclose(found, tf.nn.softmax(model(view())), atol=1e-5)
+    probabilities = tf.nn.softmax(teacher.logits(view()))
+    assert np.allclose(probabilities, tf.nn.softmax(model(view())), atol=1e-5)
 
 
 @pytest.mark.slow
 def test_the_job_trains_alike_at_one_and_two_replicas(
     tmp_path: pathlib.Path, make_config: Callable[..., Config]
 ) -> None:
-    """And as with the same network from a .keras file, which the exported one's function must be."""
+    """And as with the same network from a .keras file."""
     name = exported(tmp_path / "saved")
     network().save(tmp_path / "same.keras")
-    found = {}
+    metrics = {}
     for replicas, teacher in ((1, name), (2, name), (0, f"keras:{tmp_path}/same.keras")):
-        job = build_job(make_config(teacher=(teacher,)), max(1, replicas))
-        found[replicas] = job.run_steps(2, ExampleSampler(0, len(job.train_store), 8))
-    for other in (2, 0):
-        assert found[other] == pytest.approx(found[1], rel=2e-3)
+        job = build.build(
+            make_config(teacher=(teacher,)), Accelerator(strategy(max(1, replicas)), "CPU", 10), Console()
+        )
+        metrics[replicas] = job.run_steps(2, ExampleSampler(0, len(job.train_store), 8))
+    for variant in (2, 0):
+        assert metrics[variant] == pytest.approx(metrics[1], rel=2e-3)
 
 
-def test_a_changed_model_is_another_run(tmp_path: pathlib.Path) -> None:
+def test_a_changed_model_has_another_checksum(tmp_path: pathlib.Path) -> None:
     config = Config(teacher=(exported(tmp_path / "one"),))
     first = teachers.checksum(config, config.teacher[0])
     assert teachers.checksum(config, config.teacher[0]) == first
@@ -156,18 +161,18 @@ def test_a_changed_model_is_another_run(tmp_path: pathlib.Path) -> None:
 def test_programs_that_touch_files_or_processes_are_refused_before_they_run(tmp_path: pathlib.Path, kind: str) -> None:
     class Hostile(tf.Module):
         @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)])
-        def classify(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
+        def classify(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
             if kind == "write":
                 tf.io.write_file(str(tmp_path / "written"), "x")
             elif kind == "read":
-                pictures += tf.cast(tf.strings.length(tf.io.read_file("/etc/hostname")), tf.float32)
+                images += tf.cast(tf.strings.length(tf.io.read_file("/etc/hostname")), tf.float32)
             else:
-                (pictures,) = tf.py_function(lambda x: [x], [pictures], [tf.float32])
-                pictures = tf.ensure_shape(pictures, [None, None, None, 3])
-            return {"logits": tf.reduce_mean(pictures, axis=(1, 2)) @ tf.ones([3, CLASSES])}
+                (images,) = tf.py_function(lambda x: [x], [images], [tf.float32])
+                images = tf.ensure_shape(images, [None, None, None, 3])
+            return {"logits": tf.reduce_mean(images, axis=(1, 2)) @ tf.ones([3, CLASSES])}
 
-    made = Hostile()
-    tf.saved_model.save(made, str(tmp_path / "saved"), signatures={"serving_default": made.classify})
+    module = Hostile()
+    tf.saved_model.save(module, str(tmp_path / "saved"), signatures={"serving_default": module.classify})
     (tmp_path / "written").unlink(missing_ok=True)
     with pytest.raises(DataError, match="refused"):
         load(f"saved_model:{tmp_path}/saved")
@@ -176,7 +181,7 @@ def test_programs_that_touch_files_or_processes_are_refused_before_they_run(tmp_
 
 @pytest.mark.parametrize("takes", ["pixels", "files"])
 def test_a_saver_by_name_alone_is_no_way_around(tmp_path: pathlib.Path, takes: str) -> None:
-    """A function that calls itself a saver and is called by the signature; `files` is what `funmatch evaluate` loads."""
+    """The signature calls a function with a saver's name; `funmatch evaluate` loads `files`."""
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
     def inner_traced_save_function(text: tf.Tensor) -> tf.Tensor:
@@ -185,15 +190,15 @@ def test_a_saver_by_name_alone_is_no_way_around(tmp_path: pathlib.Path, takes: s
 
     class Sly(tf.Module):
         @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.float32)])
-        def pixels(self, pictures: tf.Tensor) -> dict[str, tf.Tensor]:
-            return {"logits": tf.reduce_mean(pictures, axis=(1, 2)) @ inner_traced_save_function("x")}
+        def pixels(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
+            return {"logits": tf.reduce_mean(images, axis=(1, 2)) @ inner_traced_save_function("x")}
 
         @tf.function(input_signature=[tf.TensorSpec([None], tf.string)])
         def files(self, encoded: tf.Tensor) -> dict[str, tf.Tensor]:
             return {"logits": tf.ones([tf.size(encoded), 3]) @ inner_traced_save_function("x")}
 
-    made = Sly()
-    tf.saved_model.save(made, str(tmp_path / "saved"), signatures={"serving_default": getattr(made, takes)})
+    module = Sly()
+    tf.saved_model.save(module, str(tmp_path / "saved"), signatures={"serving_default": getattr(module, takes)})
     (tmp_path / "written").unlink(missing_ok=True)
     attempt = {
         "pixels": lambda: load(f"saved_model:{tmp_path}/saved"),
@@ -213,20 +218,20 @@ def test_a_saved_model_of_tensorflow_1_is_refused(tmp_path: pathlib.Path) -> Non
         load(f"saved_model:{tmp_path}/saved")
 
 
-def test_what_is_no_classifier_is_told(tmp_path: pathlib.Path, data: str) -> None:
+def test_what_is_not_a_classifier_is_refused(tmp_path: pathlib.Path, data: str) -> None:
     with pytest.raises(DataError, match=r"no saved_model\.pb"):
         load(f"saved_model:{tmp_path}")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "saved_model.pb").write_bytes(b"\x0a\xff\xff\xff\xff\x0f")
     with pytest.raises(DataError, match="damaged"):
         load(f"saved_model:{tmp_path}/broken")
-    made = HandMade()
-    tf.saved_model.save(made, str(tmp_path / "text"), signatures={"serving_default": made.describe})
+    module = PlainTensorFlow()
+    tf.saved_model.save(module, str(tmp_path / "text"), signatures={"serving_default": module.describe})
     with pytest.raises(DataError, match="has no signature"):
         load(f"saved_model:{tmp_path}/text")
-    other = bit.bit("tiny", CLASSES + 1, IMAGE)
-    other.export(str(tmp_path / "other"), verbose=False)
+    model = bit.bit("tiny", CLASSES + 1, IMAGE)
+    model.export(str(tmp_path / "other"), verbose=False)
     flags = ["task", f"--data={data}", f"--teacher=saved_model:{tmp_path}/other", "--student=bit-tiny", "--steps=2"]
     done = here(*flags, f"--image_size={IMAGE}", "--batch_size=4", f"--workdir={tmp_path}/run")
     assert done.returncode == 3
-    assert f"knows {CLASSES + 1} classes" in done.stderr
+    assert f"has {CLASSES + 1} classes" in done.stderr

@@ -1,4 +1,4 @@
-"""Exports load without this package, are written file by file, and leave nothing behind after a crash."""
+"""Exports load without this package, are written atomically, and leave nothing after a crash."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model() -> keras.Model:
 def test_a_bucket_gets_whole_objects_and_refusals_that_pass_are_not_felt(
     gcs_here: fake_gcs.Server, make_config: Callable[..., Config]
 ) -> None:
-    """TensorFlow itself would write under other names, rename, and give up at the first refusal."""
+    """TensorFlow alone would write under temporary names and give up at the first error."""
     faults = [
         gcs_here.fail("403", "start", match=f"export/{name}") for name in ("saved_model/variables", "model.keras")
     ]
@@ -46,7 +46,7 @@ def test_a_bucket_gets_whole_objects_and_refusals_that_pass_are_not_felt(
     assert sorted(written) == gcs_here.names("bucket")
     saved = [name for name in written if "/saved_model/" in name]
     assert len(saved) == 4
-    assert saved[-1] == "run/export/saved_model/saved_model.pb"  # once it is there, all is
+    assert saved[-1] == "run/export/saved_model/saved_model.pb"  # last, so that its presence means a complete model
     gcs_here.fail("403", "start", match="saved_model", times=None)
     with pytest.raises(
         DataError, match=r"^cannot write the exported model gs://bucket/run/export/saved_model/.*HTTP 403"
@@ -61,6 +61,13 @@ def test_what_a_crash_left_on_a_disk_goes(tmp_path: pathlib.Path, make_config: C
         (tmp_path / f"{name}.0123abcd.tmp").write_bytes(b"half")
     export.clean(str(tmp_path))
     assert sorted(tmp_path.rglob("*")) == whole
+
+
+def test_an_export_has_every_format(tmp_path: pathlib.Path, make_config: Callable[..., Config]) -> None:
+    export.write(str(tmp_path), model(), NAMES, make_config(), {})
+    assert set(os.listdir(tmp_path)) == {*export.EXPORTERS, "classes.json", "MODEL_CARD.md"}
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert all(f"`{name}` takes" in card for name in export.EXPORTERS)
 
 
 # Loads each file of its arguments in a process where this package cannot be imported, and runs it.
@@ -78,7 +85,7 @@ for path in sys.argv[1:]:
 
 
 def check_loads_alone(folder: pathlib.Path, variants: list[dict[str, object]]) -> None:
-    """Exports students of these arguments of `students.build`; loaded alone, they give the same outputs to the bit."""
+    """Exports students of these arguments of `students.build` and compares outputs to the bit."""
     expected = {}
     for number, variant in enumerate(variants):
         path = str(folder / f"{number}.keras")

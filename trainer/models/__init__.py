@@ -1,4 +1,5 @@
-"""Networks: the BiT family, students, teachers, their weight files and their cheaper forms.
+"""Networks: the BiT family, students, teachers, their weight files and their quantization.
 
-Imports: core, io. A new student is a row of STUDENTS in students.py; a new kind of teacher a branch of teachers.py.
+Imports: core, io. A new student is a row of STUDENTS in students.py, a new kind of teacher a row
+of KINDS in teachers.py.
 """

@@ -1,8 +1,8 @@
-"""Big Transfer (BiT) ResNets in Keras 3: ResNet-V2 with group normalisation and weight standardisation.
+"""Big Transfer (BiT): ResNet-V2 with group normalisation and weight standardisation.
 
 Architecture: Kolesnikov et al. 2020 (arXiv 1912.11370) and the released weights. The epsilons, the
-padding of the root pool and the input of the projection are theirs: with others, their weights give
-other logits.
+padding of the root pool and the input of the projection are theirs: with others, their weights
+give other logits.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ ARCHS = {
 
 @keras.saving.register_keras_serializable(package="funmatch")
 class StdConv2D(keras.layers.Conv2D):
-    """Convolution whose kernel is standardised over height, width and input channels, per output channel.
+    """Convolution with a kernel standardised per output channel.
 
-    kernel' = (kernel - mean) / sqrt(variance + 1e-10), with the biased variance. The layer stores the
-    kernel before standardisation.
+    kernel' = (kernel - mean) / sqrt(variance + 1e-10), over height, width and input channels, with
+    the biased variance. The layer stores the kernel before standardisation.
     """
 
     def convolution_op(self, inputs: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
@@ -65,7 +65,7 @@ class StdConv2D(keras.layers.Conv2D):
 
 
 def standardize(kernel: tf.Tensor | np.ndarray) -> tf.Tensor:
-    """Weight standardisation of a kernel [height, width, in, out], in float32, returned in the kernel's dtype."""
+    """Standardises a kernel [height, width, in, out] in float32; returns the kernel's dtype."""
     value = ops.cast(kernel, "float32")
     mean, variance = ops.moments(value, axes=(0, 1, 2), keepdims=True)
     return ops.cast((value - mean) / ops.sqrt(variance + WEIGHT_EPSILON), kernel.dtype)
@@ -80,14 +80,15 @@ def bit(
     seed: int = 0,
     name: str | None = None,
 ) -> keras.Model:
-    """Builds a BiT: images float [batch, height, width, 3] in [-1, 1] -> logits float32 [batch, classes].
+    """Builds a BiT: float images [n, height, width, 3] in [-1, 1] -> float32 logits [n, classes].
 
     Args:
         arch: a name in `ARCHS`, or an `Arch`.
         classes: width of the head, at least 1. The head starts at zero, as in the paper's runs.
         image_size: height and width in pixels; None leaves them open.
-        root_pool: "zero" pads the input of the max pool with zeros (released BiT models); "inf" pads it
-            with a value below all others (big_vision, which may have trained the distilled models).
+        root_pool: "zero" pads the input of the max pool with zeros (released BiT models); "inf"
+            pads it with a value below all others (big_vision, which may have trained the distilled
+            ones).
         seed: of the initial kernels; each layer derives its own seed from it.
         name: of the model; None: from `arch`.
 
@@ -120,7 +121,7 @@ def bit(
     if root_pool == "zero":
         x = keras.layers.ZeroPadding2D(1, name="root_pool_pad")(x)
     else:
-        # An operation of Keras and not a custom layer: the exported file must load without this package.
+        # An operation of Keras, not a custom layer: the export must load without this package.
         x = ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], constant_values=LOWEST)
     x = keras.layers.MaxPooling2D(3, 2, name="root_pool")(x)
     for block, units in enumerate(arch.units):
@@ -142,10 +143,10 @@ def bit(
 
 
 def fold(model: keras.Model) -> keras.Model:
-    """Copies a model with weight standardisation applied to its kernels: each `StdConv2D` becomes a `Conv2D`.
+    """Copies a model; each `StdConv2D` becomes a `Conv2D` with the standardised kernel.
 
-    The copy computes the same function, loads without this package, and does not standardise all kernels in
-    each forward pass.
+    The copy computes the same function, loads without this package, and does not standardise all
+    kernels in each forward pass.
     """
 
     def without_standardization(operation: keras.Operation) -> keras.Operation:
@@ -171,7 +172,7 @@ def flat_layers(model: keras.Model) -> Iterator[keras.Layer]:
 
 
 def is_functional(model: object) -> bool:
-    """Whether a model is Functional or Sequential, and so are all nested ones: its layers can be replaced."""
+    """Whether a model and all nested ones are Functional or Sequential: layers can be replaced."""
     graph_classes = (keras.Sequential, keras.src.models.Functional)
     return isinstance(model, graph_classes) and all(
         is_functional(x) for x in model.layers if isinstance(x, keras.Model)

@@ -1,8 +1,8 @@
 """BiT weights from npz files in both published layouts, by name or by path.
 
-One layout is that of google-research/big_transfer (`resnet/block1/unit01/a/standardized_conv2d/kernel`),
-the other that of big_vision (`block1/unit01/conv1/kernel`). Kernels are [height, width, in, out] in both,
-as in Keras.
+One layout is that of google-research/big_transfer, with keys such as
+`resnet/block1/unit01/a/standardized_conv2d/kernel`; the other is that of big_vision, with keys
+such as `block1/unit01/conv1/kernel`. Kernels are [height, width, in, out] in both, as in Keras.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Published:
     Attributes:
         arch: a name in `bit.ARCHS`.
         url: of the file.
-        size: side in pixels of the images that it was trained on; 0 for a pre-trained model to fine-tune.
+        size: side in pixels of the images that it was trained on; 0 for a pre-trained model to
+            fine-tune.
         classes: width of its head.
     """
 
@@ -81,7 +82,7 @@ class WeightsSource:
 
 
 def parse_source(text: str, flag: str) -> WeightsSource:
-    """Parses a published name (R152x2_T_flowers128), ARCH@PATH, or @PATH, whose shapes give the architecture.
+    """Parses a published name (R152x2_T_flowers128), ARCH@PATH, or @PATH.
 
     Raises:
         ConfigError: it is none of these; the nearest name is given.
@@ -110,7 +111,7 @@ def parse_source(text: str, flag: str) -> WeightsSource:
 _UNIT = r"block(?P<block>\d)/unit(?P<unit>\d\d)"
 _KERAS_UNIT = r"block(?P<block>\d)_unit(?P<unit>\d\d)"
 _N = r"(?:_\d+)?"  # some files number their layers: standardized_conv2d_17
-# Pattern of a key; names of the layer and of the weight in `bit.bit`'s model. See `canonical` for {...}.
+# Pattern of a key; names of layer and weight in `bit.bit`'s model. See `canonical` for {...}.
 _KEYS = [
     (rf"resnet/root_block/standardized_conv2d{_N}/kernel", "root_conv", "kernel"),
     (rf"resnet/{_UNIT}/(?P<part>[abc])/standardized_conv2d{_N}/kernel", "{block_unit}_{part}", "kernel"),
@@ -135,7 +136,7 @@ _PREFIXES = ("params/", "opt/target/")
 
 
 def canonical(key: str) -> str | None:
-    """The name "layer/weight" in `bit.bit`'s model of a file's key; None if the key is not a BiT's."""
+    """A file's key as "layer/weight" in `bit.bit`'s model; None if it is not a BiT's."""
     for pattern, layer, weight in _KEYS:
         if match := re.fullmatch(pattern, key):
             groups = match.groupdict()
@@ -150,9 +151,10 @@ def canonical(key: str) -> str | None:
 
 
 def find_arch(units: tuple[int, ...], filters: int) -> bit.Arch | None:
-    """The architecture with these units and root filters: one of `bit.ARCHS`, else one with the paper's 32 groups.
+    """The architecture with these units in each block and these filters of the root convolution.
 
-    None if 32 groups do not divide the filters.
+    One of `bit.ARCHS`, else one with the paper's 32 groups; None if 32 does not divide the
+    filters.
     """
     for arch in bit.ARCHS.values():
         if (arch.units, arch.filters) == (units, filters):
@@ -161,7 +163,7 @@ def find_arch(units: tuple[int, ...], filters: int) -> bit.Arch | None:
 
 
 def infer_arch(shapes: dict[str, tuple[int, ...]]) -> bit.Arch | None:
-    """The architecture whose weights have these shapes, by "layer/weight"; None if it is not a BiT."""
+    """The architecture with weights of these shapes, by "layer/weight"; None if not a BiT."""
     units: dict[int, int] = {}
     for name in shapes:
         if match := re.fullmatch(r"block(\d)_unit(\d\d)_b/kernel", name):
@@ -171,7 +173,8 @@ def infer_arch(shapes: dict[str, tuple[int, ...]]) -> bit.Arch | None:
     return find_arch(tuple(units[block] for block in sorted(units)), shapes["root_conv/kernel"][-1])
 
 
-_LARGEST = 1 << 34  # bytes; R152x4, the largest, has 3.7 GB of weights, and a training checkpoint several times that
+# Bytes. The largest BiT, R152x4, has 3.7 GB of weights; a training checkpoint has a few times that.
+_LARGEST = 1 << 34
 
 
 def read(path: str, role: str) -> dict[str, np.ndarray]:
@@ -182,8 +185,9 @@ def read(path: str, role: str) -> dict[str, np.ndarray]:
         role: the flag whose file it is, for errors.
 
     Raises:
-        DataError: the file does not exist or is not an npz; an array is not of floats (pickles are never
-            loaded) or claims to be larger than its bytes; or keys are not a BiT's (they are listed).
+        DataError: the file does not exist or is not an npz; an array is not of floats (pickles are
+            never loaded) or claims to be larger than its bytes; or keys are not a BiT's (they are
+            listed).
     """
     local = download.local_copy(path, role)
     arrays: dict[str, np.ndarray] = {}
@@ -212,7 +216,7 @@ def read(path: str, role: str) -> dict[str, np.ndarray]:
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> np.ndarray:
-    """Reads one member, after checking its header: the type, and that its size is not above the member's."""
+    """Reads a member after checking that its header says floats, and no more than it holds."""
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -1,4 +1,4 @@
-"""Models and weights from Keras files, checked before Keras reads them; `.keras` files load in safe mode."""
+"""Models and weights from Keras files. `.keras` files are checked first and load in safe mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 from trainer.core.errors import DataError
 from trainer.io import files
 from trainer.io.download import local_copy
-from trainer.models import bit  # noqa: F401  registers StdConv2D, which .keras files of this package may hold
+from trainer.models import bit  # noqa: F401  registers StdConv2D
 
 _EXPANSION = 20  # uncompressed bytes of a `.keras` file, as a multiple of its size
 
@@ -34,7 +34,8 @@ def load_keras(path: str, role: str) -> tuple[keras.Model, bool]:
         The model, and whether its last layer is a softmax.
 
     Raises:
-        DataError: the file does not exist, is not of Keras 3, is unsafe, or is not an image classifier.
+        DataError: the file does not exist, is not of Keras 3, is unsafe, or is not an image
+            classifier.
     """
     local = os.path.abspath(local_copy(path, role))
     if reason := _refusal(local):
@@ -88,16 +89,16 @@ def _refusal(path: str) -> str:
 
 
 def custom_classes(model: keras.Model) -> list[str]:
-    """Registered names of the classes and functions in a model's configuration that are not part of Keras.
+    """Registered names of a model's classes and functions that are not part of Keras.
 
-    A `.keras` file of a model that has one loads only where it can be imported.
+    The model's `.keras` file loads only where they can be imported.
     """
     names: set[str] = set()
 
     def visit(value: Any) -> None:
         if isinstance(value, dict):
             name, module = value.get("class_name"), value.get("module") or "keras"
-            # A custom class or function is registered as "package>name"; without registration, its module tells.
+            # Custom ones are registered as "package>name"; if not registered, their module differs.
             registered = str(value.get("config" if name == "function" else "registered_name") or name)
             if ">" in registered or module.split(".")[0] not in ("keras", "builtins") or name == "__lambda__":
                 names.add(registered)
@@ -176,12 +177,12 @@ def _ends_in_softmax(model: keras.Model) -> bool:
 
 
 def strip_softmax(model: keras.Model) -> keras.Model:
-    """The model without its last softmax, if that can be removed: logits without the rounding of probabilities."""
+    """The model without its last softmax, if it has one that can be removed."""
     last = _last(model)
     if isinstance(last, keras.Model):
         inner = strip_softmax(last)
         return model if inner is last else keras.Sequential([*model.layers[:-1], inner])
-    if getattr(last, "activation", None) is keras.activations.softmax:
+    if last is not None and getattr(last, "activation", None) is keras.activations.softmax:
         last.activation = keras.activations.linear
         return model
     if isinstance(last, keras.layers.Softmax):

@@ -1,7 +1,8 @@
-"""SavedModels whose variables are a BiT's, turned into our own BiT: the same function, which can then be folded and made cheap.
+"""Converts SavedModels that hold a BiT to a Keras BiT, which can then be folded and quantized.
 
-Nothing is believed of names or orders. Whatever they suggest is tried on a batch of pictures, and only a network that says there
-what the SavedModel says is used in its place; the batch shows the value range that the SavedModel takes as well.
+Variables are matched to weights by their names, or else by their shapes and order. A match is
+accepted only if the outputs of both models agree on a probe batch. The probe also shows the value
+range that the SavedModel takes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import dataclasses
 import gc
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 import numpy as np
@@ -22,20 +22,24 @@ from trainer.models import bit, bit_weights, saved_models
 from trainer.models.saved_models import SavedClassifier
 from trainer.models.value_range import to_range
 
-# Largest difference of a logit, as a share of the largest distance of a logit from the mean over the batch. Two float32 graphs of
-# our smallest BiT differ by 2e-6; a wrong epsilon of the groups (1e-2) by more than 1e-2.
+# Largest accepted difference of a logit, divided by the largest distance of a logit from its mean
+# over the batch. Two float32 graphs of bit-tiny differ by 2e-6; with a group epsilon of 1e-2, not
+# 1e-5, they differ by more than 1e-2.
 TOLERANCE = 1e-3
-_SIDE = 64  # of the probe's pictures, where the SavedModel takes any
+_SIDE = 64  # of the probe's images in pixels, if the SavedModel takes any size
+
+# A variable of each weight, by "layer/weight" of `bit.bit`'s model.
+Assignment = dict[str, tf.Variable]
 
 
 @dataclasses.dataclass(frozen=True)
-class Native:
-    """A SavedModel as our own network.
+class ConvertedBit:
+    """A SavedModel as a Keras BiT.
 
     Attributes:
-        model: images in [-1, 1] -> logits; unfolded; on the CPU, of no strategy.
-        value_range: what the SavedModel takes, which `model` does not need.
-        note: what was found, a line.
+        model: images in [-1, 1] -> logits; not folded; on the CPU, outside of any strategy.
+        value_range: that the SavedModel takes; `model` takes [-1, 1].
+        note: what was recognised, a line.
     """
 
     model: keras.Model
@@ -43,15 +47,18 @@ class Native:
     note: str
 
 
-def convert(path: str, role: str, value_range: str) -> Native | str:
-    """Our own BiT in place of a SavedModel, or why not: a line, empty where the SavedModel has nothing of a BiT.
+def convert(path: str, role: str, value_range: str) -> ConvertedBit | str:
+    """Converts a SavedModel to a Keras BiT.
 
-    Both are held in memory only for the time of the check.
+    Both are in memory only during the check.
 
     Args:
         path: folder of the SavedModel, on a disk or gs://.
         role: the flag whose model it is, for errors.
-        value_range: what the user says that it takes; "auto": what the probe says.
+        value_range: that the user gives for it; "auto": any that agrees on the probe.
+
+    Returns:
+        The converted model; or why it was not converted, a line, empty if it is no BiT at all.
 
     Raises:
         DataError: see `SavedClassifier`.
@@ -59,59 +66,62 @@ def convert(path: str, role: str, value_range: str) -> Native | str:
     shapes = saved_models.variable_shapes(path, role)
     if not any(shape[:3] == (7, 7, 3) for shape in shapes) or not any(shape[:2] == (3, 3) for shape in shapes):
         return ""
-    # In a thread of its own there is no strategy's scope: no mirrored copies, and no TPU or GPU whose products of
-    # matrices are rounded more than a check to float32's accuracy allows.
-    with concurrent.futures.ThreadPoolExecutor(1) as alone:
-        found = alone.submit(_convert, path, role, value_range).result()
+    # A thread is outside of the strategy's scope: no mirrored copies of variables, and no TPU or
+    # GPU, whose matrix products are rounded more than a comparison in float32 allows.
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        converted = executor.submit(_convert, path, role, value_range).result()
     gc.collect()  # a SavedModel's functions refer to each other
-    return found
+    return converted
 
 
-def _convert(path: str, role: str, value_range: str) -> Native | str:
+def _convert(path: str, role: str, value_range: str) -> ConvertedBit | str:
     with tf.device("/CPU:0"):
         saved = SavedClassifier(path, role)
-        candidates: dict[bit.Arch, list[dict[str, Any]]] = {}
-        for arch, found in _candidates(saved.variables):
-            candidates.setdefault(arch, []).append(found)
-        if not candidates:
-            return "its variables are not those of a BiT that we know"
+        assignments: dict[bit.Arch, list[Assignment]] = {}
+        for arch, assignment in _candidates(saved.variables):
+            assignments.setdefault(arch, []).append(assignment)
+        if not assignments:
+            return "its variables are not those of a known BiT"
         height, width = saved.input_shape[1:3]
         if height != width:
             return f"it takes {height} x {width} pixels"
         views = probe(height or _SIDE)
-        said = {name: saved(to_range(views, name)).numpy().astype(np.float64) for name in RANGES}
-        if not all(np.isfinite(outputs).all() for outputs in said.values()):
-            return "it says things that are not finite of a probe batch"
+        expected = {name: saved(to_range(views, name)).numpy().astype(np.float64) for name in RANGES}
+        if not all(np.isfinite(outputs).all() for outputs in expected.values()):
+            return "its outputs on a probe batch are not finite"
         probabilities = all(
-            (outputs >= 0).all() and np.allclose(outputs.sum(1), 1, atol=1e-3) for outputs in said.values()
+            (outputs >= 0).all() and np.allclose(outputs.sum(1), 1, atol=1e-3) for outputs in expected.values()
         )
-        best = np.inf
-        for root_pool, (arch, group) in itertools.product(ROOT_POOLS, candidates.items()):
+        smallest_error = np.inf
+        for root_pool, (arch, group) in itertools.product(ROOT_POOLS, assignments.items()):
             model = bit.bit(arch, saved.output_shape[-1], height, root_pool=root_pool)
-            for variables in group:
-                bit_weights.assign(model, _Reading(variables), f"--{role}=saved_model:{path}")
-                own = np.asarray(model(views), np.float64)
-                errors = {name: _difference(own, outputs, probabilities) for name, outputs in said.items()}
+            for assignment in group:
+                bit_weights.assign(model, _LazyArrays(assignment), f"--{role}=saved_model:{path}")
+                logits = np.asarray(model(views), np.float64)
+                errors = {name: _difference(logits, outputs, probabilities) for name, outputs in expected.items()}
                 fits = [name for name, error in errors.items() if error <= TOLERANCE]
-                best = min(best, *errors.values())
+                smallest_error = min(smallest_error, *errors.values())
                 if len(fits) > 1:
-                    return f"a probe batch does not tell whether it takes {' or '.join(fits)}"
+                    return f"a probe batch does not show whether it takes {' or '.join(fits)}"
                 if fits and value_range not in ("auto", fits[0]):
-                    return f"it takes {fits[0]}, as a probe batch shows, and --{role}_range says {value_range}"
+                    return f"on a probe batch it takes {fits[0]}, but --{role}_range is {value_range}"
                 if fits:
-                    what = next((name for name, known in bit.ARCHS.items() if known == arch), "of a size of its own")
+                    name = next((name for name, known in bit.ARCHS.items() if known == arch), "of another size")
                     pool = "" if root_pool == "zero" else f" with root pool {root_pool}"
-                    return Native(
+                    return ConvertedBit(
                         model,
                         fits[0],
-                        f"a BiT {what}{pool} that takes {fits[0]}: run as our own network, which differs by "
+                        f"a BiT {name}{pool} that takes {fits[0]}: converted to Keras, which differs by "
                         f"{errors[fits[0]]:.0e} of the largest logit on a probe batch",
                     )
-        return f"a BiT with its variables differs by {best:.1g} of the largest logit on a probe batch ({TOLERANCE:g} is allowed)"
+        return (
+            f"a BiT with its variables differs by {smallest_error:.1g} of the largest logit on a probe batch "
+            f"({TOLERANCE:g} is allowed)"
+        )
 
 
 def probe(side: int) -> tf.Tensor:
-    """Pictures with edges, areas and noise, float32 [n, side, side, 3] in [-1, 1]; the same at each call."""
+    """Images of areas and noise, float32 [n, side, side, 3] in [-1, 1]; the same at each call."""
     rng = np.random.Generator(np.random.Philox(7))
     count = 4 if side <= 256 else 2
     coarse = rng.uniform(-1, 1, (count, 5, 5, 3))
@@ -120,86 +130,92 @@ def probe(side: int) -> tf.Tensor:
     return tf.constant(np.clip(0.7 * areas + 0.3 * fine, -1, 1), tf.float32)
 
 
-def _difference(own: np.ndarray, outputs: np.ndarray, probabilities: bool) -> float:
-    if own.shape != outputs.shape:
+def _difference(logits: np.ndarray, outputs: np.ndarray, probabilities: bool) -> float:
+    """The largest difference as `TOLERANCE` counts it; infinite if the shapes differ."""
+    if logits.shape != outputs.shape:
         return float("inf")
     if probabilities:
-        own = np.exp(own - own.max(1, keepdims=True))
-        own /= own.sum(1, keepdims=True)
+        logits = np.exp(logits - logits.max(1, keepdims=True))
+        logits /= logits.sum(1, keepdims=True)
     spread = np.abs(outputs - outputs.mean(0)).max()
-    return float(np.abs(own - outputs).max() / max(spread, 1e-30))
+    return float(np.abs(logits - outputs).max() / max(spread, 1e-30))
 
 
-class _Reading(dict):
-    """Variables by name whose values are read one at a time, when they are asked for."""
+class _LazyArrays(dict):
+    """Arrays by name, read from their variables on access, so that one is in memory at a time."""
 
     def __getitem__(self, name: str) -> np.ndarray:
         return np.asarray(super().__getitem__(name).numpy(), np.float32)
 
 
-def _candidates(orders: list[list[Any]]) -> Iterator[tuple[bit.Arch, dict[str, Any]]]:
-    """Which variable might be which weight: by their names, else by their shapes in each order that may be that of creation."""
+def _candidates(orders: list[list[tf.Variable]]) -> Iterator[tuple[bit.Arch, Assignment]]:
+    """Assignments to try: the one by names, or else those by shapes in each order of creation."""
     if (named := _by_name(orders[0])) is not None:
         yield named
         return
     seen = set()
     for variables in orders:
-        for arch, found in _by_order(variables):
-            key = tuple(id(found[name]) for name in sorted(found))
+        for arch, assignment in _by_order(variables):
+            key = tuple(id(assignment[name]) for name in sorted(assignment))
             if key not in seen:
                 seen.add(key)
-                yield arch, found
+                yield arch, assignment
 
 
-def structural(name: str) -> str | None:
-    """A variable's name as "layer/weight" of `bit.bit`, whatever stands before the part that carries BiT's structure."""
+def weight_name(name: str) -> str | None:
+    """A variable's name, with any prefix, as "layer/weight" in `bit.bit`'s model, or None."""
     parts = name.split(":")[0].split("/")
     for start in range(len(parts)):
-        rest = "/".join(parts[start:])
-        for key in (rest, f"resnet/{rest}"):
-            if found := bit_weights.canonical(key):
-                return found
+        suffix = "/".join(parts[start:])
+        for key in (suffix, f"resnet/{suffix}"):
+            if weight := bit_weights.canonical(key):
+                return weight
     return None
 
 
-def _by_name(variables: list[Any]) -> tuple[bit.Arch, dict[str, Any]] | None:
-    found: dict[str, Any] = {}
-    others = []
+def _by_name(variables: list[tf.Variable]) -> tuple[bit.Arch, Assignment] | None:
+    assignment: Assignment = {}
+    unnamed = []
     for variable in variables:
-        name = structural(variable.name)
+        name = weight_name(variable.name)
         if name is None:
-            others.append(variable)
-        elif name in found:
+            unnamed.append(variable)
+        elif name in assignment:
             return None
         else:
-            found[name] = variable
-    if len(others) == 2 and "head/kernel" not in found:  # a classifier put on top goes by any name
-        found |= dict(zip(("head/bias", "head/kernel"), sorted(others, key=lambda v: len(v.shape)), strict=True))
-    elif others:
+            assignment[name] = variable
+    if len(unnamed) == 2 and "head/kernel" not in assignment:  # a classifier on top may have any name
+        assignment |= dict(zip(("head/bias", "head/kernel"), sorted(unnamed, key=lambda v: len(v.shape)), strict=True))
+    elif unnamed:
         return None
-    arch = bit_weights.infer_arch({name: tuple(variable.shape) for name, variable in found.items()})
+    arch = bit_weights.infer_arch({name: tuple(variable.shape) for name, variable in assignment.items()})
     expected = {name for name, _ in _layout(arch, _ORDERS[0])} if arch else set()
-    return (arch, found) if arch and found.keys() == expected | {"head/kernel", "head/bias"} else None
+    return (arch, assignment) if arch and assignment.keys() == expected | {"head/kernel", "head/bias"} else None
 
 
-# Orders in which the parts of a unit are made; the projection stands at any place in each.
+# Orders in which the parts of a unit may be created; the projection may be at any position.
 _PARTS = [
     ("a_norm", "a", "b_norm", "b", "c_norm", "c"),
     ("a", "b", "c", "a_norm", "b_norm", "c_norm"),
     ("a_norm", "b_norm", "c_norm", "a", "b", "c"),
 ]
 _ORDERS = [
-    ((*parts[:place], "proj", *parts[place:]), norm)
+    ((*parts[:position], "proj", *parts[position:]), norm)
     for norm in (("gamma", "beta"), ("beta", "gamma"))
     for parts in _PARTS
-    for place in range(len(parts) + 1)
+    for position in range(len(parts) + 1)
 ]
 
 
 def _layout(arch: bit.Arch, order: tuple[tuple[str, ...], tuple[str, str]]) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes, without axes of size one, of all weights but the classifier's, in an order of `_ORDERS`."""
+    """Names and shapes, without axes of size one, of all weights but the classifier's.
+
+    Args:
+        arch: the architecture.
+        order: of creation, one of `_ORDERS`.
+    """
     parts, norm = order
-    found: list[tuple[str, tuple[int, ...]]] = [("root_conv/kernel", (7, 7, 3, arch.filters))]
+    layout: list[tuple[str, tuple[int, ...]]] = [("root_conv/kernel", (7, 7, 3, arch.filters))]
     incoming = arch.filters
     for block, units in enumerate(arch.units):
         inside = arch.filters * 2**block
@@ -216,14 +232,14 @@ def _layout(arch: bit.Arch, order: tuple[tuple[str, ...], tuple[str, str]]) -> l
             for part in parts:
                 if part == "proj" and unit > 0:
                     continue
-                where = f"block{block + 1}_unit{unit + 1:02d}_{part}"
+                layer = f"block{block + 1}_unit{unit + 1:02d}_{part}"
                 for weight in norm if part.endswith("norm") else ("kernel",):
-                    found.append((f"{where}/{weight}", shapes[part]))
+                    layout.append((f"{layer}/{weight}", shapes[part]))
             incoming = 4 * inside
-    return found + [(f"final_norm/{weight}", (incoming,)) for weight in norm]
+    return layout + [(f"final_norm/{weight}", (incoming,)) for weight in norm]
 
 
-def _by_order(variables: list[Any]) -> Iterator[tuple[bit.Arch, dict[str, Any]]]:
+def _by_order(variables: list[tf.Variable]) -> Iterator[tuple[bit.Arch, Assignment]]:
     shapes = [tuple(side for side in variable.shape if side != 1) for variable in variables]
     roots = [shape for shape in shapes if shape[:3] == (7, 7, 3) and len(shape) == 4]
     inner = [shape[-1] for shape in shapes if len(shape) == 4 and shape[:2] == (3, 3)]
@@ -233,11 +249,11 @@ def _by_order(variables: list[Any]) -> Iterator[tuple[bit.Arch, dict[str, Any]]]
     arch = bit_weights.find_arch(tuple(count for _, count in blocks), roots[0][-1])
     if arch is None or [width for width, _ in blocks] != [arch.filters * 2**b for b in range(len(blocks))]:
         return
-    # The classifier is made before the network or after it.
+    # The classifier was created before the network or after it.
     for head, body in ((variables[-2:], slice(0, -2)), (variables[:2], slice(2, None))):
         kernel, bias = sorted(head, key=lambda v: -sum(side != 1 for side in v.shape))
         for order in _ORDERS:
             layout = _layout(arch, order)
             if [shape for _, shape in layout] == shapes[body]:
-                found = {name: variable for (name, _), variable in zip(layout, variables[body], strict=True)}
-                yield arch, found | {"head/kernel": kernel, "head/bias": bias}
+                assignment = {name: variable for (name, _), variable in zip(layout, variables[body], strict=True)}
+                yield arch, assignment | {"head/kernel": kernel, "head/bias": bias}

@@ -2,11 +2,12 @@
 
 Each is a Keras model from float images [batch, size, size, 3] to float32 logits [batch, classes].
 Batch normalisation uses the statistics of the whole global batch, for any number of replicas. With
-`-gn` after its name, a keras.applications model has group normalisation with 8 groups instead (paper,
-section 4.3). Dropout is removed, so that a step depends on configuration, seed and step alone.
+`-gn` after its name, a keras.applications model has group normalisation with 8 groups instead
+(paper, section 4.3). Dropout is removed, so that a step depends on configuration, seed and step
+alone.
 
-A new student is a row of `STUDENTS`. It must be built of plain Keras layers: the exported `.keras` file
-promises to load without this package.
+A new student is a row of `STUDENTS`. It must be built of plain Keras layers: the exported `.keras`
+file promises to load without this package.
 """
 
 from __future__ import annotations
@@ -67,24 +68,24 @@ def build(
     """Builds the student `name` with weights drawn from `seed`, or loaded.
 
     Args:
-        name: a key of `STUDENTS`; in "app:NAME", NAME is a function of keras.applications, optionally
-            followed by `-gn`; in "keras:PATH", PATH is a file, whose weights are kept.
+        name: a key of `STUDENTS`; in "app:NAME", NAME is a function of keras.applications,
+            optionally followed by `-gn`; in "keras:PATH", PATH is a file, whose weights are kept.
         classes: width of the output.
         image_size: side of the images in pixels.
         precision: a Keras dtype policy; the logits are float32 under each.
         seed: of the initial weights.
-        initial_weights: file of the initial weights (paper, Fig. 5): `keras:PATH` (the same network in
-            a `.keras` file) or `h5:PATH` (its weights); for a `bit-ARCH` student also
+        initial_weights: file of the initial weights (paper, Fig. 5): `keras:PATH` (the same
+            network in a `.keras` file) or `h5:PATH` (its weights); for a `bit-ARCH` student also
             `bit:ARCH@FILE.npz` or `bit:NAME`. The file's classifier is used if it has `classes`
             outputs; otherwise the classifier is new. Empty: drawn from `seed`.
         root_pool: of BiT models, see `bit.bit`.
 
     Returns:
-        The model. Its batch normalisations are synchronized if the current strategy has several replicas.
+        The model. Its batch normalisations are synchronized if there are several replicas.
 
     Raises:
-        ConfigError: unknown name (the nearest is given), a model that cannot be built at this size, or
-            one that Keras cannot load without this package.
+        ConfigError: unknown name (the nearest is given), a model that cannot be built at this
+            size, or one that Keras cannot load without this package.
         DataError: a file that does not load, or does not fit the network or `classes`.
     """
     spec = StudentSpec(name, classes, image_size, seed, root_pool)
@@ -131,7 +132,7 @@ def checksums(name: str, initial_weights: str) -> list[str]:
 
 
 def batch_norms(model: keras.Model) -> list[keras.layers.BatchNormalization]:
-    """The batch normalisations of a model; the `synchronized` ones average statistics over all replicas."""
+    """The batch normalisations of a model; `synchronized` ones use all replicas' statistics."""
     return [layer for layer in bit.flat_layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
 
 
@@ -172,7 +173,7 @@ def _head(model: keras.Model) -> keras.Layer:
 def _load_h5(
     model: keras.Model, path: str, role: str, where: str, rebuild: Callable[[int], keras.Model]
 ) -> keras.Model:
-    """`model` with the weights of a file; or, if the file has other classes, `rebuild(classes)` with them.
+    """`model` with the weights of a file, or `rebuild(classes)` with them if the classes differ.
 
     Raises:
         DataError: the file is of another network.
@@ -257,7 +258,7 @@ def _call_application(
 
 
 def _application(application: str, group_norm: bool, spec: StudentSpec) -> keras.Model:
-    # With preprocessing, some models rescale pixels from 0 to 255; without, all take --student_range as it is.
+    # Without preprocessing, no model rescales its inputs from [0, 255].
     flag = f"student={spec.name}"
     function = _application_function(application, flag)
     model = _call_application(function, spec.classes, spec.image_size, flag, include_preprocessing=False)

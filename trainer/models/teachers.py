@@ -1,12 +1,15 @@
-"""Every kind of teacher as one frozen function from our views to float32 logits.
+"""Teachers: frozen functions from views to float32 logits, loaded from files of several kinds.
 
-A teacher is data: loaded before anything else, checked against the data set's classes, made cheap once (weight
-standardisation folded in), never trained and never part of a checkpoint.
+A teacher is loaded before training and checked against the data set's classes. Its weight
+standardisation is applied once (`bit.fold`). It is never trained and not part of a checkpoint.
+A new kind of teacher is a row of `KINDS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import keras
 import numpy as np
@@ -20,10 +23,7 @@ from trainer.models import bit, bit_weights, keras_files, saved_model_to_bit, sa
 from trainer.models.saved_models import SavedClassifier
 from trainer.models.value_range import to_range
 
-_UNKNOWN = (
-    "--teacher={}: it must be keras:PATH, saved_model:PATH, app:NAME@WEIGHTS.h5, bit:ARCH@FILE.npz, bit:NAME (published), "
-    "kaggle:OWNER/DATASET or random:NAME"
-)
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,14 @@ class Teacher:
     """A frozen classifier.
 
     Attributes:
-        name: the flag's value.
-        model: from images to classes; its own value range and outputs.
-        size: side of the images that it takes, in pixels.
+        name: value of `--teacher`.
+        model: images in `value_range` [n, size, size, 3] -> logits or probabilities [n, classes].
+        size: side of the images in pixels.
         value_range: "-1,1", "0,1" or "0,255".
-        probabilities: it returns probabilities that could not be turned back into logits inside.
-        precision: the form that `model` is in, see `trainer.models.quantize`.
-        notes: what loading found that its user should know, a line each.
+        probabilities: `model` returns probabilities, because its softmax could not be removed.
+        precision: of `model`: "float32", "bfloat16" or "int8", see `trainer.models.quantize`.
+        notes: messages for the user about how it was loaded, a line each.
+        warnings: the same, where the user may not want what was done.
     """
 
     name: str
@@ -47,14 +48,166 @@ class Teacher:
     probabilities: bool
     precision: str = "float32"
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def logits(self, views: tf.Tensor) -> tf.Tensor:
         """Float32 [n, size, size, 3] in [-1, 1] -> float32 logits [n, classes]."""
         outputs = tf.cast(self.model(to_range(views, self.value_range), training=False), tf.float32)
         if self.probabilities:
-            # softmax(log p / T) = softmax(z / T): a logarithm gives logits back up to a constant.
+            # softmax(log p / T) = softmax(z / T): the logarithm is the logits up to a constant.
             outputs = tf.math.log(tf.maximum(outputs, 1e-30))
         return tf.stop_gradient(outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSpec:
+    """What a teacher is loaded from.
+
+    Attributes:
+        name: value of `--teacher`.
+        argument: what follows the kind's colon; a path on this machine if `name` is of Kaggle.
+        classes: of the data.
+        size: `--teacher_image_size` in pixels; 0: not given.
+        value_range: `--teacher_range`, "auto" included.
+        config: of the job.
+    """
+
+    name: str
+    argument: str
+    classes: int
+    size: int
+    value_range: str
+    config: Config
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A teacher's model as its file gives it.
+
+    Attributes:
+        model: images -> logits or probabilities.
+        size: side of its images in pixels; 0: that of `model`'s input.
+        value_range: of its images; "auto": "-1,1".
+        ends_in_softmax: its last layer is a softmax.
+        returns_logits: it is known to return logits, whatever `--teacher_outputs` says.
+        notes: see `Teacher`.
+        warnings: see `Teacher`.
+    """
+
+    model: keras.Model | SavedClassifier
+    size: int
+    value_range: str
+    ends_in_softmax: bool = False
+    returns_logits: bool = False
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def _load_keras(spec: TeacherSpec) -> LoadedModel:
+    model, ends_in_softmax = keras_files.load_keras(spec.argument, "teacher")
+    return LoadedModel(model, spec.size, spec.value_range, ends_in_softmax)
+
+
+def _load_saved_model(spec: TeacherSpec) -> LoadedModel:
+    converted = saved_model_to_bit.convert(spec.argument, "teacher", spec.value_range)
+    if isinstance(converted, saved_model_to_bit.ConvertedBit):
+        notes = (f"{spec.name}: {converted.note}",)
+        return LoadedModel(converted.model, spec.size, "-1,1", returns_logits=True, notes=notes)
+    warnings = (f"{spec.name} runs as it was saved, not as a Keras BiT: {converted}",) if converted else ()
+    return LoadedModel(SavedClassifier(spec.argument, "teacher"), spec.size, spec.value_range, warnings=warnings)
+
+
+def _load_bit(spec: TeacherSpec) -> LoadedModel:
+    name, text = spec.name, spec.argument
+    if spec.value_range not in ("auto", "-1,1"):
+        raise ConfigError(f"--teacher_range={spec.value_range}: {name} takes -1,1, as every BiT npz does")
+    if (published := bit_weights.PUBLISHED.get(text)) and published.classes != spec.classes:
+        raise DataError(
+            f"--teacher={name} has {published.classes:,} classes; --data={spec.config.held_out} has {spec.classes:,}"
+        )
+    size = spec.size or bit_weights.parse_source(text, "teacher").size or spec.config.image_size
+    return LoadedModel(bit_weights.load(text, "teacher", size, spec.config.root_pool), size, spec.value_range)
+
+
+def _load_application(spec: TeacherSpec) -> LoadedModel:
+    application, _, path = spec.argument.partition("@")
+    if not path:
+        raise ConfigError(_unknown(spec.name))
+    if spec.value_range not in ("auto", "0,255"):
+        raise ConfigError(
+            f"--teacher_range={spec.value_range}: {spec.name} takes pixels from 0 to 255 and turns them into its network's range "
+            "itself; give 0,255 or auto"
+        )
+    size = spec.size or spec.config.image_size
+    model = students.application_teacher(application, path, spec.classes, size, f"teacher={spec.name}")
+    return LoadedModel(model, size, "0,255")
+
+
+def _load_random(spec: TeacherSpec) -> LoadedModel:
+    size = spec.size or spec.config.image_size
+    model = students.build(spec.argument, spec.classes, size, seed=spec.config.seed)
+    return LoadedModel(model, spec.size, spec.value_range)
+
+
+def _load_kaggle(spec: TeacherSpec) -> LoadedModel:
+    kind, argument = kaggle.fetch(spec.argument, "teacher", Console())
+    return KINDS[kind].load(dataclasses.replace(spec, argument=argument))
+
+
+def _bit_checksum(text: str, _: Config) -> str:
+    source = bit_weights.parse_source(text, "teacher")
+    # The size of a published name decides the teacher's logits, as the file's bytes do.
+    return download.checksum(source.path, "teacher") + (f", {source.size} px" if source.size else "")
+
+
+def _application_checksum(text: str, _: Config) -> str:
+    application, _at, path = text.partition("@")
+    if not path:
+        raise ConfigError(_unknown(f"app:{text}"))
+    return f"{download.checksum(path, 'teacher')}, {application}"
+
+
+def _kaggle_checksum(text: str, config: Config) -> str:
+    kind, argument = kaggle.fetch(text, "teacher", Console())
+    return KINDS[kind].checksum(argument, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of teacher.
+
+    Attributes:
+        usage: of `--teacher`, for errors.
+        load: loads the model.
+        checksum: identifies the model in a run's identity, from what follows the kind's colon: the
+            SHA-256 (hex) of its file, and what else decides its logits.
+    """
+
+    usage: str
+    load: Callable[[TeacherSpec], LoadedModel]
+    checksum: Callable[[str, Config], str]
+
+
+KINDS: dict[str, Kind] = {
+    "keras": Kind("keras:PATH", _load_keras, lambda path, _: download.checksum(path, "teacher")),
+    "saved_model": Kind("saved_model:PATH", _load_saved_model, lambda path, _: saved_models.checksum(path, "teacher")),
+    "app": Kind("app:NAME@WEIGHTS.h5", _load_application, _application_checksum),
+    "bit": Kind("bit:ARCH@FILE.npz, bit:NAME (published)", _load_bit, _bit_checksum),
+    "kaggle": Kind("kaggle:OWNER/DATASET", _load_kaggle, _kaggle_checksum),
+    "random": Kind("random:NAME", _load_random, lambda name, config: f"random:{name}, seed {config.seed}"),
+}
+
+
+def _unknown(name: str) -> str:
+    *usages, last = (kind.usage for kind in KINDS.values())
+    return f"--teacher={name}: it must be {', '.join(usages)} or {last}"
+
+
+def _parse(name: str) -> tuple[Kind, str]:
+    kind, _, argument = name.partition(":")
+    if kind not in KINDS or not argument:
+        raise ConfigError(_unknown(name))
+    return KINDS[kind], argument
 
 
 def load(config: Config, classes: int) -> tuple[Teacher, ...]:
@@ -62,142 +215,113 @@ def load(config: Config, classes: int) -> tuple[Teacher, ...]:
 
     Raises:
         ConfigError: unknown kind, or sizes that contradict the model.
-        DataError: a file that does not load, or whose head does not fit the data set.
+        DataError: a file does not load, or its classes are not `classes`.
     """
     teachers = []
     for position, name in enumerate(config.teacher):
-        pinned = config.teacher_sha256[min(position, len(config.teacher_sha256) - 1)] if config.teacher_sha256 else ""
-        if pinned and (found := checksum(config, name).split(",")[0]) != pinned.lower():
-            raise DataError(f"--teacher={name} has SHA-256 {found}, not the pinned {pinned} (--teacher_sha256)")
-        sizes, ranges = config.teacher_image_size, config.teacher_range
-        size = sizes[min(position, len(sizes) - 1)] if sizes else 0
-        value_range = ranges[min(position, len(ranges) - 1)]
-        teachers.append(_load(config, name, size, value_range, classes))
+        pinned = _of_teacher(config.teacher_sha256, position, "")
+        if pinned and (digest := checksum(config, name).split(",")[0]) != pinned.lower():
+            raise DataError(f"--teacher={name} has SHA-256 {digest}, not the pinned {pinned} (--teacher_sha256)")
+        kind, argument = _parse(name)
+        size = _of_teacher(config.teacher_image_size, position, 0)
+        value_range = _of_teacher(config.teacher_range, position, "auto")
+        spec = TeacherSpec(name, argument, classes, size, value_range, config)
+        teachers.append(_teacher(spec, kind.load(spec)))
     return tuple(teachers)
 
 
+def _of_teacher(values: tuple[_T, ...], position: int, default: _T) -> _T:
+    """The value of a flag for one teacher: a single value is for all of them."""
+    return values[min(position, len(values) - 1)] if values else default
+
+
 def checksum(config: Config, name: str) -> str:
-    """What identifies the teacher `name` in a run's fingerprint: the SHA-256 of its file, or how it was drawn.
+    """Identifies the teacher `name`: the SHA-256 of its file, or how its weights are drawn.
 
     Raises:
         ConfigError: unknown kind.
-        DataError: the file is not there.
+        DataError: the file does not exist.
     """
-    kind, rest = _resolve(name)
-    if kind == "random" and rest:
-        return f"{name}, seed {config.seed}"
-    if kind == "keras" and rest:
-        return download.checksum(rest, "teacher")
-    if kind == "saved_model" and rest:
-        return saved_models.checksum(rest, "teacher")
-    if kind == "app" and "@" in rest:
-        return f"{download.checksum(rest.partition('@')[2], 'teacher')}, {rest.partition('@')[0]}"
-    if kind == "bit" and rest:
-        chosen = bit_weights.parse_source(rest, "teacher")
-        # The size that a published name brings along decides what the teacher says, as its bytes do.
-        return download.checksum(chosen.path, "teacher") + (f", {chosen.size} px" if chosen.size else "")
-    raise ConfigError(_UNKNOWN.format(name))
+    kind, argument = _parse(name)
+    return kind.checksum(argument, config)
 
 
-def _resolve(name: str) -> tuple[str, str]:
-    """Kind and place of a teacher, on this machine if it comes from Kaggle."""
-    kind, _, rest = name.partition(":")
-    return kaggle.fetch(rest, "teacher", Console()) if kind == "kaggle" and rest else (kind, rest)
-
-
-def _load(config: Config, name: str, size: int, value_range: str, classes: int) -> Teacher:
-    kind, rest = _resolve(name)
-    softmax = native = False
-    notes: list[str] = []
-    model: keras.Model | SavedClassifier
-    if kind == "keras" and rest:
-        model, softmax = keras_files.load_keras(rest, "teacher")
-    elif kind == "saved_model" and rest:
-        converted = saved_model_to_bit.convert(rest, "teacher", value_range)
-        if isinstance(converted, saved_model_to_bit.Native):
-            model, native, value_range = converted.model, True, "-1,1"
-            notes.append(f"{name}: {converted.note}")
-        else:
-            model = SavedClassifier(rest, "teacher")
-            if converted:
-                notes.append(f"warning: {name} is called as it was saved, and not made our own BiT: {converted}")
-    elif kind == "bit" and rest:
-        if value_range not in ("auto", "-1,1"):
-            raise ConfigError(f"--teacher_range={value_range}: {name} takes -1,1, as every BiT npz does")
-        if (known := bit_weights.PUBLISHED.get(rest)) and known.classes != classes:
-            raise DataError(
-                f"--teacher={name} knows {known.classes:,} classes; --data={config.held_out} has {classes:,}"
-            )
-        size = size or bit_weights.parse_source(rest, "teacher").size or config.image_size
-        model = bit_weights.load(rest, "teacher", size, config.root_pool)
-    elif kind == "app" and "@" in rest:
-        if value_range not in ("auto", "0,255"):
-            raise ConfigError(
-                f"--teacher_range={value_range}: {name} takes pixels from 0 to 255 and turns them into its network's range "
-                "itself; give 0,255 or auto"
-            )
-        value_range, size = "0,255", size or config.image_size
-        application, _, path = rest.partition("@")
-        model = students.application_teacher(application, path, classes, size, f"teacher={name}")
-    elif kind == "random" and rest:
-        model = students.build(rest, classes, size or config.image_size, seed=config.seed)
-    else:
-        raise ConfigError(_UNKNOWN.format(name))
-    value_range = "-1,1" if value_range == "auto" else value_range
-    if model.output_shape[-1] != classes:
+def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
+    """Checks a loaded model against the flags and the data, and freezes it."""
+    name, config, model = spec.name, spec.config, loaded.model
+    value_range = "-1,1" if loaded.value_range == "auto" else loaded.value_range
+    if model.output_shape[-1] != spec.classes:
         raise DataError(
-            f"--teacher={name} knows {model.output_shape[-1]} classes; --data={config.held_out} has {classes}: "
-            "the head of the teacher must be the data set's"
+            f"--teacher={name} has {model.output_shape[-1]} classes; --data={config.held_out} has {spec.classes}: "
+            "the teacher's head must have the classes of the data"
         )
     height, width = model.input_shape[1:3]
     if height != width:
-        raise DataError(f"--teacher={name} takes images of {height} x {width} pixels; only squares are made")
-    if size and height and size != height:
-        raise ConfigError(f"--teacher_image_size={size}, but {name} takes {height} x {height} pixels")
-    size = size or height or config.image_size
-    if native:
-        softmax = False  # ours ends in logits, whatever the SavedModel does
-    elif config.teacher_outputs != "probabilities" and softmax:
-        model, softmax = keras_files.strip_softmax(model), False
+        raise DataError(f"--teacher={name} takes images of {height} x {width} pixels; they must be square")
+    if loaded.size and height and loaded.size != height:
+        raise ConfigError(f"--teacher_image_size={loaded.size}, but {name} takes {height} x {height} pixels")
+    size = loaded.size or height or config.image_size
+    if loaded.returns_logits:
+        probabilities = False
+    elif config.teacher_outputs != "probabilities" and loaded.ends_in_softmax:
+        model, probabilities = keras_files.strip_softmax(model), False
     elif config.teacher_outputs == "auto":
-        softmax = _look_like_probabilities(model, size, value_range)
+        probabilities = _look_like_probabilities(model, size, value_range)
     else:
-        softmax = config.teacher_outputs == "probabilities"
+        probabilities = config.teacher_outputs == "probabilities"
     if isinstance(model, keras.Model):
         if bit.is_functional(model) and any(isinstance(layer, bit.StdConv2D) for layer in bit.flat_layers(model)):
             model = bit.fold(model)
         model.trainable = False
-    return Teacher(name, model, size, value_range, softmax, notes=tuple(notes))
+    return Teacher(name, model, size, value_range, probabilities, notes=loaded.notes, warnings=loaded.warnings)
 
 
 def _look_like_probabilities(model: keras.Model | SavedClassifier, size: int, value_range: str) -> bool:
     """Whether outputs on noise are non-negative and sum to one."""
     low, high = (float(bound) for bound in value_range.split(","))
     noise = np.random.Generator(np.random.Philox(0)).uniform(low, high, (4, size, size, 3)).astype(np.float32)
-    # In a replica: a SavedModel loaded under a strategy can be called nowhere else.
+    # In a replica: a SavedModel that was loaded under a strategy can be called nowhere else.
     strategy = tf.distribute.get_strategy()
     run = tf.function(lambda images: strategy.run(lambda part: model(part, training=False), (images,)), autograph=False)
     outputs = strategy.experimental_local_results(run(tf.constant(noise)))[0].numpy().astype(np.float32)
     return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1.0, atol=1e-3))
 
 
+def print_notes(teachers: Iterable[Teacher], console: Console) -> None:
+    """Prints the notes and warnings of loaded teachers."""
+    for teacher in teachers:
+        for note in teacher.notes:
+            console.info(note)
+        for warning in teacher.warnings:
+            console.warning(warning)
+
+
 def teacher_logits(teachers: tuple[Teacher, ...], views: dict[int, tf.Tensor]) -> list[tf.Tensor]:
-    """Each teacher's float32 logits [n, classes] for views keyed by their size."""
+    """Each teacher's float32 logits [n, classes].
+
+    Args:
+        teachers: at least one.
+        views: float32 [n, size, size, 3] in [-1, 1], by size.
+    """
     return [teacher.logits(views[teacher.size]) for teacher in teachers]
 
 
-def ensemble(logits: list[tf.Tensor], how: str, temperature: float = 1.0) -> tf.Tensor:
-    """Several teachers as one: float32 logits [n, classes] to be divided by `temperature` before their softmax.
+def ensemble(logits: list[tf.Tensor], mode: str, temperature: float = 1.0) -> tf.Tensor:
+    """Combines the logits of several teachers.
 
     Args:
-        logits: one [n, classes] a teacher.
-        how: "mean_logits" (paper, section 3.6), or "mean_probabilities" at this temperature. For "sum_losses", which has no
-            teacher of its own, the latter: the sum of the KLs differs from KL to it by a factor and a constant.
+        logits: float32 [n, classes] of each teacher.
+        mode: "mean_logits" (paper, section 3.6) or "mean_probabilities" at `temperature`. The
+            latter too for "sum_losses", which has no single teacher: the sum of the KLs is the KL
+            to this one, up to a factor and a constant.
         temperature: > 0.
+
+    Returns:
+        Float32 logits [n, classes], to be divided by `temperature` before the softmax.
     """
     if len(logits) == 1:
         return logits[0]
-    if how == "mean_logits":
+    if mode == "mean_logits":
         return tf.add_n(logits) / float(len(logits))
     parts = tf.stack([tf.nn.log_softmax(z / temperature) for z in logits])
     return temperature * (tf.reduce_logsumexp(parts, axis=0) - tf.math.log(float(len(logits))))

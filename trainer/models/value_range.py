@@ -1,4 +1,4 @@
-"""Value ranges of a model's input: views in [-1, 1] to what the model takes."""
+"""Value ranges of a model's input."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""The student as others load it: a SavedModel (JPEG bytes, or image tensors) and a `.keras` file without our code.
+"""Exports the student: a SavedModel that takes encoded images or uint8 images, and a `.keras`
+file.
 
-Both signatures contain the whole of evaluation's preprocessing, so what is served is what was measured.
+Neither needs this package. The SavedModel contains evaluation's preprocessing, so that a served
+model has the measured accuracy. A new format is a row of `EXPORTERS`.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -26,13 +29,21 @@ TOP = 5
 class Servable(tf.Module):
     """A student with its preprocessing.
 
-    Signatures, each returning logits float32 [n, classes], probabilities float32 [n, classes], top_classes string [n, k] and
-    top_probabilities float32 [n, k], k = min(5, classes):
-        serving_default: image_bytes string [n], encoded JPEG, PNG, BMP or GIF, any size.
-        images: images uint8 [n, height, width, 3], any one size.
+    Signatures:
+        serving_default: image_bytes string [n], encoded JPEG, PNG, BMP or GIF of any sizes.
+        images: images uint8 [n, height, width, 3] of any one size.
+
+    Each returns logits and probabilities, float32 [n, classes], and top_classes, string, and
+    top_probabilities, float32, [n, min(5, classes)].
     """
 
     def __init__(self, model: keras.Model, classes: tuple[str, ...], config: Config) -> None:
+        """
+        Args:
+            model: float32, outside of any strategy, see `single_device_copy`.
+            classes: class names in the order of the logits.
+            config: resolved; sizes, value range and central crop of evaluation.
+        """
         super().__init__(name="funmatch_student")
         self.model = model
         self._names = tf.constant(list(classes))
@@ -43,7 +54,7 @@ class Servable(tf.Module):
     def serve_bytes(self, image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
         """The signature `serving_default`."""
 
-        def one(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        def decode(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             image = records.decode(encoded)
             return store.squash(image, self._store), tf.cast(tf.shape(image)[:2], tf.float32)
 
@@ -51,7 +62,7 @@ class Servable(tf.Module):
             tf.TensorSpec([self._store, self._store, 3], tf.uint8),
             tf.TensorSpec([2], tf.float32),
         )
-        return self._classify(*tf.map_fn(one, image_bytes, fn_output_signature=spec))
+        return self._classify(*tf.map_fn(decode, image_bytes, fn_output_signature=spec))
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, "images")], autograph=False)
     def serve_images(self, images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -68,31 +79,30 @@ class Servable(tf.Module):
         )
         logits = tf.cast(self.model(view, training=False), tf.float32)
         probabilities = tf.nn.softmax(logits)
-        best, which = tf.math.top_k(probabilities, self._top)
+        top_probabilities, indices = tf.math.top_k(probabilities, self._top)
         return {
             "logits": logits,
             "probabilities": probabilities,
-            "top_classes": tf.gather(self._names, which),
-            "top_probabilities": best,
+            "top_classes": tf.gather(self._names, indices),
+            "top_probabilities": top_probabilities,
         }
 
 
 def single_device_copy(model: keras.Model) -> keras.Model:
-    """The model outside of any strategy, float32 throughout, weight standardisation folded in."""
-    config = model.get_config()
-    copy = type(model).from_config(_alone(config))
+    """A copy outside of any strategy, in float32, with standardised kernels (`bit.fold`)."""
+    copy = type(model).from_config(_single_device_config(model.get_config()))
     copy.set_weights(model.get_weights())
     return bit.fold(copy)
 
 
-def _alone(value: Any) -> Any:
-    """A model's configuration with every dtype policy of its layers set to float32, and no normalisation over replicas."""
+def _single_device_config(value: Any) -> Any:
+    """A model's configuration, or part of it, in float32, without synchronized normalisation."""
     if isinstance(value, dict):
         if value.get("class_name") == "DTypePolicy":
             return value | {"config": {"name": "float32"}}
-        return {key: False if key == "synchronized" else _alone(item) for key, item in value.items()}
+        return {key: False if key == "synchronized" else _single_device_config(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_alone(item) for item in value)
+        return type(value)(_single_device_config(item) for item in value)
     return value
 
 
@@ -103,42 +113,50 @@ def write(
     config: Config,
     card: dict[str, Any],
 ) -> None:
-    """Writes saved_model/, model.keras, classes.json and MODEL_CARD.md into `folder`, on a disk or gs://.
+    """Writes what each of `EXPORTERS` writes, classes.json and MODEL_CARD.md into `folder`.
 
     Args:
-        folder: made if it is not there.
+        folder: on a disk or gs://; created if it does not exist.
         model: the trained student.
         classes: class names in the order of the logits.
-        config: resolved; sizes, value range and central crop that evaluation used.
+        config: resolved; sizes, value range and central crop of evaluation.
         card: facts for the card, by name.
 
     Raises:
         DataError: it cannot be written.
     """
-    copy = single_device_copy(model)
-    servable = Servable(copy, classes, config)
-    signatures = {"serving_default": servable.serve_bytes, "images": servable.serve_images}
-    with tempfile.TemporaryDirectory() as local:
-        # TensorFlow writes under other names and renames, and what it had begun when it was killed would lie there for ever.
-        try:
-            tf.saved_model.save(servable, local, signatures=signatures)
-        except (tf.errors.OpError, OSError) as error:
-            raise DataError(f"cannot write the exported model in {local}: {files.reason(error)}") from error
-        files.copy_tree(local, files.join(folder, "saved_model"), "the exported model", "saved_model.pb")
-    save_keras(copy, files.join(folder, "model.keras"))
+    servable = Servable(single_device_copy(model), classes, config)
+    for name, export in EXPORTERS.items():
+        export(servable, files.join(folder, name))
     names = json.dumps(list(classes), ensure_ascii=False, indent=1) + "\n"
     files.write(files.join(folder, "classes.json"), names.encode(), "the class names")
     files.write(files.join(folder, "MODEL_CARD.md"), _card(card, config).encode(), "the model card")
 
 
 def clean(folder: str) -> None:
-    """Deletes what a crash while `write` wrote to a disk left behind; only for the folder's one writer."""
+    """Deletes temporary files that a crash of `write` left on a disk; for the only writer."""
     for part in ("", "saved_model", "saved_model/variables"):
         files.remove_temporary(files.join(folder, part))
 
 
+def save_saved_model(servable: Servable, path: str) -> None:
+    """Writes a SavedModel folder, saved_model.pb last, on a disk or gs://.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    signatures = {"serving_default": servable.serve_bytes, "images": servable.serve_images}
+    with tempfile.TemporaryDirectory() as local:
+        # TensorFlow writes under temporary names of its own, which a killed process would leave.
+        try:
+            tf.saved_model.save(servable, local, signatures=signatures)
+        except (tf.errors.OpError, OSError) as error:
+            raise DataError(f"cannot write the exported model in {local}: {files.reason(error)}") from error
+        files.copy_tree(local, path, "the exported model", "saved_model.pb")
+
+
 def save_keras(model: keras.Model, path: str) -> None:
-    """Writes a `.keras` file whole or not at all, on a disk or gs://.
+    """Writes a `.keras` file atomically, on a disk or gs://.
 
     Raises:
         DataError: it cannot be written, or it would load only where this package is installed.
@@ -155,24 +173,31 @@ def save_keras(model: keras.Model, path: str) -> None:
             files.write(path, file.read(), "a model")
 
 
+# Writers by the name of the file or folder that they write.
+EXPORTERS: dict[str, Callable[[Servable, str], None]] = {
+    "saved_model": save_saved_model,
+    "model.keras": lambda servable, path: save_keras(servable.model, path),
+}
+
+
 def _card(facts: dict[str, Any], config: Config) -> str:
     side, (low, high) = config.image_size, config.student_range.split(",")
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"""# Image classifier made by funmatch
+    return f"""# Image classifier trained by funmatch
 
-With a teacher in the table, it learned that teacher's outputs on cropped and mixed images by function matching (Beyer et al. 2021,
-arXiv 2106.05237). Without one, it learned from labels.
+If the table names a teacher, the model was trained to match that teacher's outputs on cropped and mixed images (function
+matching, Beyer et al. 2021, arXiv 2106.05237). Otherwise it was trained on labels.
 
 | fact | value |
 |---|---|
 {rows}
 
 ## Use
-`model.keras` takes float32 images [n, {side}, {side}, 3] in [{low}, {high}] and returns logits; `keras.saving.load_model` needs
-nothing of funmatch. `saved_model` takes encoded images (`serving_default`, `image_bytes`) or uint8 images of any size
+`model.keras` takes float32 images [n, {side}, {side}, 3] in [{low}, {high}] and returns logits; `keras.saving.load_model` loads
+it without funmatch. `saved_model` takes encoded images (`serving_default`, `image_bytes`) or uint8 images of any size
 (`images`) and does the preprocessing itself. Class names are in `classes.json`, in the order of the logits.
 
 ## Limits
-Accuracy was measured on the split named above and says nothing about other images. A distilled model
-repeats what its teacher knows, errors included.
+Accuracy was measured on the split named above and may differ on other images. A distilled model also
+learns its teacher's errors.
 """

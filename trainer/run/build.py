@@ -100,9 +100,8 @@ def _load_models(plan: RunPlan, accelerator: Accelerator, console: Console) -> t
     config = plan.config
     with accelerator.strategy.scope():
         loaded = teachers.load(config, plan.classes)
+        teachers.print_notes(loaded, console)
         for teacher in loaded:
-            for note in teacher.notes:
-                console.info(note)
             console.info(
                 f"teacher {teacher.name}: {teacher.model.count_params():,} parameters, {teacher.size} px, "
                 f"{teacher.value_range}"

@@ -114,7 +114,7 @@ def convert_and_compare(
     batches = training_views(config, store, teacher.size, IMAGES, calibration)
 
     def logits_of(model: Teacher) -> np.ndarray:
-        forward = quantize.everywhere(model.logits, jit_compile=jit_compile)
+        forward = quantize.replicated(model.logits, jit_compile=jit_compile)
         return np.concatenate([forward(batch) for batch in batches])
 
     original, results = logits_of(teacher), []
