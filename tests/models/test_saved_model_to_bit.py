@@ -232,10 +232,9 @@ def test_a_range_that_contradicts_the_probe_gives_a_warning(tmp_path: pathlib.Pa
     """It may have been trained with this range, so it runs as it was saved."""
     teacher = load(saved(tmp_path), teacher_range=("-1,1",))
     assert isinstance(teacher.model, saved_models.SavedClassifier)
-    (note,) = teacher.notes
-    assert note.startswith("warning: ")
-    assert "it takes 0,1" in note
-    assert "--teacher_range is -1,1" in note
+    (warning,) = teacher.warnings
+    assert "it takes 0,1" in warning
+    assert "--teacher_range is -1,1" in warning
     expected = np.asarray(bit_of()(views() * 2 - 1))
     assert np.abs(teacher.logits(views()) - expected).max() < 1e-4 * np.abs(expected).max()
 
@@ -250,9 +249,9 @@ def test_a_range_that_contradicts_the_probe_gives_a_warning(tmp_path: pathlib.Pa
 def test_a_near_bit_runs_as_it_was_saved(tmp_path: pathlib.Path, how: dict, reason: str) -> None:
     teacher = load(saved(tmp_path, **how))
     assert isinstance(teacher.model, saved_models.SavedClassifier)
-    (note,) = teacher.notes
-    assert note.startswith(f"warning: saved_model:{tmp_path}/saved runs as it was saved")
-    assert re.search(reason, note), note
+    (warning,) = teacher.warnings
+    assert warning.startswith(f"saved_model:{tmp_path}/saved runs as it was saved")
+    assert re.search(reason, warning), warning
     foreign = Foreign(**how)
     assert np.allclose(teacher.logits(views()), foreign.classify(views())["output_1"], atol=1e-4)
 

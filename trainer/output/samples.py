@@ -28,17 +28,17 @@ def train_samples(job: Job, count: int = 16) -> list[Sample]:
     batch = views.BatchRows.of(0, 1, config.batch_size, views.mixup_partner(config))
     # Only the first rows, each with its mixup partner, in the layout of "reverse" whatever the partner is.
     pairs = [part[:count] for part in batch.split_partners(batch.rows)]
-    rows = views.BatchRows(tf.concat(pairs, 0), "reverse") if batch.partner else views.BatchRows(pairs[0], "")
-    ids = job.sampler.batches(step, 1)[0][rows.rows.numpy()]
+    batch_rows = views.BatchRows(tf.concat(pairs, 0), "reverse") if batch.partner else views.BatchRows(pairs[0], "")
+    ids = job.sampler.batches(step, 1)[0][batch_rows.rows.numpy()]
     made = views.training_views(
         config,
         tf.constant(job.train_store.take(ids)),
         tf.constant(job.train_store.sizes[ids]),
-        rows,
+        batch_rows,
         tf.constant(step),
         () if job.targets else tuple({teacher.size: None for teacher in job.teachers}),
     )
-    image_ids, partner_ids = rows.split_partners(ids)
+    image_ids, partner_ids = batch_rows.split_partners(ids)
     classes = job.eval_stores[config.final_split].classes
     student = _top_classes(job.student(to_range(made.student, config.student_range), training=False), classes)
     teacher: list[list[tuple[str, float]]] = [[] for _ in student]
@@ -50,7 +50,7 @@ def train_samples(job: Job, count: int = 16) -> list[Sample]:
         teacher = _top_classes(ensemble(logits, config.ensemble), classes)
 
     def caption(share: float, image: int, partner: int) -> str:
-        return f"{share:.0%} of image {image}, the rest of image {partner}" if rows.partner else f"image {image}"
+        return f"{share:.0%} of image {image}, the rest of image {partner}" if batch_rows.partner else f"image {image}"
 
     shares = made.mixup_ratios.numpy()[:, 0]
     columns = zip(_pixels(made.student), shares, image_ids, partner_ids, teacher, student, strict=True)

@@ -12,6 +12,7 @@ from trainer.core.config import Config, fingerprint
 from trainer.core.errors import ConfigError, DataError
 from trainer.data.dataset import Dataset
 from trainer.data.store import ImageStore
+from trainer.method.distances import DISTANCES
 from trainer.models import students, teachers
 from trainer.models.teachers import Teacher
 
@@ -88,9 +89,9 @@ def check_data(config: Config, train_sets: Sequence[Dataset], eval_set: Dataset)
     if not eval_set.classes:
         raise DataError(f"{eval_set.folder} has no classes; evaluation needs labelled images: give --eval_data")
     for dataset in train_sets:
-        if config.distance == "labels" and dataset.classes != eval_set.classes:
+        if not DISTANCES[config.distance].needs_teacher and dataset.classes != eval_set.classes:
             raise DataError(
-                f"--distance=labels: {eval_set.folder} has {len(eval_set.classes)} classes and "
+                f"--distance={config.distance}: {eval_set.folder} has {len(eval_set.classes)} classes and "
                 f"--data={dataset.folder} has {len(dataset.classes)}, or their names differ: "
                 "both must name the same classes in the same order"
             )
@@ -110,9 +111,9 @@ def check_labels(plan: RunPlan, train_stores: Sequence[ImageStore], eval_labels:
     """
     config = plan.config
     for dataset, store in zip(plan.train_sets, train_stores, strict=True):
-        if config.distance == "labels" and (store.labels < 0).any():
+        if not DISTANCES[config.distance].needs_teacher and (store.labels < 0).any():
             raise DataError(
-                f"--distance=labels, but {config.train_split} of {dataset.folder} has images without labels"
+                f"--distance={config.distance}, but {config.train_split} of {dataset.folder} has images without labels"
             )
     if config.keep_best == "student_top1" and (eval_labels < 0).all():
         raise ConfigError(
@@ -131,7 +132,7 @@ def check_teachers(plan: RunPlan, loaded: Sequence[Teacher]) -> None:
         ConfigError: the distance compares logits, and a teacher gives probabilities.
     """
     distance = plan.config.distance
-    if distance in ("l2", "euclidean") and any(teacher.probabilities for teacher in loaded):
+    if DISTANCES[distance].compares_logits and any(teacher.probabilities for teacher in loaded):
         raise ConfigError(
             f"--distance={distance} compares logits, and a teacher gives probabilities, which fix logits "
             "only up to a constant"

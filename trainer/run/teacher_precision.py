@@ -61,17 +61,17 @@ def training_views(config: Config, store: ImageStore, size: int, images: int, fi
     config = dataclasses.replace(config, batch_size=_BATCH)
     sampler = ExampleSampler(config.seed, len(store), _BATCH)
     fixed = views.mode(config).fixed
-    rows = views.BatchRows.of(0, 1, _BATCH, "" if fixed else views.mixup_partner(config))
+    batch_rows = views.BatchRows.of(0, 1, _BATCH, "" if fixed else views.mixup_partner(config))
 
     @tf.function
     def make(images: tf.Tensor, sizes: tf.Tensor, ids: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         if fixed:
             return views.fixed_view(config, images, sizes, ids, step, size)
-        return views.training_views(config, images, sizes, rows, step, (size,)).teachers[size]
+        return views.training_views(config, images, sizes, batch_rows, step, (size,)).teachers[size]
 
     batches = []
     for step in range(first, first + -(-images // _BATCH)):
-        ids = sampler.batches(step, 1)[0][rows.rows.numpy()]
+        ids = sampler.batches(step, 1)[0][batch_rows.rows.numpy()]
         batch = make(tf.constant(store.take(ids)), tf.constant(store.sizes[ids]), ids, tf.constant(step))
         batches.append(batch.numpy())
     return batches
