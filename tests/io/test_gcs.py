@@ -1,4 +1,4 @@
-"""gs:// with TensorFlow's own client against a fake of the storage: answers, faults that pass and faults that last."""
+"""gs:// with TensorFlow's own client against a fake: answers, passing faults and lasting faults."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ WORK: dict[str, Work] = {
 }
 # "There is none" is an answer and no fault.
 ANSWERS = {("stat", "404"): (False, STAYS), ("list", "404"): ([], STAYS), ("delete", "404"): (None, STAYS)}
-# Where asking how far it is was refused, an upload is begun anew, and that one goes through.
-ANEW = {("status", "403"), ("status", "404"), ("status", "412")}
-# Renaming is not ours (nothing of a job renames in a bucket), so a refusal of it is not tried again.
+# Where the status of an upload is refused, the upload is restarted and succeeds.
+RESTARTED = {("status", "403"), ("status", "404"), ("status", "412")}
+# No job renames in a bucket, so a refused rename is not repeated.
 REFUSALS = ("403", "404", "412")
 
 
@@ -56,7 +56,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.time, "sleep", lambda _: None)
 
 
-def filled(server: fake_gcs.Server, kind: str) -> None:
+def fill(server: fake_gcs.Server, kind: str) -> None:
     server.reset("bucket")
     server.put("bucket", "d/x", OLD)
     server.put("bucket", "d/y", b"y")
@@ -76,24 +76,24 @@ def test_what_passes_is_not_felt(gcs_here: fake_gcs.Server, kind: str) -> None:
         for times in (1,) if failure == "stall" else (1, 2):
             if kind == "rewrite" and failure in REFUSALS:
                 continue
-            filled(gcs_here, kind)
+            fill(gcs_here, kind)
             fault = gcs_here.fail(failure, kind, times=times)
-            told = (kind, failure, times)
+            case = (kind, failure, times)
             if (kind, failure) in ANSWERS and (kind, times) != ("list", 1):  # a folder is looked for twice
-                assert (work(), objects(gcs_here)) == ANSWERS[kind, failure], told
+                assert (work(), objects(gcs_here)) == ANSWERS[kind, failure], case
                 continue
-            assert work() == returned, told
-            assert objects(gcs_here) == left, told
-            # An answer that was lost is to a request that was done: what follows may need no second one.
-            assert 1 <= fault.consumed <= times, told
-            assert failure == "lost" or fault.consumed == times or kind == "status", told
+            assert work() == returned, case
+            assert objects(gcs_here) == left, case
+            # A request whose answer was lost was served: what follows may need no second one.
+            assert 1 <= fault.consumed <= times, case
+            assert failure == "lost" or fault.consumed == times or kind == "status", case
 
 
 def lasting(server: fake_gcs.Server, kind: str, failure: str) -> None:
     work, _, _ = WORK[kind]
-    filled(server, kind)
+    fill(server, kind)
     fault = server.fail(failure, kind, times=None)
-    if (kind, failure) in ANEW:
+    if (kind, failure) in RESTARTED:
         assert work() == NEW
         assert fault.consumed
         return
@@ -148,8 +148,8 @@ def test_a_stall_that_lasts(gcs_here: fake_gcs.Server, kind: str) -> None:
 
 @pytest.mark.parametrize("failure", ["403", "503", "reset"])
 def test_a_folder_that_cannot_be_looked_at_is_not_empty(gcs_here: fake_gcs.Server, failure: str) -> None:
-    """TensorFlow's listdir says "not found" of it: a run would take its checkpoints for gone, and begin anew."""
-    # A name of its own: TensorFlow remembers for some seconds that a folder is one, and then says what was wrong.
+    """listdir raises "not found": a run would conclude that it has no checkpoints and start again."""
+    # A new name: TensorFlow caches for some seconds that a folder exists, and then raises the right error.
     gcs_here.reset("bucket")
     folder = f"seldom-{failure}"
     for name in ("x", "y"):
@@ -239,8 +239,10 @@ except DataError as error:
 
 
 def test_a_failed_upload_is_not_begun_again_unseen(gcs: fake_gcs.Server) -> None:
-    """TensorFlow would when the file is destroyed, in a process that ends by it at the latest. There no Python thread may run,
-    so the server must be in another."""
+    """TensorFlow would when the file is destroyed, at the latest when its process ends.
+
+    There no Python thread may run, so the server must be in another process.
+    """
     fault = gcs.fail("503", "start", times=None)
     done = child(gcs, FAILED, **fake_gcs.KNOBS)
     assert "cannot write a thing gs://bucket/x: HTTP 503 (injected 503), 4 times" in done.stdout, done.stderr
@@ -269,7 +271,7 @@ def test_what_lasts_ends_within_a_minute(gcs: fake_gcs.Server, failure: str) -> 
 
 
 def test_no_credentials_are_said_at_once(gcs: fake_gcs.Server, tmp_path: Any) -> None:
-    """The client falls back to an empty token, and keeps it for the life of the process: it must not go on."""
+    """The client falls back to an empty token and keeps it as long as the process runs: it must stop."""
     gcs.token = "real"
     began = time.monotonic()
     done = child(
@@ -288,7 +290,10 @@ def test_no_credentials_are_said_at_once(gcs: fake_gcs.Server, tmp_path: Any) ->
 
 
 def test_defaults_are_set_unless_they_are_set_already() -> None:
-    code = "import os; from trainer.io import gcs_client; gcs_client.set_defaults(); print({n: os.environ[n] for n in gcs_client.DEFAULTS})"
+    code = (
+        "import os; from trainer.io import gcs_client; gcs_client.set_defaults(); "
+        "print({name: os.environ[name] for name in gcs_client.DEFAULTS})"
+    )
     inherited = {name: value for name, value in os.environ.items() if name not in gcs_client.DEFAULTS}
     for own in ({}, {"GCS_RETRY_CONFIG_MAX_RETRIES": "10"}):
         done = subprocess.run(

@@ -186,7 +186,7 @@ class GcsBucket:
                     size=size,
                     content_type="application/octet-stream",
                     if_generation_match=generation,
-                    checksum="crc32c",
+                    checksum=None,  # else the client sends the checksum of what it reads, in place of ours
                     **self._limits,
                 )
             except PreconditionFailed as error:
@@ -292,6 +292,9 @@ class GcsBucket:
                 "the account needs storage.objects.get, list, create and delete on the bucket, which "
                 "roles/storage.objectAdmin gives",
             ) from error
+        except exceptions.RetryError as error:
+            cause = f"{files.reason(error.cause)} ({files.reason(error)})" if error.cause else files.reason(error)
+            raise Unavailable(attempt, cause, "the same command resumes") from error
         except storage.DataCorruption as error:
             raise Unavailable(attempt, "the data was damaged on its way", "run again") from error
         except (
