@@ -33,10 +33,10 @@ def test_rates_are_chosen_on_validation_with_a_seed_of_their_own(
     miniature: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Test accuracy, which points to another rate here, does not count; and no run is made twice."""
-    asked = []
+    calls = []
 
     def train(way: object, steps: int, seed: int, rate: float, **_: object) -> dict:
-        asked.append((steps, seed, rate))
+        calls.append((steps, seed, rate))
         best = rate == 0.01
         return {
             "way": way.name,
@@ -55,10 +55,10 @@ def test_rates_are_chosen_on_validation_with_a_seed_of_their_own(
         runs = miniature.Runs(path)
         rates = miniature.choose_rates(runs, ways, miniature.FULL)
         assert rates == {way.name: 0.01 for way in ways}
-    assert len(asked) == 2 * len(miniature.RATES["adamw"])
-    assert {(steps, seed) for steps, seed, _ in asked} == {(miniature.FULL.choose_at, 0)}
+    assert len(calls) == 2 * len(miniature.RATES["adamw"])
+    assert {(steps, seed) for steps, seed, _ in calls} == {(miniature.FULL.choose_at, 0)}
     assert 0 not in miniature.FULL.seeds
-    assert len(path.read_text().splitlines()) == len(asked)
+    assert len(path.read_text().splitlines()) == len(calls)
 
 
 def test_the_committed_table_is_of_the_committed_runs(miniature: types.ModuleType) -> None:
@@ -152,9 +152,9 @@ def test_the_data_paths_tables_are_of_its_results(data_path: types.ModuleType) -
     text = (folder / "table.md").read_text()
     result = json.loads((folder / "results.json").read_text())
     assert text == data_path.markdown(result)
-    told = (ROOT / "docs" / "data.md").read_text()
+    document = (ROOT / "docs" / "data.md").read_text()
     for part, rows in result["rows"].items():
-        assert data_path.table(rows) in told, part
+        assert data_path.table(rows) in document, part
 
 
 def test_saving_holds_the_loop_no_longer_than_the_copy(tmp_path: pathlib.Path) -> None:

@@ -33,8 +33,8 @@ MUTANTS = [
     ),
     Mutant(
         "a teacher knows the data set's classes",
-        "trainer.models.teachers._load",
-        Never("model.output_shape[-1] != classes"),
+        "trainer.models.teachers._teacher",
+        Never("_.output_shape[-1] != _"),
         "verbs/test_cli.py::test_teacher_of_other_classes",
     ),
     Mutant(
@@ -57,7 +57,7 @@ MUTANTS = [
     ),
     Mutant(
         "missing weights are refused",
-        "trainer.models.bit_weights.fill",
+        "trainer.models.bit_weights.assign",
         Replace("missing or extra", "extra"),
         "models/test_bit_weights.py::test_missing_left_over_and_strange_keys_are_listed",
     ),

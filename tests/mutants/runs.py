@@ -89,10 +89,10 @@ MUTANTS = [
     ),
     Mutant(
         "a bucket gets whole objects of a SavedModel",
-        "trainer.output.export.write",
+        "trainer.output.export.save_saved_model",
         Replace(
             "tf.saved_model.save(_1, _, signatures=_2)",
-            "tf.saved_model.save(_1, files.join(folder, 'saved_model'), signatures=_2)",
+            "tf.saved_model.save(_1, path, signatures=_2)",
         ),
         "output/test_export.py::test_a_bucket_gets_whole_objects_and_refusals_that_pass_are_not_felt",
     ),

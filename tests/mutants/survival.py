@@ -17,12 +17,6 @@ MUTANTS = [
         f"{LOCK}::test_a_second_process_is_refused",
     ),
     Mutant(
-        "a lock on a deleted file is taken again",
-        "trainer.io.lock._lock_file",
-        Replace("_is_at(path, _)", "True"),
-        f"{LOCK}::test_one_of_many_threads_at_a_time_has_the_lock",
-    ),
-    Mutant(
         "who lost the lock's file stops",
         "trainer.io.lock._is_at",
         Return("True"),
