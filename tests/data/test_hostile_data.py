@@ -394,4 +394,4 @@ def test_a_run_that_left_out_other_records_is_not_resumed(
     (run / "left_out.json").write_text("{}\n")
     process = conftest.here(*task_flags(damaged_sets["damaged"], teacher_file, run, "--max_bad_fraction=0.1"))
     assert process.returncode == 3
-    assert "other records are bad now than when this run began" in process.stderr
+    assert "other records are corrupt now than when this run began" in process.stderr

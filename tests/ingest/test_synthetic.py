@@ -16,7 +16,7 @@ from PIL import Image
 
 from trainer.ingest import synthetic
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _digest(seed: int, split: str, index: int, classes: int = 20, size: int = 64) -> str:
