@@ -61,11 +61,11 @@ def raising(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tf.tpu.experimental, "initialize_tpu_system", fail)
 
 
-def test_a_plain_tensorflow_has_no_tpu() -> None:
+def test_tensorflow_without_tpu_support() -> None:
     assert "install tensorflow-tpu and libtpu" in refused("local")
 
 
-def test_a_tpu_of_no_name() -> None:
+def test_tpu_without_a_name() -> None:
     assert "give --tpu=local" in refused("")
 
 
@@ -81,12 +81,12 @@ def test_without_a_metadata_server() -> None:
         (IndexError("list index out of range"), "was not initialised"),
     ],
 )
-def test_what_only_a_tpu_wheel_raises(error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_tpu_wheel(error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raising(error, monkeypatch)
     assert advice in refused("local")
 
 
-def test_an_address_where_nothing_answers(bare: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_address(bare: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         tf.config, "experimental_connect_to_cluster", lambda _: pytest.fail("it would wait for minutes")
     )
@@ -124,14 +124,14 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.usefixtures("cloud")
-def test_a_named_tpu_needs_a_client_that_is_not_here() -> None:
+def test_named_tpu_needs_cloud_tpu_client() -> None:
     """TensorFlow's own client asks the metadata server, and then for a library."""
     assert "pip install 'funmatch[tpu-client]'" in refused("my-tpu")
 
 
 def client(monkeypatch: pytest.MonkeyPatch, outcome: Exception | None) -> list[tuple[str, int]]:
     """cloud-tpu-client, as its 0.7 to 0.10 are called."""
-    asked: list[tuple[str, int]] = []
+    requests: list[tuple[str, int]] = []
 
     class Client:
         def __init__(self, tpu: str) -> None:
@@ -139,7 +139,7 @@ def client(monkeypatch: pytest.MonkeyPatch, outcome: Exception | None) -> list[t
 
         def wait_for_healthy(self, timeout_s: int = 1200, interval: int = 30) -> None:
             del interval
-            asked.append((self.tpu, timeout_s))
+            requests.append((self.tpu, timeout_s))
             if outcome:
                 raise outcome
 
@@ -147,36 +147,34 @@ def client(monkeypatch: pytest.MonkeyPatch, outcome: Exception | None) -> list[t
     module.Client = Client  # type: ignore[attr-defined]
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "cloud_tpu_client", module)
-    return asked
+    return requests
 
 
-def test_a_named_tpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = client(monkeypatch, None)
+def test_job_waits_for_a_named_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = client(monkeypatch, None)
     monkeypatch.setattr(accelerator, "_connect", lambda _: tf.distribute.OneDeviceStrategy("CPU:0"))
     console = RecordingConsole()
     assert accelerator.resolve("my-tpu", console).kind == "TPU"
-    assert asked == [("my-tpu", 1200)]
+    assert requests == [("my-tpu", 1200)]
     assert "waiting for TPU my-tpu" in console.lines[0]
     accelerator.resolve("grpc://10.0.0.2:8470")
     accelerator.resolve("local")
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
-def test_a_named_tpu_that_stays_ill(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_tpu_that_stays_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     client(monkeypatch, RuntimeError("Timed out waiting for TPU my-tpu to become healthy"))
     assert "did not become healthy: Timed out" in refused("my-tpu")
 
 
-def test_what_passes_is_tried_again_and_what_does_not_is_not(
-    bare: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = tf.distribute.OneDeviceStrategy("CPU:0")
+def test_transient_errors_are_retried(bare: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     outcomes: list[Exception | None] = []
 
     def connect(_: str) -> tf.distribute.Strategy:
         if outcomes and (error := outcomes.pop(0)):
             raise error
-        return found
+        return strategy
 
     monkeypatch.setattr(accelerator, "_connect", connect)
     console = RecordingConsole()
@@ -185,12 +183,12 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(
         RuntimeError('TPU "my-tpu" is not yet ready; state: "CREATING"'),
         tf.errors.UnknownError(None, None, "The TPU is already in use by process with pid 8."),
     ]
-    assert accelerator.resolve("local", console).strategy is found
+    assert accelerator.resolve("local", console).strategy is strategy
     assert bare == [5.0, 15.0, 45.0]
     assert len(console.lines) == 3
     # Once a process: what follows, as in `funmatch smoke`, takes what is there.
     outcomes[:] = [AssertionError("initialised again")]
-    assert accelerator.resolve("local").strategy is found
+    assert accelerator.resolve("local").strategy is strategy
     bare.clear()
     outcomes[:] = [tf.errors.UnknownError(None, None, NO_DEVICE)]
     refused("grpc://10.0.0.2:8470")
@@ -202,22 +200,26 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(
     assert len(bare) == 3
 
 
-def test_a_tpu_and_several_machines_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tpu_with_several_machines_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "TF_CONFIG", json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}})
     )
     assert "2 machines" in refused("local")
 
 
-def test_hints_are_about_precision_on_this_hardware() -> None:
+def test_precision_hints() -> None:
     one = tf.distribute.OneDeviceStrategy("CPU:0")
-    made = {kind: accelerator.Accelerator(one, kind, 1) for kind in ("CPU", "GPU", "TPU")}
-    assert "mixed_bfloat16" in made["TPU"].hints("float32")[0]
-    assert "slow" in made["CPU"].hints("mixed_bfloat16")[0]
-    assert not made["CPU"].hints("float32") + made["TPU"].hints("mixed_bfloat16") + made["GPU"].hints("float32")
+    accelerators = {kind: accelerator.Accelerator(one, kind, 1) for kind in ("CPU", "GPU", "TPU")}
+    assert "mixed_bfloat16" in accelerators["TPU"].hints("float32")[0]
+    assert "slow" in accelerators["CPU"].hints("mixed_bfloat16")[0]
+    assert (
+        not accelerators["CPU"].hints("float32")
+        + accelerators["TPU"].hints("mixed_bfloat16")
+        + accelerators["GPU"].hints("float32")
+    )
 
 
-def test_a_machine_that_is_lost_is_a_stop() -> None:
+def test_lost_machine_raises_stopped() -> None:
     error = accelerator.worker_lost(tf.errors.UnavailableError(None, None, "Connection reset by peer\nmore"))
     assert isinstance(error, Stopped)
     assert "(UnavailableError)" in str(error)
@@ -298,7 +300,7 @@ def test_two_machines_give_the_weights_of_one(data: str, teacher_file: str, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_what_ends_one_machine_stops_the_other(
+def test_stopped_or_lost_machine_stops_the_other(
     number: int, data: str, teacher_file: str, tmp_path: pathlib.Path
 ) -> None:
     """Asked to stop, it saves and says so; lost, the other says so and does not wait for it."""
@@ -315,23 +317,23 @@ def test_what_ends_one_machine_stops_the_other(
             assert [process.poll() for process in both] == [None, None]
             time.sleep(0.2)
         both[1].send_signal(number)
-        told = [process.communicate(timeout=100)[1] for process in both]
+        outputs = [process.communicate(timeout=100)[1] for process in both]
     finally:
         for process in both:
             process.kill()
-    assert both[0].returncode == 75, told[0]
+    assert both[0].returncode == 75, outputs[0]
     if number == signal.SIGKILL:
-        assert "another machine of this job does not answer any more" in told[0].splitlines()[-1]
+        assert "another machine of this job does not answer any more" in outputs[0].splitlines()[-1]
         return
-    assert both[1].returncode == 75, told[1]
-    assert "stopped by a signal to another machine at step" in told[0]
-    assert "stopped by SIGTERM at step" in told[1]
-    steps = [re.findall(r"at step (\d+) of", text)[-1] for text in told]
+    assert both[1].returncode == 75, outputs[1]
+    assert "stopped by a signal to another machine at step" in outputs[0]
+    assert "stopped by SIGTERM at step" in outputs[1]
+    steps = [re.findall(r"at step (\d+) of", text)[-1] for text in outputs]
     assert steps[0] == steps[1]
     assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{int(steps[0]):010d}.json").exists()
 
 
-def test_environment_names_agree_with_tensorflows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_agrees_with_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorFlow reads TF_CONFIG as the job does."""
     cluster = {"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": {"type": "worker", "index": 0}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))

@@ -50,8 +50,8 @@ class Bucket:
 
     def start(self, argv: list[str], *hooks: dict[str, Any], zygote: Zygote | None = None) -> Child:
         there = {"hook": "environment", **self.server.route, "FUNMATCH_CACHE": str(self.folder / "cache")}
-        self.told.touch()
-        return (zygote or self.world.zygote).start("hooks", "job", self.told, argv=argv, hooks=[there, *hooks])
+        self.output.touch()
+        return (zygote or self.world.zygote).start("hooks", "job", self.output, argv=argv, hooks=[there, *hooks])
 
     def begin(self, *hooks: dict[str, Any], lease: float = 60.0, zygote: Zygote | None = None) -> Child:
         """Gives the job's command."""
@@ -60,13 +60,13 @@ class Bucket:
         return self.start([*argv, *flags], *hooks, zygote=zygote)
 
     @property
-    def told(self) -> pathlib.Path:
-        return self.folder / "told.txt"
+    def output(self) -> pathlib.Path:
+        return self.folder / "output.txt"
 
     def wait(self, child: Child) -> tuple[int, str]:
         """A job's exit code and what it and those before it told."""
         code = child.wait()
-        return code, self.told.read_text()
+        return code, self.output.read_text()
 
     def differences(self) -> list[str]:
         """In what the finished run differs from the one on a disk."""
@@ -78,10 +78,10 @@ class Bucket:
         return []
 
 
-def mistake(told: str) -> str:
+def error_line(output: str) -> str:
     """The one line about what was wrong."""
-    assert "Traceback" not in told, told
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in output, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return line
 
 
@@ -95,12 +95,12 @@ def world(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World
     folder = tmp_path_factory.mktemp("gcs")
     for seed, name in enumerate(("teacher", "student")):
         small_classifier(seed).save(folder / f"{name}.keras")
-    whole, told = folder / "whole", folder / "whole.txt"
+    whole, output = folder / "whole", folder / "whole.txt"
     argv = matrix.flags(data, str(folder / "teacher.keras"), f"keras:{folder}/student.keras")
     with Zygote(*PRELOAD) as zygote:
         assert zygote.threads == 1, "a fork of a process with threads is no good process"
-        code = zygote.start("hooks", "job", told, argv=[*argv, f"--workdir={whole}"], hooks=[]).wait()
-        assert code == 0, told.read_text()
+        code = zygote.start("hooks", "job", output, argv=[*argv, f"--workdir={whole}"], hooks=[]).wait()
+        assert code == 0, output.read_text()
         (folder / "data").symlink_to(data)
         yield World(zygote, folder, whole)
 
@@ -126,28 +126,28 @@ def committed(server: fake_gcs.Server) -> list[int]:
     return found
 
 
-def test_prepared_stopped_and_gone_on_with_it_is_the_same_to_the_bit(world: World) -> None:
+def test_stopped_run_in_a_bucket_resumes_to_the_bit(world: World) -> None:
     with bucket(world, "stopped") as here:
         prepared = {name: here.server.get("bucket", name) for name in here.server.names("bucket", "data/")}
         here.server.reset("bucket")
         for file in ("teacher.keras", "student.keras"):
             here.server.put("bucket", file, (world.folder / file).read_bytes())
-        code, told = here.wait(here.start([*PREPARE, "--out=gs://bucket/data"]))
-        assert code == 0, told
+        code, output = here.wait(here.start([*PREPARE, "--out=gs://bucket/data"]))
+        assert code == 0, output
         assert prepared == {name: here.server.get("bucket", name) for name in here.server.names("bucket", "data/")}
-        code, told = here.wait(here.begin(after(5, signal="SIGTERM")))
-        assert code == 75, told
-        assert "at step 6 of 12; saved: the same command resumes" in told
+        code, output = here.wait(here.begin(after(5, signal="SIGTERM")))
+        assert code == 75, output
+        assert "at step 6 of 12; saved: the same command resumes" in output
         assert here.server.names("bucket", "run/.lock") == []
-        code, told = here.wait(here.begin())
-        assert code == 0, told
-        assert "resumed at step 6 of 12" in told
+        code, output = here.wait(here.begin())
+        assert code == 0, output
+        assert "resumed at step 6 of 12" in output
         assert here.differences() == []
         assert [name for name in here.server.names("bucket", "run/tensorboard/") if "tfevents" in name]
         assert (here.folder / "run/report.html").stat().st_size > 10_000
-        code, told = here.wait(here.begin())
-        assert code == 0, told
-        assert "gs://bucket/run is finished: nothing to do" in told
+        code, output = here.wait(here.begin())
+        assert code == 0, output
+        assert "gs://bucket/run is finished: nothing to do" in output
 
 
 # Changes in a bucket after which a job is killed, before it hears of them: kind, part of the object's name, and the how manieth.
@@ -189,24 +189,24 @@ def killed(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
             hooks = [after(1, sleep=LEASE / 2)] if kind == "upload" and count > 1 else []
             first = here.begin(*hooks, lease=LEASE)
             here.server.kill_after(count, first.pid, kind, match)
-            code, told = here.wait(first)
+            code, output = here.wait(first)
             if code != KILLED or here.server.killed != [first.pid]:
-                return f"ended with {code} where it was to be killed: {told[-1500:]}"
+                return f"ended with {code} where it was to be killed: {output[-1500:]}"
             there = here.server.names("bucket", "run/.lock")
-            code, told = here.wait(here.begin(lease=LEASE))
+            code, output = here.wait(here.begin(lease=LEASE))
             if code:
-                return f"the same command again ended with {code}: {told[-1500:]}"
-            if "Traceback" in told:
-                return f"showed a traceback: {told[-1500:]}"
-            waited = "waiting 5 s to see whether its owner is alive" in told
-            if waited != bool(there and "finished: nothing to do" not in told):
+                return f"the same command again ended with {code}: {output[-1500:]}"
+            if "Traceback" in output:
+                return f"showed a traceback: {output[-1500:]}"
+            waited = "waiting 5 s to see whether its owner is alive" in output
+            if waited != bool(there and "finished: nothing to do" not in output):
                 return f"a lease was {'' if there else 'not '}there, and {'' if waited else 'not '}waited for"
             if name == "the result was written":  # nobody writes to a finished run, so nobody takes its lease away
                 here.server.take("bucket", "run/.lock")
             return ", ".join(here.differences())
 
-    asked = {item.callspec.params["point"] for item in request.session.items if "killed" in item.fixturenames}  # type: ignore[attr-defined]
-    names = [name for name in KILLS if name in asked]
+    selected = {item.callspec.params["point"] for item in request.session.items if "killed" in item.fixturenames}  # type: ignore[attr-defined]
+    names = [name for name in KILLS if name in selected]
     # Half of a job's time is spent in waiting for the lease of the one that was killed.
     wrong = side_by_side([lambda n=n, name=name: one(n, name) for n, name in enumerate(names)], workers=4)  # type: ignore[misc]
     return dict(zip(names, wrong, strict=True))
@@ -215,31 +215,31 @@ def killed(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("point", KILLS)
-def test_killed_at_a_request_the_same_command_ends_equal_to_the_bit(point: str, killed: dict[str, str]) -> None:
+def test_run_killed_at_a_request_resumes_to_the_bit(point: str, killed: dict[str, str]) -> None:
     assert not killed[point]
 
 
 @pytest.mark.slow
-def test_a_killed_jobs_lease_keeps_others_out_while_it_lasts(world: World) -> None:
+def test_lease_of_a_killed_job_expires(world: World) -> None:
     """A living owner refuses a second job; a dead one's lease is waited for and then taken over."""
     with bucket(world, "lease") as here:
         reached = here.folder / "reached"
         first = here.begin(after(5, touch=str(reached), sleep=600), lease=LEASE)
         wait_for(reached.exists, 120)
-        code, told = here.wait(here.begin(lease=LEASE))
-        assert code == 3, told
-        assert f"--workdir=gs://bucket/run is in use by process {first.pid} on" in mistake(told)
+        code, output = here.wait(here.begin(lease=LEASE))
+        assert code == 3, output
+        assert f"--workdir=gs://bucket/run is in use by process {first.pid} on" in error_line(output)
         first.send(signal.SIGKILL)
         assert first.wait() == KILLED
         before = [request.number for request in here.server.log][-1]
         began = time.monotonic()
         second = here.begin(lease=LEASE)
-        wait_for(lambda: "its owner is given 5 s" in here.told.read_text()[len(told) :], 60)
+        wait_for(lambda: "its owner is given 5 s" in here.output.read_text()[len(output) :], 60)
         assert not second.status.done(), "it does not end, it waits"
-        code, told = here.wait(second)
-        assert code == 0, told
+        code, output = here.wait(second)
+        assert code == 0, output
         assert time.monotonic() - began > LEASE
-        assert "resumed at step 4 of 12" in told
+        assert "resumed at step 4 of 12" in output
         mine = [r for r in here.server.log if r.number > before and r.kind in fake_gcs.MUTATING]
         taken = next(i for i, request in enumerate(mine) if request.object == "run/.lock")
         assert all("/.write-probe-" in request.object for request in mine[:taken]), (
@@ -253,7 +253,7 @@ PASSING = ("503", "429", "500", "reset", "broken")
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_faults_that_pass_do_not_change_a_bit(world: World) -> None:
+def test_transient_faults_do_not_change_the_result(world: World) -> None:
     """A fifth of all requests go wrong, drawn anew for each seed, in a run that is stopped half-way and goes on."""
 
     def one(seed: int) -> list[tuple[str, str]]:
@@ -262,21 +262,21 @@ def test_faults_that_pass_do_not_change_a_bit(world: World) -> None:
                 PASSING[seed], "status"
             )  # else they come after broken pieces alone, and are spared as neighbours
             here.server.sprinkle(seed, 0.2, PASSING)
-            code, told = here.wait(here.begin(after(5, signal="SIGTERM")))
-            assert code == 75, told
-            code, told = here.wait(here.begin())
-            assert code == 0, told
-            assert "resumed at step 6 of 12" in told
-            assert "passed over" not in told
+            code, output = here.wait(here.begin(after(5, signal="SIGTERM")))
+            assert code == 75, output
+            code, output = here.wait(here.begin())
+            assert code == 0, output
+            assert "resumed at step 6 of 12" in output
+            assert "passed over" not in output
             assert here.differences() == []
             return [(request.kind, request.fault) for request in here.server.log]
 
-    asked = [pair for pairs in side_by_side([lambda seed=seed: one(seed) for seed in range(3)]) for pair in pairs]  # type: ignore[misc]
-    met = [(kind, fault) for kind, fault in asked if fault]
-    assert len(met) > 0.15 * len(asked), f"{len(met)} of {len(asked)} requests went wrong"
+    selected = [pair for pairs in side_by_side([lambda seed=seed: one(seed) for seed in range(3)]) for pair in pairs]  # type: ignore[misc]
+    failed = [(kind, fault) for kind, fault in selected if fault]
+    assert len(failed) > 0.15 * len(selected), f"{len(failed)} of {len(selected)} requests went wrong"
     # Nothing of a job renames in a bucket, so there is no rewrite.
-    assert {kind for kind, _ in met} >= {"stat", "list", "read", "start", "chunk", "status", "upload", "delete"}
-    assert {fault for _, fault in met} == set(PASSING)
+    assert {kind for kind, _ in failed} >= {"stat", "list", "read", "start", "chunk", "status", "upload", "delete"}
+    assert {fault for _, fault in failed} == set(PASSING)
 
 
 # What goes wrong for good: the requests (kind, part of the object's name, how many pass before), the failure, and what the one line
@@ -328,14 +328,14 @@ LASTING = {
 @pytest.fixture(scope="module")
 def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
     """With the client's settings that users get: what is wrong with each that was asked for; empty: nothing."""
-    asked = {item.callspec.params["fault"] for item in request.session.items if "lasted" in item.fixturenames}  # type: ignore[attr-defined]
-    names = [name for name in LASTING if name in asked]
+    selected = {item.callspec.params["fault"] for item in request.session.items if "lasted" in item.fixturenames}  # type: ignore[attr-defined]
+    names = [name for name in LASTING if name in selected]
 
     def one(number: int, name: str, zygote: Zygote) -> str:
         requests, failure, line = LASTING[name]
         with bucket(world, f"lasting-{number}") as here:
             here.server.stall_seconds = 300
-            reached, told = here.folder / "reached", here.told
+            reached, output = here.folder / "reached", here.output
             from_the_middle = name.endswith((" all changes", " everything"))
             hooks = [after(5, touch=str(reached), sleep=5.0)] if from_the_middle else []
             job = here.begin(*hooks, zygote=zygote)
@@ -350,18 +350,18 @@ def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
             seconds = time.monotonic() - began
             print(f"{name}: ended after {seconds:.1f} s")
             if code != 3:
-                return f"ended with {code}: {told.read_text()[-1500:]}"
-            if not re.search(line, mistake(told.read_text())):
-                return f"said {mistake(told.read_text())}"
+                return f"ended with {code}: {output.read_text()[-1500:]}"
+            if not re.search(line, error_line(output.read_text())):
+                return f"said {error_line(output.read_text())}"
             if seconds > 60:
                 return f"ended after {seconds:.0f} s"
             here.server.heal()
             last = max(committed(here.server))
-            before = len(told.read_text())
+            before = len(output.read_text())
             job = here.begin(zygote=zygote, lease=LEASE)
             if code := job.wait():
-                return f"the same command again ended with {code}: {told.read_text()[before:]}"
-            again = told.read_text()[before:]
+                return f"the same command again ended with {code}: {output.read_text()[before:]}"
+            again = output.read_text()[before:]
             if f"resumed at step {last} of 12" not in again or "passed over" in again:
                 return f"did not go on from step {last}: {again}"
             return ", ".join(here.differences())
@@ -374,6 +374,6 @@ def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", LASTING)
-def test_a_fault_that_lasts_is_one_line_and_nothing_is_lost(fault: str, lasted: dict[str, str]) -> None:
+def test_lasting_fault_is_one_line_and_the_run_resumes(fault: str, lasted: dict[str, str]) -> None:
     """It ends within a minute after the fault began to be felt; when it is over, the same command resumes."""
     assert not lasted[fault]

@@ -50,8 +50,8 @@ ENDINGS = {
     "before the result": ("trainer.output.finish:write_json", 1, False),
 }
 # The steps of writing a file (tests/hooks.py, storage), for what a save changes, and what it deletes.
-WRITTEN = ("made", "half", "written", "flushed", "renamed", "flushed")
-SAVE = [*(f"{what} {step}" for what in ("metrics", "state", "commit") for step in range(len(WRITTEN)))]
+WRITE_STEPS = ("made", "half", "written", "flushed", "renamed", "flushed")
+SAVE = [*(f"{what} {step}" for what in ("metrics", "state", "commit") for step in range(len(WRITE_STEPS)))]
 
 
 def at(phase: tuple[str, int, bool], number: str, times: int = 1) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 def saves(changes: list[tuple[str, str]]) -> dict[str, int]:
     """The number of each change of the saves, by its name in `SAVES`."""
     begins = [i for i, (kind, path) in enumerate(changes) if kind == "made" and "metrics.jsonl" in path]
-    found = {}
+    numbers = {}
     for number, (begin, end) in enumerate(zip(begins, [*begins[1:], len(changes)], strict=True), 1):
         counts = {"metrics": 0, "state-": 0, "checkpoint-": 0, "removed": 0}
         current = "metrics"
@@ -134,73 +134,75 @@ def saves(changes: list[tuple[str, str]]) -> dict[str, int]:
                 current = next((w for w in ("metrics", "state-", "checkpoint-") if w in path.rsplit("/", 1)[-1]), "")
             if current in counts:
                 what = {"state-": "state", "checkpoint-": "commit"}.get(current, current)
-                found[f"save {number}: {what} {counts[current]}"] = i
+                numbers[f"save {number}: {what} {counts[current]}"] = i
                 counts[current] += 1
-    return found
+    return numbers
 
 
 @pytest.fixture(scope="module")
 def outcomes(run: Run, request: pytest.FixtureRequest) -> dict[str, str]:
     """What is wrong with each point that was asked for; empty: nothing."""
-    asked = {item.callspec.params["name"] for item in request.session.items if "outcomes" in item.fixturenames}  # type: ignore[attr-defined]
+    selected_names = {item.callspec.params["name"] for item in request.session.items if "outcomes" in item.fixturenames}  # type: ignore[attr-defined]
     numbers = saves(run.changes)
     points = [*POINTS, *(Point(name, (disk(numbers[name]),), (KILLED,)) for name in SAVES)]
-    chosen = [point for point in points if point.name in asked]
+    selected = [point for point in points if point.name in selected_names]
 
     def one(number: int, point: Point) -> str:
         return matrix.go(run.zygote, run.flags, run.folder / f"point-{number}", point, run.whole)
 
-    wrong = side_by_side([lambda n=n, p=p: one(n, p) for n, p in enumerate(chosen)])  # type: ignore[misc]
-    return dict(zip((point.name for point in chosen), wrong, strict=True))
+    problems = side_by_side([lambda n=n, p=p: one(n, p) for n, p in enumerate(selected)])  # type: ignore[misc]
+    return dict(zip((point.name for point in selected), problems, strict=True))
 
 
-def test_the_server_has_run_nothing(run: Run) -> None:
+def test_zygote_has_one_thread(run: Run) -> None:
     assert run.zygote.threads == 1, "a fork of a process with threads is no good process"
 
 
-def test_the_run_has_no_gap_and_no_repeat(run: Run) -> None:
-    found = [(row["kind"], row["step"]) for row in matrix.rows(run.whole)]
-    assert found == [(k, s) for s in (3, 6, 9, 12) for k in ("train", "eval") if k == "train" or s % 6 == 0] + [
+def test_uninterrupted_run_has_every_row_once(run: Run) -> None:
+    steps = [(row["kind"], row["step"]) for row in matrix.rows(run.whole)]
+    assert steps == [(k, s) for s in (3, 6, 9, 12) for k in ("train", "eval") if k == "train" or s % 6 == 0] + [
         ("final", 12)
     ]
 
 
-def test_every_step_of_writing_is_a_point(run: Run) -> None:
+def test_every_step_of_a_save_is_a_kill_point(run: Run) -> None:
     """What a save changes is what the points below were written for: metrics, state, commit, in this order, then deletes."""
     numbers = saves(run.changes)
     assert set(SAVES) <= numbers.keys()
     assert [numbers[name] for name in SAVES] == sorted(numbers[name] for name in SAVES)
     for n in (2, 3):
-        made = [
+        kinds = [
             run.changes[numbers[f"save {n}: {what} {i}"]][0]
             for what in ("metrics", "state", "commit")
             for i in range(6)
         ]
-        assert made == list(WRITTEN) * 3
+        assert kinds == list(WRITE_STEPS) * 3
     assert len(ALL) >= 65
 
 
 @pytest.mark.kills
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ALL)
-def test_the_same_command_again_ends_equal_to_the_bit(name: str, outcomes: dict[str, str]) -> None:
+def test_same_command_resumes_to_the_bit(name: str, outcomes: dict[str, str]) -> None:
     assert not outcomes[name]
 
 
-def ended(run: Run, name: str, *hooks: dict[str, Any], flags: list[str] | None = None, **moved: str) -> tuple[int, str]:
+def run_job(
+    run: Run, name: str, *hooks: dict[str, Any], flags: list[str] | None = None, **moved: str
+) -> tuple[int, str]:
     """Runs the job in a folder of this name with these hooks; its exit code and what it told since the run before."""
-    told = run.folder / f"{name}.txt"
-    begin = told.stat().st_size if told.exists() else 0
+    log = run.folder / f"{name}.txt"
+    begin = log.stat().st_size if log.exists() else 0
     workdir = moved.get("workdir", str(run.folder / name))
     argv = [*(flags or run.flags), f"--workdir={workdir}"]
-    code = run.zygote.start("hooks", "job", told, argv=argv, hooks=list(hooks)).wait()
-    return code, told.read_text()[begin:]
+    code = run.zygote.start("hooks", "job", log, argv=argv, hooks=list(hooks)).wait()
+    return code, log.read_text()[begin:]
 
 
-def mistake(told: str) -> str:
+def error_line(output: str) -> str:
     """The one line about what was wrong."""
-    assert "Traceback" not in told, told
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in output, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return line
 
 
@@ -233,108 +235,108 @@ def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path | None]:
 
 
 @pytest.mark.kills
-def test_a_full_disk_is_one_line_and_nothing_is_lost(run: Run, small_disk: pathlib.Path | None) -> None:
+def test_full_disk_is_one_line_and_the_run_resumes(run: Run, small_disk: pathlib.Path | None) -> None:
     """Where no file system can be mounted, the kernel's bound of a file's size stands in for a full one."""
     workdir = small_disk / "run" if small_disk else run.folder / "full"
     then: dict[str, Any] = {"fill": str(small_disk / "filling")} if small_disk else {"largest_file": 100}
-    code, told = ended(run, "full", after(5, once=saved(workdir), **then), workdir=str(workdir))
-    assert code == 3, told
-    assert ("No space left on device" if small_disk else "File too large") in mistake(told)
+    code, output = run_job(run, "full", after(5, once=saved(workdir), **then), workdir=str(workdir))
+    assert code == 3, output
+    assert ("No space left on device" if small_disk else "File too large") in error_line(output)
     assert newest(workdir) == 4
     if small_disk:
         (small_disk / "filling").unlink()
-    code, told = ended(run, "full", workdir=str(workdir))
-    assert code == 0, told
-    assert "resumed at step 4 of 12" in told
+    code, output = run_job(run, "full", workdir=str(workdir))
+    assert code == 0, output
+    assert "resumed at step 4 of 12" in output
     assert matrix.differences(run.whole, workdir) == []
 
 
 @pytest.mark.kills
-def test_a_workdir_that_may_not_be_written_is_one_line(run: Run) -> None:
+def test_unwritable_workdir_is_one_line(run: Run) -> None:
     """As an ordinary user: root may write anywhere."""
     workdir = run.folder / "closed"
     workdir.mkdir(mode=0o555)
-    code, told = ended(run, "closed", {"hook": "powerless"})
-    assert code == 3, told
-    assert f"--workdir {workdir} is not writable: Permission denied" in mistake(told)
+    code, output = run_job(run, "closed", {"hook": "powerless"})
+    assert code == 3, output
+    assert f"--workdir {workdir} is not writable: Permission denied" in error_line(output)
     assert list(workdir.iterdir()) == []
 
 
 @pytest.mark.kills
-def test_permission_lost_on_the_way_is_one_line_and_nothing_is_lost(run: Run) -> None:
+def test_lost_permission_is_one_line_and_the_run_resumes(run: Run) -> None:
     workdir = run.folder / "lost"
     closed = {str(workdir): 0o555, str(workdir / "checkpoints"): 0o555}
-    code, told = ended(run, "lost", {"hook": "powerless"}, after(5, once=saved(workdir), chmod=closed))
-    assert code == 3, told
-    assert "Permission denied" in mistake(told)
+    code, output = run_job(run, "lost", {"hook": "powerless"}, after(5, once=saved(workdir), chmod=closed))
+    assert code == 3, output
+    assert "Permission denied" in error_line(output)
     assert newest(workdir) == 4
     for path in closed:
         pathlib.Path(path).chmod(0o755)
-    code, told = ended(run, "lost", {"hook": "powerless"})
-    assert code == 0, told
+    code, output = run_job(run, "lost", {"hook": "powerless"})
+    assert code == 0, output
     assert matrix.differences(run.whole, workdir) == []
 
 
 @pytest.mark.kills
 @pytest.mark.parametrize("seconds", [-86400.0, 86400.0])
-def test_a_clock_that_jumps_changes_nothing(run: Run, seconds: float) -> None:
+def test_clock_jumps_do_not_change_the_run(run: Run, seconds: float) -> None:
     name = f"clock{seconds:.0f}"
-    code, told = ended(run, name, after(5, clock=seconds))
-    assert code == 0, told
+    code, output = run_job(run, name, after(5, clock=seconds))
+    assert code == 0, output
     assert matrix.differences(run.whole, run.folder / name) == []
-    found = json.loads((run.folder / name / "result.json").read_text())
-    assert 0 < found["wall_seconds"] < 3600
+    final_result = json.loads((run.folder / name / "result.json").read_text())
+    assert 0 < final_result["wall_seconds"] < 3600
 
 
-def test_nothing_is_reckoned_by_the_wall_clock() -> None:
+def test_wall_clock_is_used_only_in_messages() -> None:
     """It says when a lock was taken and a line was logged, to people."""
     for path in (ROOT / "trainer").rglob("*.py"):
         text = path.read_text()
-        told = path.name in ("lock.py", "environment.py")
-        assert told or ("time.time()" not in text and "datetime.now(" not in text), path
+        allowed = path.name in ("lock.py", "environment.py")
+        assert allowed or ("time.time()" not in text and "datetime.now(" not in text), path
 
 
 @pytest.mark.kills
-def test_a_teacher_that_changed_is_one_line_and_nothing_is_lost(run: Run) -> None:
+def test_changed_teacher_is_one_line_and_the_run_resumes(run: Run) -> None:
     teacher, kept = run.folder / "teacher.keras", (run.folder / "teacher.keras").read_bytes()
-    other = run.folder / "other.keras"
-    other.write_bytes(kept)
-    flags = [f"--teacher=keras:{other}" if flag.startswith("--teacher=") else flag for flag in run.flags]
+    teacher = run.folder / "other.keras"
+    teacher.write_bytes(kept)
+    flags = [f"--teacher=keras:{teacher}" if flag.startswith("--teacher=") else flag for flag in run.flags]
     killed = after(5, once=saved(run.folder / "teacher"), signal="SIGKILL")
-    code, told = ended(run, "teacher", killed, flags=flags)
-    assert code == KILLED, told
-    other.write_bytes((run.folder / "student.keras").read_bytes())
+    code, output = run_job(run, "teacher", killed, flags=flags)
+    assert code == KILLED, output
+    teacher.write_bytes((run.folder / "student.keras").read_bytes())
     before = set((run.folder / "teacher").rglob("*"))
-    code, told = ended(run, "teacher", flags=flags)
-    assert code == 3, told
-    assert "belongs to another run (teacher: [" in mistake(told)
+    code, output = run_job(run, "teacher", flags=flags)
+    assert code == 3, output
+    assert "belongs to another run (teacher: [" in error_line(output)
     # The killed job left its lock, which is the refused one's by then and goes with it.
     assert before - set((run.folder / "teacher").rglob("*")) == {run.folder / "teacher/.lock"}
-    other.write_bytes(kept)
-    assert ended(run, "teacher", flags=flags)[0] == 0
+    teacher.write_bytes(kept)
+    assert run_job(run, "teacher", flags=flags)[0] == 0
     assert matrix.differences(run.whole, run.folder / "teacher") == []
     assert teacher.exists()
 
 
 @pytest.mark.kills
-def test_a_second_job_on_the_workdir_is_refused(run: Run) -> None:
+def test_second_job_on_a_workdir_is_refused(run: Run) -> None:
     """The first one waits after its second step until the second job was refused; then it is killed, and a third takes over."""
     reached, workdir = run.folder / "reached", run.folder / "two"
     argv = [*run.flags, f"--workdir={workdir}"]
     hook = after(1, touch=str(reached), sleep=600)
     first = run.zygote.start("hooks", "job", run.folder / "first.txt", argv=argv, hooks=[hook])
     wait_for(reached.exists, 120)
-    code, told = ended(run, "two")
-    assert code == 3, told
-    assert f"--workdir={workdir} is in use by process {first.pid} on" in mistake(told)
+    code, output = run_job(run, "two")
+    assert code == 3, output
+    assert f"--workdir={workdir} is in use by process {first.pid} on" in error_line(output)
     first.send(signal.SIGKILL)
     assert first.wait() == KILLED
-    code, told = ended(run, "two")
-    assert code == 0, told
+    code, output = run_job(run, "two")
+    assert code == 0, output
     assert matrix.differences(run.whole, workdir) == []
 
 
 @pytest.mark.kills
 def test_two_fresh_runs_are_equal_to_the_bit(run: Run) -> None:
-    assert ended(run, "fresh")[0] == 0
+    assert run_job(run, "fresh")[0] == 0
     assert matrix.differences(run.whole, run.folder / "fresh") == []

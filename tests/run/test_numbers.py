@@ -29,7 +29,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_stopped_before_a_commit_and_named(
+def test_non_finite_value_stops_before_a_commit(
     place: str, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN and infinity in turn at each step, in loops of 1, 2 and 4 steps on the device: 12 points for each place."""
@@ -41,8 +41,8 @@ def test_stopped_before_a_commit_and_named(
     real_losses, real_apply = step_module.example_losses, optim.apply_gradients
 
     def losses(*args: object) -> dict[str, tf.Tensor]:
-        found = real_losses(*args)
-        return found | {"loss": spoil(found["loss"], args[-1])}
+        losses = real_losses(*args)
+        return losses | {"loss": spoil(losses["loss"], args[-1])}
 
     def apply(config: Config, optimizer: object, gradients: list[tf.Tensor], variables: list) -> tf.Tensor:
         spoilt = [spoil(gradients[0], optimizer.iterations), *gradients[1:]]  # type: ignore[attr-defined]
@@ -86,9 +86,9 @@ def test_stopped_before_a_commit_and_named(
         if target is None:
             poisoned_step.assign(at)
             poison.assign(value)
-        journal, checkpoints = build.open_run(job)
+        writer, checkpoints = build.open_run(job)
         with pytest.raises(Diverged) as raised:
-            loop.train(job, journal, checkpoints, Console())
+            loop.train(job, writer, checkpoints, Console())
         assert raised.value.exit_code == 4
         assert re.match(rf"not finite in step {at + 1} of {STEPS}: {PLACES[place]}\. The last good", str(raised.value))
         restored = checkpoints.restore()

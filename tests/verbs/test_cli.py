@@ -24,7 +24,7 @@ FLAGS = [
 
 
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
-def test_help_needs_no_tensorflow_and_answers_in_a_second(verb: str, tmp_path: pathlib.Path) -> None:
+def test_help_takes_under_a_second_without_tensorflow(verb: str, tmp_path: pathlib.Path) -> None:
     # A TensorFlow that cannot be imported stands in the way.
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported')")
     began = time.monotonic()
@@ -61,7 +61,7 @@ def test_mistyped_verb_names_the_nearest() -> None:
     assert "did you mean task?" in done.stderr
 
 
-def test_stray_word_and_bad_value_and_missing_flag() -> None:
+def test_invalid_arguments_are_one_line() -> None:
     assert "--name=value" in one_line(here("task", "workdir"), 2)
     assert "--steps" in one_line(here("task", "--steps=many"), 2).replace("flag --", "--")
     assert "--data is missing" in one_line(here("task"), 2)
@@ -82,7 +82,7 @@ def test_missing_data(tmp_path: pathlib.Path, teacher_file: str) -> None:
     assert "trainer.prepare" in line
 
 
-def test_missing_split_names_those_there_are(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
+def test_missing_split_names_the_existing_ones(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
     done = here(
         "task",
         f"--data={data}",
@@ -116,7 +116,7 @@ def test_empty_split(data: str, tmp_path: pathlib.Path, teacher_file: str) -> No
     assert "is empty" in one_line(done, 3)
 
 
-def test_teacher_of_other_classes(data: str, tmp_path: pathlib.Path) -> None:
+def test_teacher_with_another_number_of_classes(data: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "t.keras"
     keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(CLASSES + 2)]).save(path)
     done = here("task", f"--data={data}", f"--teacher=keras:{path}", f"--workdir={tmp_path}/r", *FLAGS)
@@ -177,7 +177,7 @@ def test_dry_run_writes_nothing_and_check_stops_early(data: str, tmp_path: pathl
     assert list((tmp_path / "r").iterdir()) == []
 
 
-def test_tpu_that_is_not_there(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
+def test_missing_tpu(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
     job = [
         "task",
         f"--data={data}",
@@ -189,7 +189,7 @@ def test_tpu_that_is_not_there(data: str, tmp_path: pathlib.Path, teacher_file: 
     assert "no TPU is named" in one_line(funmatch(*job, "--tpu="), 2)
 
 
-def test_same_command_on_a_finished_run_says_so(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
+def test_finished_run_is_not_repeated(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
     job = [
         "task",
         f"--data={data}",
