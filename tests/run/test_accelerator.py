@@ -1,4 +1,4 @@
-"""Ways a TPU cannot be had, each a line that says what to do; and several machines, as processes of this one."""
+"""Errors while connecting to a TPU are one line each; several machines, as processes."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ NO_LIBTPU = (
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Nothing in the environment, nothing made before, and the seconds that would have been waited."""
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Clears environment and cached strategies; records sleeps, in seconds, instead of waiting."""
     for name in ("TPU_NAME", "TPU_CONFIG", "KUBE_GOOGLE_CLOUD_TPU_ENDPOINTS", "TF_CONFIG", "CLUSTER_SPEC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(accelerator, "_strategies", {})
-    waited: list[float] = []
-    monkeypatch.setattr(accelerator, "_sleep", waited.append)
-    return waited
+    seconds: list[float] = []
+    monkeypatch.setattr(accelerator, "_sleep", seconds.append)
+    return seconds
 
 
-def refused(tpu: str) -> str:
+def connection_error(tpu: str) -> str:
+    """The message of the error for this --tpu, which must be one line."""
     with pytest.raises(ConfigError) as caught:
         accelerator.resolve(tpu)
     text = str(caught.value)
@@ -62,15 +63,15 @@ def raising(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tensorflow_without_tpu_support() -> None:
-    assert "install tensorflow-tpu and libtpu" in refused("local")
+    assert "install tensorflow-tpu and libtpu" in connection_error("local")
 
 
 def test_tpu_without_a_name() -> None:
-    assert "give --tpu=local" in refused("")
+    assert "give --tpu=local" in connection_error("")
 
 
 def test_without_a_metadata_server() -> None:
-    assert "metadata server does not answer" in refused("my-tpu")
+    assert "metadata server does not answer" in connection_error("my-tpu")
 
 
 @pytest.mark.parametrize(
@@ -83,18 +84,18 @@ def test_without_a_metadata_server() -> None:
 )
 def test_errors_of_the_tpu_wheel(error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raising(error, monkeypatch)
-    assert advice in refused("local")
+    assert advice in connection_error("local")
 
 
-def test_unreachable_address(bare: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_address(sleeps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         tf.config, "experimental_connect_to_cluster", lambda _: pytest.fail("it would wait for minutes")
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    assert f"nothing answers at 127.0.0.1:{port}" in refused(f"grpc://127.0.0.1:{port}")
-    assert bare == list(accelerator._PAUSES)
+    assert f"nothing answers at 127.0.0.1:{port}" in connection_error(f"grpc://127.0.0.1:{port}")
+    assert sleeps == list(accelerator._PAUSES)
 
 
 @pytest.fixture
@@ -125,12 +126,12 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 @pytest.mark.usefixtures("cloud")
 def test_named_tpu_needs_cloud_tpu_client() -> None:
-    """TensorFlow's own client asks the metadata server, and then for a library."""
-    assert "pip install 'funmatch[tpu-client]'" in refused("my-tpu")
+    """TensorFlow's client queries the metadata server, then imports a library."""
+    assert "pip install 'funmatch[tpu-client]'" in connection_error("my-tpu")
 
 
 def client(monkeypatch: pytest.MonkeyPatch, outcome: Exception | None) -> list[tuple[str, int]]:
-    """cloud-tpu-client, as its 0.7 to 0.10 are called."""
+    """Installs a stand-in with the interface of cloud-tpu-client 0.7 to 0.10; returns its calls."""
     requests: list[tuple[str, int]] = []
 
     class Client:
@@ -164,10 +165,10 @@ def test_job_waits_for_a_named_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_named_tpu_that_stays_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     client(monkeypatch, RuntimeError("Timed out waiting for TPU my-tpu to become healthy"))
-    assert "did not become healthy: Timed out" in refused("my-tpu")
+    assert "did not become healthy: Timed out" in connection_error("my-tpu")
 
 
-def test_transient_errors_are_retried(bare: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transient_errors_are_retried(sleeps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     outcomes: list[Exception | None] = []
 
@@ -184,27 +185,27 @@ def test_transient_errors_are_retried(bare: list[float], monkeypatch: pytest.Mon
         tf.errors.UnknownError(None, None, "The TPU is already in use by process with pid 8."),
     ]
     assert accelerator.resolve("local", console).strategy is strategy
-    assert bare == [5.0, 15.0, 45.0]
+    assert sleeps == [5.0, 15.0, 45.0]
     assert len(console.lines) == 3
-    # Once a process: what follows, as in `funmatch smoke`, takes what is there.
+    # One strategy per process: later jobs, as in `funmatch smoke`, reuse it.
     outcomes[:] = [AssertionError("initialised again")]
     assert accelerator.resolve("local").strategy is strategy
-    bare.clear()
+    sleeps.clear()
     outcomes[:] = [tf.errors.UnknownError(None, None, NO_DEVICE)]
-    refused("grpc://10.0.0.2:8470")
-    assert bare == []
+    connection_error("grpc://10.0.0.2:8470")
+    assert sleeps == []
     outcomes[:] = [RuntimeError('TPU "my-tpu" is not yet ready; state: "CREATING"')] * 4
-    assert "to have the job wait for it" in refused("other")
+    assert "to have the job wait for it" in connection_error("other")
     outcomes[:] = [urllib.error.URLError(OSError("x"))]
-    refused("third")
-    assert len(bare) == 3
+    connection_error("third")
+    assert len(sleeps) == 3
 
 
 def test_tpu_with_several_machines_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "TF_CONFIG", json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}})
     )
-    assert "2 machines" in refused("local")
+    assert "2 machines" in connection_error("local")
 
 
 def test_precision_hints() -> None:
@@ -226,8 +227,8 @@ def test_lost_machine_raises_stopped() -> None:
     assert "\n" not in str(error)
 
 
-def started(count: int, *arguments: str) -> list[subprocess.Popen[str]]:
-    """The job on so many machines, each a process of its own with a port of its own."""
+def start_machines(count: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Starts the job on `count` machines, each a process with its own port."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -250,10 +251,10 @@ def started(count: int, *arguments: str) -> list[subprocess.Popen[str]]:
     return running
 
 
-def machines(count: int, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
-    """The same, to its end."""
+def run_machines(count: int, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """Runs the job on `count` machines and waits for them."""
     done = []
-    for process in started(count, *arguments):
+    for process in start_machines(count, *arguments):
         out, err = process.communicate(timeout=240)
         done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return done
@@ -278,9 +279,9 @@ def test_two_machines_give_the_weights_of_one(data: str, teacher_file: str, tmp_
             "--eval_every=4",
         ),
     ]
-    alone = machines(1, *job, f"--workdir={tmp_path}/one")[0]
+    alone = run_machines(1, *job, f"--workdir={tmp_path}/one")[0]
     assert alone.returncode == 0, alone.stderr
-    both = machines(2, *job, f"--workdir={tmp_path}/two")
+    both = run_machines(2, *job, f"--workdir={tmp_path}/two")
     assert [done.returncode for done in both] == [0, 0], both[0].stderr + both[1].stderr
     assert "2 replicas on 2 machines" in both[0].stderr
     assert "the chief writes the results" in both[1].stderr
@@ -290,7 +291,7 @@ def test_two_machines_give_the_weights_of_one(data: str, teacher_file: str, tmp_
         np.testing.assert_allclose(two[name], array, rtol=2e-4, atol=2e-5, err_msg=name)
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     assert results[0]["kl"] == pytest.approx(results[1]["kl"], rel=1e-3)
-    # Had both written, TensorBoard's folder would hold two files of the same run.
+    # If both machines wrote, TensorBoard's folder would have two files.
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == len(
         list((tmp_path / "one" / "tensorboard").iterdir())
     )
@@ -303,8 +304,8 @@ def test_two_machines_give_the_weights_of_one(data: str, teacher_file: str, tmp_
 def test_stopped_or_lost_machine_stops_the_other(
     number: int, data: str, teacher_file: str, tmp_path: pathlib.Path
 ) -> None:
-    """Asked to stop, it saves and says so; lost, the other says so and does not wait for it."""
-    both = started(
+    """Stopped, both save at the same step; lost, the other one exits without waiting."""
+    both = start_machines(
         2,
         *(f"--data={data}", f"--teacher=keras:{teacher_file}", "--student=bit-tiny", f"--image_size={IMAGE}"),
         *("--store_size=32", "--steps=100000", "--batch_size=8", "--checkpoint_every=10", "--eval_every=100000"),
@@ -334,7 +335,7 @@ def test_stopped_or_lost_machine_stops_the_other(
 
 
 def test_cluster_agrees_with_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorFlow reads TF_CONFIG as the job does."""
+    """TensorFlow's resolver reads the same cluster from TF_CONFIG."""
     cluster = {"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": {"type": "worker", "index": 0}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()

@@ -1,4 +1,4 @@
-"""What a checkpoint commits is whole; what is not whole, not finite or not ours is never used."""
+"""Checkpoints are complete or not used: damage, crashes, other runs, non-finite values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def arrays(value: float) -> dict[str, np.ndarray]:
     }
 
 
-def filled(folder: pathlib.Path, *steps: int, keep: int = 2) -> Checkpoints:
+def write_checkpoints(folder: pathlib.Path, *steps: int, keep: int = 2) -> Checkpoints:
     checkpoints = Checkpoints(str(folder), IDENTITY, keep)
     for step in steps:
         checkpoints.save(step, arrays(step), {"seconds": step})
@@ -50,7 +50,7 @@ def test_empty_folder_restores_none(tmp_path: pathlib.Path) -> None:
 
 
 def test_newest_is_restored_and_old_ones_are_deleted(tmp_path: pathlib.Path) -> None:
-    checkpoints = filled(tmp_path, 1, 2, 3, 10)
+    checkpoints = write_checkpoints(tmp_path, 1, 2, 3, 10)
     assert checkpoints.restore().step == 10  # type: ignore[union-attr]
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
         "checkpoint-0000000003.json",
@@ -61,7 +61,7 @@ def test_newest_is_restored_and_old_ones_are_deleted(tmp_path: pathlib.Path) -> 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "commit"])
 def test_damaged_checkpoint_is_passed_over(tmp_path: pathlib.Path, damage: str) -> None:
-    filled(tmp_path, 1, 2)
+    write_checkpoints(tmp_path, 1, 2)
     (state,) = tmp_path.glob("state-0000000002-*")
     content = bytearray(state.read_bytes())
     if damage == "flip":
@@ -80,21 +80,21 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: pathlib.Path, damage: str) 
 
 
 def test_only_damaged_checkpoints_are_an_error(tmp_path: pathlib.Path) -> None:
-    filled(tmp_path, 1)
+    write_checkpoints(tmp_path, 1)
     next(iter(tmp_path.glob("state-*"))).unlink()
     with pytest.raises(DataError, match="none of the 1 checkpoints"):
         Checkpoints(str(tmp_path), IDENTITY, 1).restore()
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: pathlib.Path) -> None:
-    filled(tmp_path, 5)
+    write_checkpoints(tmp_path, 5)
     with pytest.raises(DataError, match=r"steps: 10 there, 11 here"):
         Checkpoints(str(tmp_path), {"seed": 0, "steps": 11}, 1).restore()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_state_is_not_committed(tmp_path: pathlib.Path, bad: float) -> None:
-    checkpoints = filled(tmp_path, 1)
+    checkpoints = write_checkpoints(tmp_path, 1)
     with pytest.raises(Diverged, match=r"step 2: student/0000/conv/kernel"):
         checkpoints.save(2, arrays(bad), {})
     assert checkpoints.restore().step == 1  # type: ignore[union-attr]
@@ -102,14 +102,14 @@ def test_non_finite_state_is_not_committed(tmp_path: pathlib.Path, bad: float) -
 
 
 def test_crash_at_any_write_keeps_the_last_checkpoint(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call that changes the folder fails in turn, during a save; then the same save goes through."""
+    """Each call that changes the folder fails in turn during a save; then the save is repeated."""
 
     class Crash(Exception):
         pass
 
     for point in range(4):
         folder = tmp_path / str(point)
-        checkpoints = filled(folder, 1, 2)
+        checkpoints = write_checkpoints(folder, 1, 2)
         calls = iter(range(100))
 
         def guard(function):
@@ -130,11 +130,11 @@ def test_crash_at_any_write_keeps_the_last_checkpoint(tmp_path: pathlib.Path, mo
         again.save(3, arrays(3), {})
         again.save(4, arrays(4), {})
         assert again.restore().step == 4  # type: ignore[union-attr]
-        assert len(list(folder.iterdir())) == 4, "what the crash left behind is still there"
+        assert len(list(folder.iterdir())) == 4, "files of the crashed save are still there"
 
 
 def test_pickles_are_not_loaded(tmp_path: pathlib.Path) -> None:
-    filled(tmp_path, 1)
+    write_checkpoints(tmp_path, 1)
     commit = json.loads((tmp_path / "checkpoint-0000000001.json").read_text())
     import hashlib
     import io
@@ -162,8 +162,8 @@ def test_best_checkpoint_is_kept(tmp_path: pathlib.Path) -> None:
 
 
 def test_damaged_checkpoint_does_not_displace_a_complete_one(tmp_path: pathlib.Path) -> None:
-    """With one checkpoint kept, a damaged newer one must not be the one that stays."""
-    filled(tmp_path, 1, 9, keep=2)
+    """With --keep_checkpoints=1, a damaged newer checkpoint must not be the one that is kept."""
+    write_checkpoints(tmp_path, 1, 9, keep=2)
     (state,) = tmp_path.glob("state-0000000009-*")
     state.write_bytes(b"")
     checkpoints = Checkpoints(str(tmp_path), IDENTITY, 1)
@@ -174,7 +174,7 @@ def test_damaged_checkpoint_does_not_displace_a_complete_one(tmp_path: pathlib.P
 
 
 def test_orphans_are_deleted_on_resume(tmp_path: pathlib.Path) -> None:
-    checkpoints = filled(tmp_path, 1, 2)
+    checkpoints = write_checkpoints(tmp_path, 1, 2)
     (tmp_path / "state-0000000003-0123456789abcdef.npz").write_bytes(b"no commit names it")
     (tmp_path / "checkpoint-0000000003.json.01234567.tmp").write_bytes(b"half")
     (tmp_path / "mine.tmp").write_bytes(b"not ours")
@@ -186,7 +186,7 @@ def test_orphans_are_deleted_on_resume(tmp_path: pathlib.Path) -> None:
 def test_repeated_crashes_leave_a_bounded_number_of_objects(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each run takes up the newest checkpoint and crashes in its save, after another number of changes."""
+    """Each run resumes from the newest checkpoint and crashes after 0 to 4 changes of its save."""
 
     class Crash(Exception):
         pass
@@ -214,7 +214,7 @@ def test_repeated_crashes_leave_a_bounded_number_of_objects(
 
 
 def test_failed_delete_is_a_warning(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoints = filled(tmp_path, 1, 2)
+    checkpoints = write_checkpoints(tmp_path, 1, 2)
 
     def refuse(path: str) -> None:
         raise DataError(f"cannot delete {path}: denied")
@@ -226,19 +226,19 @@ def test_failed_delete_is_a_warning(tmp_path: pathlib.Path, monkeypatch: pytest.
 
 
 def test_another_format_is_an_error(tmp_path: pathlib.Path) -> None:
-    filled(tmp_path, 1, 2)
+    write_checkpoints(tmp_path, 1, 2)
     path = tmp_path / "checkpoint-0000000002.json"
     path.write_text(path.read_text().replace("funmatch-checkpoint/1", "funmatch-checkpoint/9"))
-    for look in (Checkpoints.restore, Checkpoints.require_same_run):
+    for method in (Checkpoints.restore, Checkpoints.require_same_run):
         with pytest.raises(DataError, match=r"format 'funmatch-checkpoint/9'.*version that began the run"):
-            look(Checkpoints(str(tmp_path), IDENTITY, 1))
+            method(Checkpoints(str(tmp_path), IDENTITY, 1))
 
 
 def test_unreadable_folder_is_not_damage(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passing over what cannot be read now would throw hours of work away."""
+    """Passing over a checkpoint for a temporary error would discard hours of work."""
     import tensorflow as tf
 
-    filled(tmp_path, 1, 2)
+    write_checkpoints(tmp_path, 1, 2)
     real = files.read
 
     def read(path: str, what: str) -> bytes:
@@ -248,16 +248,16 @@ def test_unreadable_folder_is_not_damage(tmp_path: pathlib.Path, monkeypatch: py
         return real(path, what)
 
     monkeypatch.setattr(files, "read", read)
-    for look in (Checkpoints.restore, Checkpoints.require_same_run):
+    for method in (Checkpoints.restore, Checkpoints.require_same_run):
         with pytest.raises(DataError, match=r"0000000002\.json: 503"):
-            look(Checkpoints(str(tmp_path), IDENTITY, 2))
+            method(Checkpoints(str(tmp_path), IDENTITY, 2))
 
 
 def test_no_commit_without_the_lock(tmp_path: pathlib.Path) -> None:
     def lost() -> None:
         raise DataError("taken over")
 
-    filled(tmp_path, 1)
+    write_checkpoints(tmp_path, 1)
     with pytest.raises(DataError, match="taken over"):
         Checkpoints(str(tmp_path), IDENTITY, 2, lost).save(2, arrays(2), {})
     assert Checkpoints(str(tmp_path), IDENTITY, 2).restore().step == 1  # type: ignore[union-attr]
@@ -287,7 +287,7 @@ def test_background_error_is_raised_at_the_next_check() -> None:
     def full() -> None:
         raise DataError("No space left on device")
 
-    for look in ("check", "wait", "start", "end"):
+    for method in ("check", "wait", "start", "end"):
         saving = Background()
         saving.start(full)
         assert saving._thread is not None
@@ -298,8 +298,8 @@ def test_background_error_is_raised_at_the_next_check() -> None:
                 "wait": saving.wait,
                 "start": lambda: saving.start(full),  # noqa: B023
                 "end": lambda: saving.__exit__(None, None, None),  # noqa: B023
-            }[look]()
-        saving.check()  # once is enough
+            }[method]()
+        saving.check()  # it is raised only once
 
 
 def test_first_error_is_raised_and_the_save_completes() -> None:

@@ -1,7 +1,8 @@
-"""The whole job with everything on gs://, by TensorFlow's own client and google-cloud-storage: equal to one on a disk to the bit.
+"""The whole job on gs:// gives the result of a job on a disk, to the bit.
 
-Data, teacher and student are read from a bucket; checkpoints, metrics, TensorBoard, exports and the lease are written there. Jobs
-are forked (tests/zygote.py). Each has a bucket of its own, on a server of its own, which counts, fails and kills.
+Data, teacher and student are read from a bucket by TensorFlow's client and google-cloud-storage;
+checkpoints, metrics, TensorBoard, exports and the lease are written there. Jobs are forked
+(tests/zygote.py). Each has its own bucket and server, which can fail requests and kill the job.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PREPARE = [
 
 @dataclasses.dataclass
 class World:
-    """What the jobs share: how they are started, what they read, and the same run on a disk."""
+    """The zygote, the files that all jobs read, and the same run on a disk."""
 
     zygote: Zygote
     folder: pathlib.Path
@@ -42,7 +43,7 @@ class World:
 
 @dataclasses.dataclass
 class Bucket:
-    """A bucket with data, teacher and student, and the job that has its all there."""
+    """A bucket with data, teacher and student, and the job that reads and writes it."""
 
     world: World
     server: fake_gcs.Server
@@ -54,7 +55,7 @@ class Bucket:
         return (zygote or self.world.zygote).start("hooks", "job", self.output, argv=argv, hooks=[there, *hooks])
 
     def begin(self, *hooks: dict[str, Any], lease: float = 60.0, zygote: Zygote | None = None) -> Child:
-        """Gives the job's command."""
+        """Starts the job."""
         argv = matrix.flags("gs://bucket/data", "gs://bucket/teacher.keras", "keras:gs://bucket/student.keras")
         flags = ["--workdir=gs://bucket/run", f"--lease_seconds={lease:g}"]
         return self.start([*argv, *flags], *hooks, zygote=zygote)
@@ -64,29 +65,29 @@ class Bucket:
         return self.folder / "output.txt"
 
     def wait(self, child: Child) -> tuple[int, str]:
-        """A job's exit code and what it and those before it told."""
+        """A job's exit code, and the output of all jobs so far."""
         code = child.wait()
         return code, self.output.read_text()
 
     def differences(self) -> list[str]:
-        """In what the finished run differs from the one on a disk."""
+        """The differences of the finished run from the one on a disk."""
         here = self.folder / "run"
         self.server.get_tree("bucket", "run", here)
-        if found := matrix.differences(self.world.whole, here):
+        if differences := matrix.differences(self.world.whole, here):
             odd = set(matrix.names(here)) ^ set(matrix.names(self.world.whole))
-            return [*found, *sorted(odd)]
+            return [*differences, *sorted(odd)]
         return []
 
 
 def error_line(output: str) -> str:
-    """The one line about what was wrong."""
+    """The only error line of the output."""
     assert "Traceback" not in output, output
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return line
 
 
 def after(count: int, **then: Any) -> dict[str, Any]:
-    """Once the job has made `count` + 1 steps."""
+    """A hook after `count` + 1 calls of `Job.run_steps`."""
     return {"hook": "call", "where": "trainer.run.job:Job.run_steps", "count": count, "then": then}
 
 
@@ -98,7 +99,7 @@ def world(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World
     whole, output = folder / "whole", folder / "whole.txt"
     argv = matrix.flags(data, str(folder / "teacher.keras"), f"keras:{folder}/student.keras")
     with Zygote(*PRELOAD) as zygote:
-        assert zygote.threads == 1, "a fork of a process with threads is no good process"
+        assert zygote.threads == 1, "a process with threads must not be forked"
         code = zygote.start("hooks", "job", output, argv=[*argv, f"--workdir={whole}"], hooks=[]).wait()
         assert code == 0, output.read_text()
         (folder / "data").symlink_to(data)
@@ -117,13 +118,13 @@ def bucket(world: World, name: str) -> Iterator[Bucket]:
 
 
 def committed(server: fake_gcs.Server) -> list[int]:
-    """Steps of the checkpoints whose commit and state are there."""
-    found = []
+    """Steps of the checkpoints, whose states must be complete."""
+    steps = []
     for name in server.names("bucket", "run/checkpoints/checkpoint-"):
         commit = json.loads(server.get("bucket", name))
         assert len(server.get("bucket", f"run/checkpoints/{commit['state']}")) == commit["bytes"]
-        found.append(commit["step"])
-    return found
+        steps.append(commit["step"])
+    return steps
 
 
 def test_stopped_run_in_a_bucket_resumes_to_the_bit(world: World) -> None:
@@ -180,12 +181,12 @@ KILLS = {
 
 @pytest.fixture(scope="module")
 def killed(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
-    """What is wrong with each point that was asked for; empty: nothing."""
+    """The problem of each selected point; empty if there is none."""
 
     def one(number: int, name: str) -> str:
         kind, match, count = KILLS[name]
         with bucket(world, f"kill-{number}") as here:
-            # Long enough for a renewal, which comes every quarter of a lease.
+            # Time for a renewal, which is due every quarter of a lease.
             hooks = [after(1, sleep=LEASE / 2)] if kind == "upload" and count > 1 else []
             first = here.begin(*hooks, lease=LEASE)
             here.server.kill_after(count, first.pid, kind, match)
@@ -201,13 +202,13 @@ def killed(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
             waited = "waiting 5 s to see whether its owner is alive" in output
             if waited != bool(there and "finished: nothing to do" not in output):
                 return f"a lease was {'' if there else 'not '}there, and {'' if waited else 'not '}waited for"
-            if name == "the result was written":  # nobody writes to a finished run, so nobody takes its lease away
+            if name == "the result was written":  # a finished run is not written to, so its lease stays
                 here.server.take("bucket", "run/.lock")
             return ", ".join(here.differences())
 
     selected = {item.callspec.params["point"] for item in request.session.items if "killed" in item.fixturenames}  # type: ignore[attr-defined]
     names = [name for name in KILLS if name in selected]
-    # Half of a job's time is spent in waiting for the lease of the one that was killed.
+    # More workers than cores: half of the time is spent waiting for a lease.
     wrong = side_by_side([lambda n=n, name=name: one(n, name) for n, name in enumerate(names)], workers=4)  # type: ignore[misc]
     return dict(zip(names, wrong, strict=True))
 
@@ -221,7 +222,7 @@ def test_run_killed_at_a_request_resumes_to_the_bit(point: str, killed: dict[str
 
 @pytest.mark.slow
 def test_lease_of_a_killed_job_expires(world: World) -> None:
-    """A living owner refuses a second job; a dead one's lease is waited for and then taken over."""
+    """A second job is refused while the owner lives; later it waits and takes over the lease."""
     with bucket(world, "lease") as here:
         reached = here.folder / "reached"
         first = here.begin(after(5, touch=str(reached), sleep=600), lease=LEASE)
@@ -235,7 +236,7 @@ def test_lease_of_a_killed_job_expires(world: World) -> None:
         began = time.monotonic()
         second = here.begin(lease=LEASE)
         wait_for(lambda: "its owner is given 5 s" in here.output.read_text()[len(output) :], 60)
-        assert not second.status.done(), "it does not end, it waits"
+        assert not second.status.done(), "it ended instead of waiting"
         code, output = here.wait(second)
         assert code == 0, output
         assert time.monotonic() - began > LEASE
@@ -243,7 +244,7 @@ def test_lease_of_a_killed_job_expires(world: World) -> None:
         mine = [r for r in here.server.log if r.number > before and r.kind in fake_gcs.MUTATING]
         taken = next(i for i, request in enumerate(mine) if request.object == "run/.lock")
         assert all("/.write-probe-" in request.object for request in mine[:taken]), (
-            "nothing is changed before it is ours"
+            "an object was changed before the lease was taken"
         )
         assert here.differences() == []
 
@@ -254,7 +255,7 @@ PASSING = ("503", "429", "500", "reset", "broken")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_transient_faults_do_not_change_the_result(world: World) -> None:
-    """A fifth of all requests go wrong, drawn anew for each seed, in a run that is stopped half-way and goes on."""
+    """A random fifth of all requests fails, in a run that is stopped half-way and resumed."""
 
     def one(seed: int) -> list[tuple[str, str]]:
         with bucket(world, f"passing-{seed}") as here:
@@ -327,7 +328,7 @@ LASTING = {
 
 @pytest.fixture(scope="module")
 def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
-    """With the client's settings that users get: what is wrong with each that was asked for; empty: nothing."""
+    """The problem of each selected fault, with the client's default settings; empty if none."""
     selected = {item.callspec.params["fault"] for item in request.session.items if "lasted" in item.fixturenames}  # type: ignore[attr-defined]
     names = [name for name in LASTING if name in selected]
 
@@ -341,7 +342,7 @@ def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
             job = here.begin(*hooks, zygote=zygote)
             if from_the_middle:
                 wait_for(lambda: reached.exists() and committed(here.server) == [4], 120)
-                # Until the save of step 4 has looked for what it can delete, where a failure is a warning.
+                # The save of step 4 then deletes old checkpoints, where a failure is only a warning.
                 time.sleep(2)
             faults = [here.server.fail(failure, kind, match=match, after=n, times=None) for kind, match, n in requests]
             wait_for(lambda: any(fault.consumed for fault in faults), 120)
@@ -352,7 +353,7 @@ def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
             if code != 3:
                 return f"ended with {code}: {output.read_text()[-1500:]}"
             if not re.search(line, error_line(output.read_text())):
-                return f"said {error_line(output.read_text())}"
+                return f"unexpected message: {error_line(output.read_text())}"
             if seconds > 60:
                 return f"ended after {seconds:.0f} s"
             here.server.heal()
@@ -363,7 +364,7 @@ def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
                 return f"the same command again ended with {code}: {output.read_text()[before:]}"
             again = output.read_text()[before:]
             if f"resumed at step {last} of 12" not in again or "passed over" in again:
-                return f"did not go on from step {last}: {again}"
+                return f"did not resume from step {last}: {again}"
             return ", ".join(here.differences())
 
     with Zygote(*PRELOAD, unset=fake_gcs.KNOBS) as zygote:
@@ -375,5 +376,5 @@ def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", LASTING)
 def test_lasting_fault_is_one_line_and_the_run_resumes(fault: str, lasted: dict[str, str]) -> None:
-    """It ends within a minute after the fault began to be felt; when it is over, the same command resumes."""
+    """The job ends within a minute of the first failure; afterwards the same command resumes."""
     assert not lasted[fault]

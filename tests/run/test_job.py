@@ -1,4 +1,4 @@
-"""The whole job: end to end, stopped and killed anywhere, and told to go on."""
+"""The whole job: end to end, stopped, killed and resumed."""
 
 from __future__ import annotations
 
@@ -138,13 +138,15 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS)
 def test_other_methods_resume_to_the_bit(flags: list[str], tmp_path: pathlib.Path, way: list[str]) -> None:
     assert here(*flags, *way, f"--workdir={tmp_path}/whole/run").returncode == 0
-    assert killed([*flags, *way], f"{tmp_path}/cut/run", "run.job:Job.run_steps", 4, "SIGKILL") == -signal.SIGKILL
+    assert (
+        run_with_signal([*flags, *way], f"{tmp_path}/cut/run", "run.job:Job.run_steps", 4, "SIGKILL") == -signal.SIGKILL
+    )
     assert here(*flags, *way, f"--workdir={tmp_path}/cut/run").returncode == 0
     assert_equal_runs(f"{tmp_path}/whole/run", f"{tmp_path}/cut/run")
 
 
 def test_recipe_of_the_keras_example(flags: list[str], tmp_path: pathlib.Path) -> None:
-    """All its points in one run, to the report; the data and the sizes are ours."""
+    """All points of the example in one run, on small data."""
     done = here(*flags, "--recipe=keras_example", f"--workdir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     assert "warm-up takes 1,500 of 12 steps" in done.stderr
@@ -173,8 +175,8 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def killed(flags: list[str], workdir: str, where: str, count: int, number: str, after: bool = True) -> int:
-    """Runs the job and sends itself a real signal around the `count`-th call of `where`; returns the exit status."""
+def run_with_signal(flags: list[str], workdir: str, where: str, count: int, number: str, after: bool = True) -> int:
+    """Runs the job, which sends itself a signal at call `count` of `where`; returns the exit status."""
     module, _, rest = where.partition(":")
     owner, _, name = rest.rpartition(".")
     code = KILLER.format(module=module, owner=owner, name=name, count=count, after=after, signal=number)
@@ -199,7 +201,7 @@ def test_killed_run_resumes_to_the_bit(
     after: bool,
 ) -> None:
     workdir = str(tmp_path / "run")
-    assert killed(flags, workdir, where, count, "SIGKILL", after) == -signal.SIGKILL
+    assert run_with_signal(flags, workdir, where, count, "SIGKILL", after) == -signal.SIGKILL
     assert not os.path.exists(f"{workdir}/result.json")
     done = funmatch(*flags, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
@@ -210,9 +212,9 @@ def test_killed_run_resumes_to_the_bit(
 def test_run_killed_between_checkpoints_resumes_to_the_bit(
     flags: list[str], uninterrupted: str, tmp_path: pathlib.Path
 ) -> None:
-    """After step 8's checkpoint and two steps more, which are made again."""
+    """The two steps after the checkpoint of step 8 are repeated."""
     workdir = str(tmp_path / "run")
-    assert killed(flags, workdir, "run.job:Job.run_steps", 7, "SIGKILL") == -signal.SIGKILL
+    assert run_with_signal(flags, workdir, "run.job:Job.run_steps", 7, "SIGKILL") == -signal.SIGKILL
     done = funmatch(*flags, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert "resumed at step 8 of 12" in done.stderr
@@ -220,12 +222,12 @@ def test_run_killed_between_checkpoints_resumes_to_the_bit(
 
 
 def test_sigterm_saves_and_exits_75(flags: list[str], uninterrupted: str, tmp_path: pathlib.Path) -> None:
-    """Stopped at step 11, which is due for nothing: the row of metrics under way goes on after it."""
+    """Step 11 is in the middle of a row of metrics, whose mean must include all its steps."""
     workdir = str(tmp_path / "run")
-    assert killed(flags, workdir, "run.job:Job.run_steps", 6, "SIGTERM") == 75
+    assert run_with_signal(flags, workdir, "run.job:Job.run_steps", 6, "SIGTERM") == 75
     (commit,) = pathlib.Path(workdir, "checkpoints").glob("checkpoint-*11.json")
     assert json.loads(commit.read_text())["extra"]["pending"]
-    # Gone on with in a process that has made other optimizers before.
+    # Resume in a process with another optimizer: Keras numbers their names.
     keras.optimizers.AdamW()
     done = here(*flags, f"--workdir={workdir}")
     assert "resumed at step 11 of 12" in done.stderr
@@ -260,7 +262,7 @@ def built(make_config: Callable[..., Config]) -> Job:
 
 @pytest.mark.parametrize("what", ["student", "teacher", "optimizer"])
 def test_non_finite_values_stop_before_a_commit(built: Job, what: str) -> None:
-    """Poison after step 6: the last good checkpoint is of step 4, finite, and stays."""
+    """NaN after step 6; the checkpoint of step 4 is finite and stays."""
     writer, checkpoints = build.open_run(built)
     real = built.run_steps
 
@@ -278,7 +280,7 @@ def test_non_finite_values_stop_before_a_commit(built: Job, what: str) -> None:
     message = {
         "student": "in step 7 of 12: the student's weights",
         "teacher": "in step 7 of 12: the teacher's output",
-        "optimizer": "in step 8 of 12: the student's weights",  # what a spoilt moment makes of them in step 7
+        "optimizer": "in step 8 of 12: the student's weights",  # step 7 computed them from a NaN moment
     }[what]
     with pytest.raises(Diverged, match=f"not finite {message}") as raised:
         loop.train(built, writer, checkpoints, Console())
@@ -290,7 +292,7 @@ def test_non_finite_values_stop_before_a_commit(built: Job, what: str) -> None:
 
 
 def test_save_writes_metrics_then_state_then_commit(built: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copy of the state is taken at once; what the job does afterwards does not reach it."""
+    """The state is copied at once; later changes of the job are not in the checkpoint."""
     writer, checkpoints = build.open_run(built)
     writer.add("train", 3, {"loss": 1.0})
     written, gate, real = [], threading.Event(), files.write
@@ -304,7 +306,7 @@ def test_save_writes_metrics_then_state_then_commit(built: Job, monkeypatch: pyt
     before = built.state()
     with Background() as saving:
         loop.save(built, writer, checkpoints, saving)
-        assert not written, "the caller was held"
+        assert not written, "save blocked its caller"
         writer.add("train", 4, {"loss": 2.0})
         for variable in built.student.trainable_variables:
             variable.assign_add(tf.ones_like(variable))
@@ -348,23 +350,23 @@ def test_tensorboard_errors_are_warnings(tmp_path: pathlib.Path) -> None:
 def test_best_checkpoint_is_kept_and_exported(
     built: Job, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Evaluations after 2, 4, ... 12 steps say what the list says; the first of the best is the best."""
-    metrics = {
+    """Evaluations after steps 2, 4, ..., 12 give the listed values; of equal ones the first is kept."""
+    values = {
         "student_top1": iter([0.1, 0.6, 0.6, 0.5, float("nan"), 0.2]),
         "kl": iter([3.0, 1.0, 1.0, 2.0, 5.0, 1.5]),
     }
-    for by in metrics:
+    for by in values:
         settings = make_config(keep_best=by, export_from="best", eval_every=2, checkpoint_every=12, keep_checkpoints=1)
         reconfigure(built, dataclasses.replace(settings, workdir=f"{settings.workdir}-{by}").resolve(40))
         writer, checkpoints = build.open_run(built)
         kept = {}
 
-        class Said:
+        class FakeResult:
             def metrics(self, by: str = by) -> dict[str, float]:
                 kept[built.step] = built.state()  # noqa: B023
-                return {by: next(metrics[by])}
+                return {by: next(values[by])}
 
-        monkeypatch.setattr(loop, "evaluate", lambda *_: Said())
+        monkeypatch.setattr(loop, "evaluate", lambda *_: FakeResult())
         built.step, built.best = 0, {}
         built.optimizer.iterations.assign(0)
         loop.train(built, writer, checkpoints, Console())
@@ -373,7 +375,7 @@ def test_best_checkpoint_is_kept_and_exported(
         assert steps == [4, 12]
         loop.take_best(built, checkpoints)
         assert all(built.state()[name].tobytes() == array.tobytes() for name, array in kept[4].items())
-        # The same command again: what is the best is known from the newest checkpoint.
+        # On resume, the best step is read from the newest checkpoint.
         built.best = {}
         loop.resume(built, writer, checkpoints, Console())
         assert (built.step, built.best["step"]) == (12, 4)
@@ -436,7 +438,7 @@ def test_metrics_are_truncated_to_the_checkpoint(tmp_path: pathlib.Path) -> None
 
 @pytest.mark.slow
 def test_bring_your_own_images_and_teacher(tmp_path: pathlib.Path) -> None:
-    """Grey, transparent, CMYK and odd-sized files; a 0..255 softmax teacher of another size; a student of another size."""
+    """Grey, transparent, CMYK and odd-sized images; a softmax teacher for 0..255 of another size."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("valid", 3)):
         for name, level in (("dark", 60), ("light", 190)):

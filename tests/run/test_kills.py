@@ -1,8 +1,8 @@
-"""Killed, starved or misled anywhere: the same command ends in the same weights, slots, metrics and result.
+"""A run that is killed or runs out of resources at any point resumes to the same result.
 
-Each point is a process that is forked from one that has TensorFlow already (tests/zygote.py), is stopped at a chosen moment by a
-real signal, and is followed by another that gets the same command. All points run once, as many side by side as there are cores;
-each is a test.
+Weights, optimizer slots, metrics and result.json are compared. Each point is a process forked from
+one with TensorFlow loaded (tests/zygote.py). A real signal stops it, and a second process gets the
+same command. All points run once, one for each core at a time; each is a test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from zygote import Zygote, side_by_side, wait_for
 
 KILLED = -signal.SIGKILL
 
-# Where a job is in each phase: a call that is made then, its number, and whether the signal comes after it.
+# A call in each phase of a job: function, number of the call, and whether the signal comes after it.
 PHASES = {
     "start": ("trainer.run.plan:make_plan", 0, True),
     "lock": ("trainer.io.lock:hold_workdir", 0, True),
@@ -38,7 +38,7 @@ PHASES = {
     "export": ("trainer.output.export:single_device_copy", 0, True),
     "report": ("trainer.output.report:render", 0, True),
 }
-# Where SIGKILL goes in what follows training.
+# The calls after training at which SIGKILL is sent.
 ENDINGS = {
     "after the final evaluation": ("trainer.run.evaluator:Evaluator.run", 2, True),
     "while the SavedModel is copied": ("os:replace", 12, False),  # probe, configuration, 9 of 3 saves, fingerprint.pb
@@ -49,7 +49,7 @@ ENDINGS = {
     "after the report": ("trainer.output.report:render", 0, True),
     "before the result": ("trainer.output.finish:write_json", 1, False),
 }
-# The steps of writing a file (tests/hooks.py, storage), for what a save changes, and what it deletes.
+# The steps of writing a file (the hook "storage" in tests/hooks.py).
 WRITE_STEPS = ("made", "half", "written", "flushed", "renamed", "flushed")
 SAVE = [*(f"{what} {step}" for what in ("metrics", "state", "commit") for step in range(len(WRITE_STEPS)))]
 
@@ -86,14 +86,14 @@ POINTS = [
     Point("SIGKILL in the cleaning of a recovery", (step(9), at(("trainer.io.files:remove_temporary", 0, False), "SIGKILL")),
           (KILLED,) * 2),
 ]  # fmt: skip
-# Two saves, of which the second deletes a checkpoint too. The changes of the first run are counted once, below.
+# Two saves; the second one also deletes a checkpoint. `saves` finds their numbers in the first run.
 SAVES = [f"save {n}: {what}" for n in (2, 3) for what in [*SAVE, *(["removed 0", "removed 1"] if n == 3 else [])]]
 ALL = [*(point.name for point in POINTS), *SAVES]
 
 
 @dataclasses.dataclass
 class Run:
-    """What the points share."""
+    """The uninterrupted run, and what all points need."""
 
     zygote: Zygote
     flags: list[str]
@@ -104,7 +104,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """The run that is never stopped; every change that it makes on the disk is recorded."""
+    """The uninterrupted run; each of its changes on the disk is recorded."""
     folder = tmp_path_factory.mktemp("kills")
     for seed, name in enumerate(("teacher", "student")):
         small_classifier(seed).save(folder / f"{name}.keras")
@@ -120,7 +120,7 @@ def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 def saves(changes: list[tuple[str, str]]) -> dict[str, int]:
-    """The number of each change of the saves, by its name in `SAVES`."""
+    """The index of each change that a save makes, by its name in `SAVES`."""
     begins = [i for i, (kind, path) in enumerate(changes) if kind == "made" and "metrics.jsonl" in path]
     numbers = {}
     for number, (begin, end) in enumerate(zip(begins, [*begins[1:], len(changes)], strict=True), 1):
@@ -141,7 +141,7 @@ def saves(changes: list[tuple[str, str]]) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def outcomes(run: Run, request: pytest.FixtureRequest) -> dict[str, str]:
-    """What is wrong with each point that was asked for; empty: nothing."""
+    """The problem of each selected point; empty if there is none."""
     selected_names = {item.callspec.params["name"] for item in request.session.items if "outcomes" in item.fixturenames}  # type: ignore[attr-defined]
     numbers = saves(run.changes)
     points = [*POINTS, *(Point(name, (disk(numbers[name]),), (KILLED,)) for name in SAVES)]
@@ -155,7 +155,7 @@ def outcomes(run: Run, request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 def test_zygote_has_one_thread(run: Run) -> None:
-    assert run.zygote.threads == 1, "a fork of a process with threads is no good process"
+    assert run.zygote.threads == 1, "a process with threads must not be forked"
 
 
 def test_uninterrupted_run_has_every_row_once(run: Run) -> None:
@@ -166,7 +166,7 @@ def test_uninterrupted_run_has_every_row_once(run: Run) -> None:
 
 
 def test_every_step_of_a_save_is_a_kill_point(run: Run) -> None:
-    """What a save changes is what the points below were written for: metrics, state, commit, in this order, then deletes."""
+    """A save writes metrics, state and commit in this order, then deletes."""
     numbers = saves(run.changes)
     assert set(SAVES) <= numbers.keys()
     assert [numbers[name] for name in SAVES] == sorted(numbers[name] for name in SAVES)
@@ -190,7 +190,7 @@ def test_same_command_resumes_to_the_bit(name: str, outcomes: dict[str, str]) ->
 def run_job(
     run: Run, name: str, *hooks: dict[str, Any], flags: list[str] | None = None, **moved: str
 ) -> tuple[int, str]:
-    """Runs the job in a folder of this name with these hooks; its exit code and what it told since the run before."""
+    """Runs the job in a folder of this name with hooks; returns its exit code and its output."""
     log = run.folder / f"{name}.txt"
     begin = log.stat().st_size if log.exists() else 0
     workdir = moved.get("workdir", str(run.folder / name))
@@ -200,14 +200,14 @@ def run_job(
 
 
 def error_line(output: str) -> str:
-    """The one line about what was wrong."""
+    """The only error line of the output."""
     assert "Traceback" not in output, output
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return line
 
 
 def newest(workdir: pathlib.Path) -> int:
-    """The step that the same command would go on from: a checkpoint that is whole."""
+    """The step that the same command would resume from, whose checkpoint must be complete."""
     commit = json.loads(max((workdir / "checkpoints").glob("checkpoint-*.json")).read_text())
     content = (workdir / "checkpoints" / commit["state"]).read_bytes()
     assert hashlib.sha256(content).hexdigest() == commit["sha256"]
@@ -215,7 +215,7 @@ def newest(workdir: pathlib.Path) -> int:
 
 
 def after(count: int, **then: Any) -> dict[str, Any]:
-    """A hook after a step. `once=saved(workdir)`: the save of step 4, which goes on beside the steps, is to be whole by then."""
+    """A hook after a step. `once=saved(workdir)` first waits for the background save of step 4."""
     return {"hook": "call", "where": "trainer.run.job:Job.run_steps", "count": count, "then": then}
 
 
@@ -225,18 +225,20 @@ def saved(workdir: pathlib.Path) -> str:
 
 @pytest.fixture
 def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path | None]:
-    """A file system of 8 MB; None where this process may not mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", place], capture_output=True, check=False)
-    yield place if mounted.returncode == 0 else None
+    """A file system of 8 MB; None if this process may not mount one."""
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", mount_point], capture_output=True, check=False
+    )
+    yield mount_point if mounted.returncode == 0 else None
     if mounted.returncode == 0:
-        subprocess.run(["umount", "-l", place], check=True)
+        subprocess.run(["umount", "-l", mount_point], check=True)
 
 
 @pytest.mark.kills
 def test_full_disk_is_one_line_and_the_run_resumes(run: Run, small_disk: pathlib.Path | None) -> None:
-    """Where no file system can be mounted, the kernel's bound of a file's size stands in for a full one."""
+    """If no file system can be mounted, a limit of the file size stands in for a full disk."""
     workdir = small_disk / "run" if small_disk else run.folder / "full"
     then: dict[str, Any] = {"fill": str(small_disk / "filling")} if small_disk else {"largest_file": 100}
     code, output = run_job(run, "full", after(5, once=saved(workdir), **then), workdir=str(workdir))
@@ -253,7 +255,7 @@ def test_full_disk_is_one_line_and_the_run_resumes(run: Run, small_disk: pathlib
 
 @pytest.mark.kills
 def test_unwritable_workdir_is_one_line(run: Run) -> None:
-    """As an ordinary user: root may write anywhere."""
+    """Without root's capabilities, which allow writing anywhere."""
     workdir = run.folder / "closed"
     workdir.mkdir(mode=0o555)
     code, output = run_job(run, "closed", {"hook": "powerless"})
@@ -289,7 +291,7 @@ def test_clock_jumps_do_not_change_the_run(run: Run, seconds: float) -> None:
 
 
 def test_wall_clock_is_used_only_in_messages() -> None:
-    """It says when a lock was taken and a line was logged, to people."""
+    """It may say when a lock was taken or a line was logged."""
     for path in (ROOT / "trainer").rglob("*.py"):
         text = path.read_text()
         allowed = path.name in ("lock.py", "environment.py")
@@ -298,9 +300,8 @@ def test_wall_clock_is_used_only_in_messages() -> None:
 
 @pytest.mark.kills
 def test_changed_teacher_is_one_line_and_the_run_resumes(run: Run) -> None:
-    teacher, kept = run.folder / "teacher.keras", (run.folder / "teacher.keras").read_bytes()
-    teacher = run.folder / "other.keras"
-    teacher.write_bytes(kept)
+    original, teacher = run.folder / "teacher.keras", run.folder / "other.keras"
+    teacher.write_bytes(original.read_bytes())
     flags = [f"--teacher=keras:{teacher}" if flag.startswith("--teacher=") else flag for flag in run.flags]
     killed = after(5, once=saved(run.folder / "teacher"), signal="SIGKILL")
     code, output = run_job(run, "teacher", killed, flags=flags)
@@ -310,17 +311,17 @@ def test_changed_teacher_is_one_line_and_the_run_resumes(run: Run) -> None:
     code, output = run_job(run, "teacher", flags=flags)
     assert code == 3, output
     assert "belongs to another run (teacher: [" in error_line(output)
-    # The killed job left its lock, which is the refused one's by then and goes with it.
+    # The refused job took over the lock of the killed one, and deleted it at its end.
     assert before - set((run.folder / "teacher").rglob("*")) == {run.folder / "teacher/.lock"}
-    teacher.write_bytes(kept)
+    teacher.write_bytes(original.read_bytes())
     assert run_job(run, "teacher", flags=flags)[0] == 0
     assert matrix.differences(run.whole, run.folder / "teacher") == []
-    assert teacher.exists()
+    assert original.exists()
 
 
 @pytest.mark.kills
 def test_second_job_on_a_workdir_is_refused(run: Run) -> None:
-    """The first one waits after its second step until the second job was refused; then it is killed, and a third takes over."""
+    """The first job waits until the second is refused; then it is killed, and a third takes over."""
     reached, workdir = run.folder / "reached", run.folder / "two"
     argv = [*run.flags, f"--workdir={workdir}"]
     hook = after(1, touch=str(reached), sleep=600)

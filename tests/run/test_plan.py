@@ -1,4 +1,4 @@
-"""trainer.run.plan: made once, and the rules about data and teachers."""
+"""The plan of a run: it is made once; rules about data and teachers."""
 
 from __future__ import annotations
 

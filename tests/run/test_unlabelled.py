@@ -1,4 +1,4 @@
-"""Pictures without labels are trained on, end to end, and what is measured is said by a set of its own."""
+"""Training on images without labels, with a separate data set for evaluation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from samples import image
 from trainer.data.dataset import Dataset
 from trainer.data.records import EncodedSplit
 
-PICTURES = 16
+IMAGES = 16
 
 
 @pytest.mark.slow
 def test_distillation_on_unlabelled_images(data: str, teacher_file: str, tmp_path: pathlib.Path) -> None:
-    """Through the commands. The same pictures with classes, of which the teacher knows none, give the same weights to the bit."""
-    for number in range(PICTURES):
+    """The same images with labels, which are not used, give the same weights to the bit."""
+    for number in range(IMAGES):
         content = image(number, (IMAGE + number, SIDE))
         for name in (f"plain/{number:02}.jpg", f"sorted/{'cats' if number < 7 else 'dogs'}/{number:02}.jpg"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def test_distillation_on_unlabelled_images(data: str, teacher_file: str, tmp_pat
     metrics = result(runs[0])
     assert 0 <= metrics["student_top1"] <= 1
     assert 0 <= metrics["teacher_top1"] <= 1
-    # The classes are those of what is measured on, in the model that comes out too.
+    # The exported model has the classes of the evaluation data.
     names = json.loads((runs[0] / "export" / "classes.json").read_text())
     assert tuple(names) == Dataset.load(data).classes
     assert len(names) == CLASSES

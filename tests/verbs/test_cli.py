@@ -1,4 +1,4 @@
-"""What a user meets at the command line: help at once, one line for a mistake, the documented exit codes."""
+"""The command line: fast help, errors as one line, exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLAGS = [
 
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
 def test_help_takes_under_a_second_without_tensorflow(verb: str, tmp_path: pathlib.Path) -> None:
-    # A TensorFlow that cannot be imported stands in the way.
+    # A stand-in for TensorFlow that fails on import.
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported')")
     began = time.monotonic()
     done = funmatch(verb, "--help", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
@@ -43,7 +43,7 @@ def one_line(done, code: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("typo", "meant"),
+    ("typo", "flag"),
     [
         ("--tempreature=2", "temperature"),
         ("--learnign_rate=1", "learning_rate"),
@@ -51,8 +51,8 @@ def one_line(done, code: int) -> str:
         ("--stduent=x", "student"),
     ],
 )
-def test_mistyped_flag_names_the_nearest(typo: str, meant: str) -> None:
-    assert meant in one_line(here("task", typo), 2)
+def test_mistyped_flag_names_the_nearest(typo: str, flag: str) -> None:
+    assert flag in one_line(here("task", typo), 2)
 
 
 def test_mistyped_verb_names_the_nearest() -> None:
@@ -126,7 +126,7 @@ def test_teacher_with_another_number_of_classes(data: str, tmp_path: pathlib.Pat
 
 
 def test_unwritable_workdir(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
-    # Root may write anywhere, so a file is in the way.
+    # A file where a folder should be: root may write anywhere.
     (tmp_path / "file").write_text("")
     done = here(
         "task",
@@ -142,7 +142,7 @@ def test_unwritable_workdir(data: str, tmp_path: pathlib.Path, teacher_file: str
 
 def test_unreadable_image(tmp_path: pathlib.Path) -> None:
     (tmp_path / "in/train/daisy").mkdir(parents=True)
-    (tmp_path / "in/train/daisy/1.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    (tmp_path / "in/train/daisy/1.jpg").write_bytes(b"\xff\xd8\xff not an image")
     done = here("prepare", f"--dataset=folder:{tmp_path}/in", f"--out={tmp_path}/out")
     assert "train/daisy/1.jpg" in one_line(done, 3)
     assert not (tmp_path / "out/dataset.json").exists()

@@ -1,4 +1,4 @@
-"""Evaluation counts every example exactly once; the exported model gives what was evaluated."""
+"""Evaluation counts every example once; the exported model gives the evaluated logits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def evaluate(store: MemoryStore, teacher_file: str, batch: int, replicas: int) -
 
 @pytest.mark.parametrize(("batch", "replicas"), [(1, 1), (7, 1), (23, 1), (64, 1), (8, 2), (10, 4)])
 def test_every_example_is_counted_once(store: MemoryStore, teacher_file: str, batch: int, replicas: int) -> None:
-    """23 examples, so that the last batch is never full but for two of these."""
+    """The last batch of the 23 examples is full in only two of the cases."""
     result = evaluate(store, teacher_file, batch, replicas)
     expected = evaluate(store, teacher_file, 5, 1)
     for one, other in (
@@ -112,7 +112,7 @@ def test_teacher_logits_are_computed_once(store: MemoryStore, teacher_file: str)
 def test_exported_model_gives_the_evaluated_logits(
     store: MemoryStore, data: str, tmp_path: pathlib.Path, precision: str, changes: dict
 ) -> None:
-    """JPEG bytes and tensors, through a SavedModel that is loaded anew, against the evaluator's logits."""
+    """A reloaded SavedModel, for encoded images and tensors, against the evaluator's logits."""
     config = settings(23, **changes)
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)

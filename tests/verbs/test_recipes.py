@@ -1,4 +1,4 @@
-"""Published settings: the table against facts typed once more from the sources, the flagfiles against the table."""
+"""Published settings: the table against the sources, the flagfiles against the table."""
 
 from __future__ import annotations
 

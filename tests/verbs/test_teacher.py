@@ -1,4 +1,4 @@
-"""Fine-tuning a teacher: BiT-HyperRule against its table, its crop, its mixup; what is saved is a teacher."""
+"""Fine-tuning a teacher: BiT-HyperRule's table, crop and mixup; the saved model is a teacher."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_hyperrule_matches_the_published_table(
 
 
 def test_hyperrule_resizes_then_crops() -> None:
-    """Crops are pixels of the squashed image, anywhere in it, mirrored half of the time; evaluation sees all of it."""
+    """Crops are from anywhere in the resized image, half of them mirrored; evaluation takes all."""
     config = Config(image_size=8, resize_size=11, views="same/ic", distance="labels", steps=9).resolve(64)
     assert config.store_size == 11
     images = np.random.default_rng(0).integers(0, 256, (64, 11, 11, 3)).astype(np.uint8)
@@ -150,7 +150,7 @@ def test_fine_tuning_on_one_and_two_replicas_agrees(make_config: Callable[..., C
 
 
 def test_fine_tune_a_bit_from_a_file(data: str, tmp_path: pathlib.Path) -> None:
-    """From a file of other classes by the rule, made small; what comes out is a teacher, and the rule was told."""
+    """From a file with other classes; the rule is printed, and the result is a teacher."""
     source = shaken(CLASSES + 3)
     np.savez(tmp_path / "w.npz", **native_layout(source))
     flags = [

@@ -1,4 +1,4 @@
-"""`funmatch evaluate` and `funmatch appraise`: what they print is what the library measures, for every kind of model."""
+"""`funmatch evaluate` and `funmatch profile` print what the library measures, for all models."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def run_verb(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict,
 
 
 def no_progress(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignores progress."""
 
 
 def evaluate_model(data: str, model: keras.Model, split: str = "test", side: int = 2 * IMAGE) -> evaluator.EvalResult:
-    """By the library, which other tests hold against definitions."""
+    """Evaluates with the library, which other tests check against definitions."""
     dataset = Dataset.load(data)
     store = MemoryStore(dataset, dataset.splits[split], side, no_progress)
     config = Config(image_size=IMAGE, store_size=side, steps=1, batch_size=9).resolve(1)
@@ -63,7 +63,7 @@ def test_evaluate_a_keras_file_with_a_teacher(
 
 
 def test_evaluate_an_exported_student(data: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The SavedModel takes files' bytes and does its own preprocessing: a range and a crop that no flag says."""
+    """The SavedModel takes encoded images, and includes the value range and the crop."""
     model = opinionated(bit.bit("tiny", CLASSES, IMAGE, seed=3), 7)
     names = Dataset.load(data).classes
     config = Config(image_size=IMAGE, student_range="0,1", central_fraction=0.5, steps=1).resolve(1)
@@ -83,7 +83,7 @@ def test_evaluate_an_exported_student(data: str, tmp_path: pathlib.Path, capsys:
 def test_evaluate_a_saved_model_with_a_value_range(
     data: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the Keras example's published student: [0, 1] in, logits out."""
+    """Images in [0, 1] to logits, like the Keras example's published student."""
     keras.utils.set_random_seed(1)
     layers = keras.layers
     inner = keras.Sequential(

@@ -30,7 +30,7 @@ def train_samples(job: Job, count: int = 16) -> list[Sample]:
     pairs = [part[:count] for part in batch.split_partners(batch.rows)]
     rows = views.BatchRows(tf.concat(pairs, 0), "reverse") if batch.partner else views.BatchRows(pairs[0], "")
     ids = job.sampler.batches(step, 1)[0][rows.rows.numpy()]
-    made = views.training_views(
+    batch_views = views.training_views(
         config,
         tf.constant(job.train_store.take(ids)),
         tf.constant(job.train_store.sizes[ids]),
@@ -40,20 +40,20 @@ def train_samples(job: Job, count: int = 16) -> list[Sample]:
     )
     image_ids, partner_ids = rows.split_partners(ids)
     classes = job.eval_stores[config.final_split].classes
-    student = _top_classes(job.student(to_range(made.student, config.student_range), training=False), classes)
+    student = _top_classes(job.student(to_range(batch_views.student, config.student_range), training=False), classes)
     teacher: list[list[tuple[str, float]]] = [[] for _ in student]
     if job.targets:
         logits = [tf.constant(table[image_ids]) for table in job.targets]
         teacher = _top_classes(ensemble(logits, config.ensemble), classes)
     elif job.teachers:
-        logits = teacher_logits(job.teachers, made.teachers)
+        logits = teacher_logits(job.teachers, batch_views.teachers)
         teacher = _top_classes(ensemble(logits, config.ensemble), classes)
 
     def caption(share: float, image: int, partner: int) -> str:
         return f"{share:.0%} of image {image}, the rest of image {partner}" if rows.partner else f"image {image}"
 
-    shares = made.mixup_ratios.numpy()[:, 0]
-    columns = zip(_pixels(made.student), shares, image_ids, partner_ids, teacher, student, strict=True)
+    shares = batch_views.mixup_ratios.numpy()[:, 0]
+    columns = zip(_pixels(batch_views.student), shares, image_ids, partner_ids, teacher, student, strict=True)
     return [Sample(pixels, caption(share, a, b), t, s, None) for pixels, share, a, b, t, s in columns]
 
 
