@@ -1,4 +1,6 @@
-"""Train a teacher with labels and save it as a `.keras` file: the same loop, checkpoints and resume as the main job.
+"""Train a teacher with labels and save it as a `.keras` file.
+
+Loop, checkpoints and resume are those of the main job.
 
     python -m trainer.teacher --data=DATA --hyperrule --model=bit:BiT-M-R101x3 --out=teacher.keras
     python -m trainer.teacher --data=DATA --train_split=pretrain --model=bit-small --epochs=20 --out=teacher.keras

@@ -26,7 +26,7 @@ from trainer.core import environment
 from trainer.core.errors import ConfigError, Stopped
 from trainer.run import accelerator
 
-# As TensorFlow 2.19.1 and tensorflow-tpu 2.19.1 with libtpu 0.0.10 raised them, on machines without a TPU.
+# Errors of TensorFlow 2.19.1 and tensorflow-tpu 2.19.1 (libtpu 0.0.10) without a TPU.
 NO_DEVICE = "TPU initialization failed: No ba16c7433 device found.\n\t [[{{node configure_tpu_host/_2}}]]"
 NO_LIBTPU = (
     "TPUs not found in the cluster. Failed in initialization: No matching devices found for '/device:TPU_SYSTEM:0' "

@@ -151,7 +151,7 @@ def test_stopped_run_in_a_bucket_resumes_to_the_bit(world: World) -> None:
         assert "gs://bucket/run is finished: nothing to do" in output
 
 
-# Changes in a bucket after which a job is killed, before it hears of them: kind, part of the object's name, and the how manieth.
+# Requests after which a job is killed, before the response: kind, part of the object's name, count.
 KILLS = {
     "the probe was begun": ("start", "run/.write-probe-", 1),
     "the probe was written": ("chunk", "run/.write-probe-", 1),
@@ -280,8 +280,8 @@ def test_transient_faults_do_not_change_the_result(world: World) -> None:
     assert {fault for _, fault in failed} == set(PASSING)
 
 
-# What goes wrong for good: the requests (kind, part of the object's name, how many pass before), the failure, and what the one line
-# must say of it.
+# Lasting faults: requests (kind, part of the object's name, how many succeed first), the failure,
+# and a pattern of the error line.
 LASTING = {
     "403 to the second state": (
         [("start", "run/checkpoints/state-", 1)],

@@ -79,7 +79,7 @@ def test_hyperrule_resizes_then_crops() -> None:
 def test_beta_samples_match_scipy(alpha: float) -> None:
     draws = counter_rng.uniform(5, 7, tf.range(4000), 16, 100)
     samples, distribution = counter_rng.beta(draws, alpha).numpy()[:, 0], stats.beta(alpha, alpha)
-    # Next to 1, float32 is coarser than this distribution is steep: its lower half is compared, and how much that is.
+    # Float32 is too coarse next to 1: compare the lower half of the distribution, and its size.
     low = samples[samples < 0.5]
     assert abs(len(low) / len(samples) - 0.5) < 0.03
     assert stats.kstest(low, lambda x: distribution.cdf(x) / distribution.cdf(0.5)).pvalue > 0.01

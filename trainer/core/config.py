@@ -1,6 +1,6 @@
-"""The configuration of a training job: one frozen value, made from flags, checked once, written beside the run.
+"""The configuration of a training job: frozen, validated once, and saved as config.json.
 
-Nothing below the verbs reads flags.
+Only the verbs read flags.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Config(RunOptions, MethodOptions, StudentOptions, TeacherOptions, DataOpti
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def identity(self) -> dict[str, Any]:
-        """The fields that affect the weights; equal identity, data and teacher make two runs the same."""
+        """The fields that affect the weights; a checkpoint of another identity is refused."""
         values = self.to_dict()
         return {
             field.name: values[field.name]

@@ -58,7 +58,7 @@ def from_flags(values: flags.FlagValues, recipe: dict[str, Any] | None = None, *
     """
     given = {name for name in values if values[name].present}
     preset = dict(recipe or {})
-    if given & {"steps", "epochs"}:  # either flag replaces the recipe's length, whichever unit the recipe uses
+    if given & {"steps", "epochs"}:  # either one replaces the recipe's length
         preset = {name: value for name, value in preset.items() if name not in ("steps", "epochs", "schedule_steps")}
     options: dict[str, Any] = {name: value for name, value in preset.items() if name not in given} | fixed
     for field in dataclasses.fields(Config):

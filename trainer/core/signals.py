@@ -56,7 +56,7 @@ class StopRequest:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        # TensorFlow's tracer, an import or a loader may have wrapped `Stopped` into an error of its own.
+        # TensorFlow's tracer, an import or a loader may have wrapped `Stopped` in its own error.
         if self._raised is None or error is self._raised or not isinstance(error, Exception):
             return
         if isinstance(error, Stopped) or not isinstance(error, FunmatchError) or _is_caused_by(self._raised, error):
@@ -67,6 +67,6 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
         repeated, self.name = bool(self.name), signal.Signals(number).name
-        if self._at_once and not repeated:  # a second signal must not interrupt the cleanup after the first
+        if self._at_once and not repeated:  # a second one must not interrupt the cleanup
             self._raised = Stopped(f"stopped by {self.name}: give the same command again")
             raise self._raised

@@ -1,4 +1,4 @@
-"""The end of a run: final evaluation, export, report, and result.json, which marks the run as finished."""
+"""The end of a run: final evaluation, export, report, and result.json, which marks it finished."""
 
 from __future__ import annotations
 

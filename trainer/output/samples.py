@@ -26,7 +26,7 @@ def train_samples(job: Job, count: int = 16) -> list[Sample]:
     step = job.step - 1
     count = min(count, config.batch_size)
     batch = views.BatchRows.of(0, 1, config.batch_size, views.mixup_partner(config))
-    # Only the first rows, each with its mixup partner, in the layout of "reverse" whatever the partner is.
+    # Only the first rows and their mixup partners, in the layout "reverse" for any mode.
     pairs = [part[:count] for part in batch.split_partners(batch.rows)]
     rows = views.BatchRows(tf.concat(pairs, 0), "reverse") if batch.partner else views.BatchRows(pairs[0], "")
     ids = job.sampler.batches(step, 1)[0][rows.rows.numpy()]
