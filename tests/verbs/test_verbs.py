@@ -104,7 +104,7 @@ def test_evaluate_a_saved_model_with_a_value_range(
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "words"),
+    ("flags", "code", "message"),
     [
         (["--data={data}"], 2, "--model is missing"),
         (["--model=keras:x.keras"], 2, "--data is given 0 times"),
@@ -114,11 +114,11 @@ def test_evaluate_a_saved_model_with_a_value_range(
         (["--model=keras:{teacher}", "--data={data}", "--image_size=30"], 2, "takes 24 x 24"),
     ],
 )
-def test_invalid_flags_are_one_line(data: str, teacher_file: str, flags: list[str], code: int, words: str) -> None:
+def test_invalid_flags_are_one_line(data: str, teacher_file: str, flags: list[str], code: int, message: str) -> None:
     done = here("evaluate", *(flag.format(data=data, teacher=teacher_file) for flag in flags))
     assert done.returncode == code, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert words in line
+    assert message in line
 
 
 def test_profile_of_each_precision(
