@@ -235,7 +235,7 @@ def test_lease_of_a_killed_job_expires(world: World) -> None:
         before = [request.number for request in here.server.log][-1]
         began = time.monotonic()
         second = here.begin(lease=LEASE)
-        wait_for(lambda: "its owner is given 5 s" in here.output.read_text()[len(output) :], 60)
+        wait_for(lambda: "waiting 5 s to see whether its owner is alive" in here.output.read_text()[len(output) :], 60)
         assert not second.status.done(), "it ended instead of waiting"
         code, output = here.wait(second)
         assert code == 0, output
