@@ -1,4 +1,4 @@
-"""Small data and models that the tests share, and four virtual CPU devices for what happens with several replicas."""
+"""Small data and models that the tests share, and four virtual CPU devices for replicas."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ tf.config.set_logical_device_configuration(
 tf.get_logger().setLevel("ERROR")
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
+def silent(task: str, done: int, total: int) -> None:
+    """Ignores progress."""
 
 
 class RecordingConsole(SilentConsole):
-    """Keeps lines in `lines`; a warning as it is printed, with its prefix."""
+    """Keeps the printed lines in `lines`, warnings with their prefix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,17 +60,17 @@ class RecordingConsole(SilentConsole):
 
 
 def strategy(replicas: int) -> tf.distribute.Strategy:
-    """A strategy over so many virtual CPU devices."""
+    """A strategy over this number of virtual CPU devices."""
     if replicas == 1:
         return tf.distribute.OneDeviceStrategy("CPU:0")
-    # Collectives of several strategies in one process mix up their keys; a plain sum on one device does not.
+    # Keys of collectives clash between strategies of one process; a sum on one device has none.
     return tf.distribute.MirroredStrategy(
         [f"CPU:{i}" for i in range(replicas)], cross_device_ops=tf.distribute.ReductionToOneDevice()
     )
 
 
 def funmatch(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m trainer.cli ...` as a user would, in a process of its own."""
+    """Runs `python -m trainer.cli ...` in a subprocess."""
     inherited = {name: value for name, value in os.environ.items() if name not in fake_gcs.KNOBS}
     return subprocess.run(
         [sys.executable, "-m", "trainer.cli", *arguments],
@@ -84,45 +84,45 @@ def funmatch(*arguments: str, timeout: float = 240, **environment: str) -> subpr
 
 
 def here(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which has TensorFlow already: for mistakes, of which there are many."""
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told):
+    """Runs the command line in this process, which has TensorFlow loaded already."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         code = cli.main(list(arguments))
-    return subprocess.CompletedProcess(arguments, code, "", told.getvalue())
+    return subprocess.CompletedProcess(arguments, code, "", stderr.getvalue())
 
 
 def small_classifier(seed: int) -> keras.Model:
-    """Small enough that hundreds of jobs take minutes; with what a student has: convolution, norm, head."""
-    start = keras.initializers.RandomNormal(stddev=0.3, seed=seed)
+    """A classifier so small that hundreds of jobs take minutes: convolution, norm, head."""
+    initializer = keras.initializers.RandomNormal(stddev=0.3, seed=seed)
     return keras.Sequential(
         [
             keras.Input((IMAGE, IMAGE, 3)),
-            keras.layers.Conv2D(8, 5, strides=4, kernel_initializer=start),
+            keras.layers.Conv2D(8, 5, strides=4, kernel_initializer=initializer),
             keras.layers.GroupNormalization(2),
             keras.layers.ReLU(),
             keras.layers.GlobalAveragePooling2D(),
-            keras.layers.Dense(CLASSES, kernel_initializer=start),
+            keras.layers.Dense(CLASSES, kernel_initializer=initializer),
         ]
     )
 
 
 @pytest.fixture(scope="session")
 def storage() -> Iterator[fake_gcs.Server]:
-    """One fake of Google Cloud Storage for all tests of this process; tests take `gcs` or `gcs_here`."""
+    """A fake Google Cloud Storage for this process; tests use `gcs` or `gcs_here`."""
     with fake_gcs.Server() as server:
         yield server
 
 
 @pytest.fixture
 def gcs(storage: fake_gcs.Server) -> fake_gcs.Server:
-    """The fake with one empty bucket, "bucket", no faults and an empty log; `gcs.env` leads a subprocess to it."""
+    """The fake with an empty bucket named "bucket", no faults and an empty log."""
     storage.reset("bucket")
     return storage
 
 
 @pytest.fixture
 def gcs_here(gcs: fake_gcs.Server, monkeypatch: pytest.MonkeyPatch) -> fake_gcs.Server:
-    """The same, and the TensorFlow of this very process (and google-cloud-storage in it) is led there too."""
+    """`gcs`, also used by TensorFlow and google-cloud-storage of this process."""
     for name, value in gcs.route.items():
         monkeypatch.setenv(name, value)
     return gcs
@@ -130,7 +130,7 @@ def gcs_here(gcs: fake_gcs.Server, monkeypatch: pytest.MonkeyPatch) -> fake_gcs.
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A prepared data set of 5 species: 40 train, 15 validation, 23 test pictures, up to 32 pixels."""
+    """A prepared data set of 5 species: 40 train, 15 validation, 23 test images, up to 32 pixels."""
     out = str(tmp_path_factory.mktemp("data") / "flowers")
     write_synthetic_dataset(out, 0, CLASSES, SIDE, {"train": TRAIN, "validation": 15, "test": 23}, silent)
     return out
@@ -138,24 +138,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A `.keras` teacher of 24 x 24 pixels with opinions (its head is not zero)."""
+    """A `.keras` teacher of 24 x 24 pixels with a random head."""
     path = str(tmp_path_factory.mktemp("teacher") / "teacher.keras")
     opinionated(bit.bit("tiny", CLASSES, IMAGE, seed=11)).save(path)
     return path
 
 
 def build_job(config: Config, replicas: int = 1) -> Job:
-    """The job of a configuration on so many virtual CPU devices."""
+    """The job of a configuration on this number of virtual CPU devices."""
     return build.build(make_plan(config), Accelerator(strategy(replicas), "CPU", 10), Console())
 
 
 def reconfigure(job: Job, config: Config) -> None:
-    """Gives a built job another configuration, of the same models and data."""
+    """Changes the configuration of a built job; models and data stay."""
     job.plan = dataclasses.replace(job.plan, config=config)
 
 
 def opinionated(model: keras.Model, seed: int = 0) -> keras.Model:
-    """The model with a random head in place of the zero one."""
+    """Replaces the zero head of a model by a random one."""
     rng = np.random.default_rng(seed)
     head = model.get_layer("head")
     head.set_weights([rng.normal(0, 0.3, w.shape).astype(np.float32) for w in head.get_weights()])
@@ -164,7 +164,7 @@ def opinionated(model: keras.Model, seed: int = 0) -> keras.Model:
 
 @pytest.fixture
 def make_config(data: str, teacher_file: str, tmp_path: pathlib.Path) -> Callable[..., Config]:
-    """A small job's configuration, with changes."""
+    """Makes the configuration of a small job; keyword arguments replace its values."""
 
     def make(**changes: object) -> Config:
         values: dict[str, object] = {

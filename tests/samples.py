@@ -1,4 +1,4 @@
-"""Small files and models that tests of several packages make."""
+"""Small files and models for the tests of several packages."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def first_batch(job: Job) -> views.Views:
     """The views of a job's first step."""
     ids = ExampleSampler(0, len(job.train_store), 8).batches(0, 1)[0]
     rows = views.BatchRows.of(0, 1, 8, views.mixup_partner(job.config))
-    chosen = ids[rows.rows.numpy()]
+    batch_ids = ids[rows.rows.numpy()]
     sizes = () if job.targets else tuple({t.size for t in job.teachers})
-    pictures = tf.constant(job.train_store.images[chosen]), tf.constant(job.train_store.sizes[chosen])
-    return views.training_views(job.config, *pictures, rows, tf.constant(0), sizes)
+    images = tf.constant(job.train_store.images[batch_ids]), tf.constant(job.train_store.sizes[batch_ids])
+    return views.training_views(job.config, *images, rows, tf.constant(0), sizes)
 
 
 def shaken(classes: int = CLASSES, root_pool: str = "zero") -> keras.Model:
-    """A small BiT whose every weight is its own."""
+    """A small BiT with random values in all weights."""
     model = bit.bit("tiny", classes, IMAGE, root_pool=root_pool)
     rng = np.random.default_rng(3)
     model.set_weights([w + rng.normal(0, 0.2, w.shape).astype(np.float32) for w in model.get_weights()])
@@ -43,36 +43,36 @@ def shaken(classes: int = CLASSES, root_pool: str = "zero") -> keras.Model:
 
 
 def parts(model: keras.Model) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Layers with weights, by our names."""
+    """Name and weights of each layer that has weights."""
     for layer in model.layers:
         if layer.weights:
             yield layer.name, {w.name: np.asarray(w) for w in layer.weights}
 
 
 def native_layout(model: keras.Model, prefix: str = "") -> dict[str, np.ndarray]:
-    """As big_vision writes it: norms of shape [1, 1, 1, channels]."""
+    """The weights as in big_vision's files, where norms have shape [1, 1, 1, channels]."""
     names = {"gamma": "scale", "beta": "bias"}
-    found = {}
+    weights = {}
     for name, w in parts(model):
         norm = {names.get(k, k): v[None, None, None] for k, v in w.items()}
         if name == "root_conv":
-            found["root_block/conv_root/kernel"] = w["kernel"]
+            weights["root_block/conv_root/kernel"] = w["kernel"]
         elif name == "final_norm":
-            found |= {f"norm-pre-head/{k}": v for k, v in norm.items()}
+            weights |= {f"norm-pre-head/{k}": v for k, v in norm.items()}
         elif name == "head":
-            found |= {f"head/{k}": v for k, v in w.items()}
+            weights |= {f"head/{k}": v for k, v in w.items()}
         else:
             block, unit, part = name.split("_")[:3]
             number = {"a": 1, "b": 2, "c": 3}.get(part)
             if name.endswith("norm"):
-                found |= {f"{block}/{unit}/gn{number}/{k}": v for k, v in norm.items()}
+                weights |= {f"{block}/{unit}/gn{number}/{k}": v for k, v in norm.items()}
             else:
-                found[f"{block}/{unit}/conv{number or '_proj'}/kernel"] = w["kernel"]
-    return {prefix + k: v for k, v in found.items()}
+                weights[f"{block}/{unit}/conv{number or '_proj'}/kernel"] = w["kernel"]
+    return {prefix + k: v for k, v in weights.items()}
 
 
 def image(number: int, size: tuple[int, int] = (9, 7), kind: str = "JPEG", **options: object) -> bytes:
-    """A small picture, another one for each number."""
+    """A small encoded image, different for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, **options)  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def tree(path: pathlib.Path) -> dict[str, bytes]:
 
 
 def make_archive(path: pathlib.Path, content: dict[str, bytes], kind: str) -> pathlib.Path:
-    """An honest archive."""
+    """A well-formed archive."""
     if kind in ("zip", "stored"):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if kind == "zip" else zipfile.ZIP_STORED) as archive:
             for name, data in content.items():
@@ -103,6 +103,6 @@ def make_archive(path: pathlib.Path, content: dict[str, bytes], kind: str) -> pa
 
 
 def entry(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
-    found = tarfile.TarInfo(name)
-    found.size, found.type, found.linkname = size, kind, link
-    return found
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = size, kind, link
+    return info

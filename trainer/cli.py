@@ -21,9 +21,9 @@ VERBS = {
     "teacher": "train a teacher with labels",
     "task": "distil: the main job",
     "evaluate": "accuracy of any model on a split",
-    "profile": "what a teacher costs, and its cheaper precisions",
+    "profile": "cost of a teacher in each precision",
     "recipes": "list published settings",
-    "smoke": "the whole job on drawn pictures, on a CPU, in minutes",
+    "smoke": "the whole job on generated images, on a CPU, in minutes",
 }
 
 # Names of earlier versions.
@@ -38,13 +38,13 @@ def run(
     *,
     tensorflow: bool = True,
 ) -> int:
-    """Parses flags, runs a verb, and turns errors that a user can act on into one line and an exit code.
+    """Parses flags, runs a verb, and turns each `FunmatchError` into one line and an exit code.
 
     Args:
         doc: text of `--help`, above the flags.
         define: defines the verb's flags.
-        body: the verb, given the parsed flags.
-        argv: without the program's name; None takes the process's.
+        body: runs the verb with the parsed flags.
+        argv: arguments without the program's name; None: those of the process.
         tensorflow: import TensorFlow, without its start-up messages, before `body`.
 
     Returns:
@@ -56,7 +56,8 @@ def run(
         "log_format",
         "auto",
         logs.FORMATS,
-        "Lines on standard error. auto: JSON with a severity in a container of Vertex AI or Kubernetes, else text.",
+        "Format of lines on standard error. auto: JSON with a severity in a container of Vertex AI or "
+        "Kubernetes, else text.",
         flag_values=values,
         module_name="logs",
     )
@@ -71,7 +72,7 @@ def run(
     except (flags.Error, OSError) as error:
         _print_error(" ".join(str(error).split()), EXIT_CONFIG)
         return EXIT_CONFIG
-    if values["log_format"].present:  # a verb called by another verb keeps that one's format
+    if values["log_format"].present:  # a verb called by another verb keeps its format
         logs.set_format(values.log_format)
     try:
         with StopRequest(at_once=True):

@@ -1,10 +1,12 @@
-"""Train a teacher with labels and save it as a `.keras` file: the same loop, checkpoints and resume as the main job.
+"""Train a teacher with labels and save it as a `.keras` file.
+
+Loop, checkpoints and resume are those of the main job.
 
     python -m trainer.teacher --data=DATA --hyperrule --model=bit:BiT-M-R101x3 --out=teacher.keras
     python -m trainer.teacher --data=DATA --train_split=pretrain --model=bit-small --epochs=20 --out=teacher.keras
 
 --hyperrule takes resolution, mixup, schedule and optimizer from the size of the data set
-(BiT-HyperRule); a flag given beside it overrides its part.
+(BiT-HyperRule); a flag on the command line takes precedence.
 """
 
 from __future__ import annotations
@@ -48,15 +50,17 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "model",
         "bit-r50x1",
-        "What to train: a name as for --student of trainer.task, or bit:ARCH@FILE.npz or a published bit:NAME, "
-        "whose classifier is made new unless it has the data's classes.",
+        "Model to train: a name as for --student of trainer.task, or bit:ARCH@FILE.npz or a published "
+        "bit:NAME, whose classifier is replaced unless it has the number of classes of the data.",
         **define,
     )
     flags.DEFINE_boolean(
-        "hyperrule", False, "Fine-tune by BiT-HyperRule: settings from the size of the data set.", **define
+        "hyperrule", False, "Fine-tune with BiT-HyperRule, whose settings depend on the size of the data set.", **define
     )
-    flags.DEFINE_string("out", "", "The .keras file to write, on a disk or gs://.", **define)
-    flags.DEFINE_string("workdir", "", "Where the run keeps its results; empty: --out without .keras.", **define)
+    flags.DEFINE_string("out", "", "File to write, local or gs://; it must end in .keras.", **define)
+    flags.DEFINE_string(
+        "workdir", "", "Folder or gs:// prefix for checkpoints and results. Empty: --out without .keras.", **define
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +103,7 @@ def _model(values: flags.FlagValues) -> dict[str, str]:
 
 
 def _hyperrule(values: flags.FlagValues, console: Console) -> dict[str, Any]:
-    """The flags of BiT-HyperRule for the data set; prints them."""
+    """The flags that BiT-HyperRule sets for the data set; prints them."""
     from trainer import recipes
     from trainer.data.dataset import Dataset
 

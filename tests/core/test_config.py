@@ -1,4 +1,4 @@
-"""Configuration: checked once, frozen flags, round trip, identity."""
+"""Configuration: validation, flags, round trip through JSON, identity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.core.config import Config, fingerprint
 from trainer.core.errors import ConfigError
 from trainer.core.flags import define_flags, from_flags
 
-# Flags that job specs, recipes and scripts rely on. Adding one is a decision: it is made here.
+# Job specs, recipes and scripts rely on these names.
 FLAGS = frozenset(
     [
         "batch_size",
@@ -103,8 +103,8 @@ def test_defaults_of_flags_are_defaults_of_fields() -> None:
     assert parsed() == Config()
 
 
-def test_flags_reach_their_fields() -> None:
-    found = parsed(
+def test_flags_set_their_fields() -> None:
+    config = parsed(
         "--teacher=keras:a",
         "--teacher=keras:b",
         "--teacher_image_size=32",
@@ -114,9 +114,9 @@ def test_flags_reach_their_fields() -> None:
         "--teacher_range=0,1",
         "--dry_run",
     )
-    assert found.teacher == ("keras:a", "keras:b")
-    assert found.teacher_image_size == (32, 64)
-    assert (found.steps, found.temperature, found.teacher_range, found.dry_run) == (
+    assert config.teacher == ("keras:a", "keras:b")
+    assert config.teacher_image_size == (32, 64)
+    assert (config.steps, config.temperature, config.teacher_range, config.dry_run) == (
         7,
         2.5,
         ("0,1",),
@@ -129,7 +129,7 @@ def test_every_flag_has_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"temperature": 0.0}, "--temperature=0.0"),
         ({"temperature": float("nan")}, "finite"),
@@ -165,13 +165,13 @@ def test_every_flag_has_help() -> None:
         ({"distance": "l2", "ensemble": "mean_probabilities"}, "no logits"),
     ],
 )
-def test_bad_values_are_named(changes: dict, words: str) -> None:
-    with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
+def test_invalid_value_names_the_flag(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         Config(**changes)
 
 
 @pytest.mark.parametrize("missing", ["data", "workdir", "steps", "teacher"])
-def test_incomplete_is_named(missing: str) -> None:
+def test_missing_option_names_the_flag(missing: str) -> None:
     complete = {"data": "d", "workdir": "w", "steps": 3, "teacher": ("keras:x",)}
     Config(**complete).require_complete()
     del complete[missing]
@@ -225,8 +225,8 @@ def test_round_trip_through_json() -> None:
         ),
     ],
 )
-def test_identities_of_version_0_1_stay(changes: dict[str, object], digest: str) -> None:
-    """Written down at commit 40e380c: a run of that version still finds its checkpoints and its result."""
+def test_identity_of_version_0_1_is_unchanged(changes: dict[str, object], digest: str) -> None:
+    """Digests of commit 40e380c: runs of that version still resume."""
     config = Config(workdir="w", **changes).resolve(1000)  # type: ignore[arg-type]
     assert fingerprint(config.identity()) == digest
 
@@ -250,7 +250,7 @@ def test_automatic_warmup_is_a_tenth_of_a_short_run() -> None:
     assert Config(steps=480, warmup_steps=1500).resolve(10).warmup_steps == 1500
 
 
-def test_warmup_that_a_run_spends_its_life_in_is_told_and_capped() -> None:
+def test_long_warmup_is_warned_about_and_capped() -> None:
     short = Config(steps=480, warmup_steps=1500, schedule_steps=1992).resolve(10)
     assert "never gets above 32% of its peak" in short.warnings()[0]
     assert "--max_warmup" in short.warnings()[0]
@@ -261,16 +261,16 @@ def test_warmup_that_a_run_spends_its_life_in_is_told_and_capped() -> None:
     assert Config(steps=480, warmup_steps=10, max_warmup=0.1).resolve(10).warmup_steps == 10
 
 
-def test_a_schedule_within_the_warmup_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--schedule_steps=1000 is within the warm-up of 1500"):
+def test_schedule_within_the_warmup_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="--schedule_steps=1000 ends within the warm-up of 1500"):
         Config(steps=2000, warmup_steps=1500, schedule_steps=1000).resolve(10)
-    # What is resolved can be resolved again.
-    once = Config(steps=12, warmup_steps=1500).resolve(10)
-    assert once.resolve(10) == once
+    # Resolving is idempotent.
+    resolved = Config(steps=12, warmup_steps=1500).resolve(10)
+    assert resolved.resolve(10) == resolved
 
 
-# What may differ between two processes of one run. Everything else decides the weights.
-FREE = """
+# These may change between two processes of one run. All others affect the weights.
+NOT_IN_IDENTITY = """
     cache_dir cache_gb check checkpoint_every data data_weights dry_run eval_batch_size eval_data eval_every eval_split
     export_from final_split hp_metric jit_compile keep_best keep_checkpoints lease_seconds log_every max_warmup
     min_teacher_agreement model_dir recipe steps_per_loop store student_weights teacher teacher_sha256 tensorboard_dir tpu
@@ -278,16 +278,19 @@ FREE = """
 """
 
 
-def test_which_fields_are_not_part_of_a_run() -> None:
-    """Data, teachers and first weights enter a run's identity by their content (loop.identify)."""
-    assert sorted(f.name for f in dataclasses.fields(Config) if not f.metadata["affects_weights"]) == FREE.split()
+def test_fields_that_are_not_part_of_the_identity() -> None:
+    """Data, teachers and initial weights are in a run's identity by their content (plan.py)."""
+    assert (
+        sorted(f.name for f in dataclasses.fields(Config) if not f.metadata["affects_weights"])
+        == NOT_IN_IDENTITY.split()
+    )
 
 
-def test_a_schedule_that_ends_before_the_run_is_told() -> None:
+def test_schedule_that_ends_before_the_run_is_warned_about() -> None:
     assert "last 160 of 2,100" in Config(steps=2100, schedule_steps=1940, warmup_steps=100).resolve(10).warnings()[0]
 
 
-def test_identity_knows_what_decides_the_weights() -> None:
+def test_identity_has_the_fields_that_affect_the_weights() -> None:
     base = Config(steps=10)
     for change in (
         {"workdir": "elsewhere"},
@@ -311,12 +314,12 @@ def test_identity_knows_what_decides_the_weights() -> None:
         assert fingerprint(dataclasses.replace(base, **change).identity()) != fingerprint(base.identity())
 
 
-def test_data_is_one_set_or_several_with_weights() -> None:
+def test_one_or_several_data_sets_with_weights() -> None:
     assert parsed("--data=a").data == ("a",) == Config(data="a").data  # type: ignore[arg-type]
     assert parsed().data == () == Config(data="").data  # type: ignore[arg-type]
-    several = parsed("--data=a", "--data=gs://b/c", "--data_weights=0.7,3")
-    assert (several.data, several.data_weights) == (("a", "gs://b/c"), (0.7, 3.0))
-    assert from_json(json.dumps(several.to_dict())) == several
+    config = parsed("--data=a", "--data=gs://b/c", "--data_weights=0.7,3")
+    assert (config.data, config.data_weights) == (("a", "gs://b/c"), (0.7, 3.0))
+    assert from_json(json.dumps(config.to_dict())) == config
     assert (parsed("--data=a", "--data=b").held_out, parsed("--data=a", "--eval_data=b").held_out) == ("a", "b")
 
 
@@ -331,6 +334,6 @@ def test_data_is_one_set_or_several_with_weights() -> None:
         (["--cache_gb=-1"], "must not be negative"),
     ],
 )
-def test_wrong_sets_are_one_line(arguments: list[str], message: str) -> None:
+def test_invalid_data_sets_are_config_errors(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parsed(*arguments)

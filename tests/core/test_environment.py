@@ -1,4 +1,4 @@
-"""Variables of Vertex AI and of TPUs: what they mean, and what the program sets for TensorFlow before it is imported."""
+"""Variables of Vertex AI, and those set for TensorFlow before its import."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ POOLS = {"workerpool0": ["a-0:2222"], "workerpool1": ["b-0:2222", "b-1:2222"]}
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
         if name.startswith(("AIP_", "CLOUD_ML_", "CLUSTER_SPEC", "TF_CONFIG", "TPU_", "PJRT_", "KUBE", "NEXT_PLUGG")):
             monkeypatch.delenv(name)
-    monkeypatch.setattr(environment, "_metrics", type(environment._metrics)(maxlen=environment._REPORTED))
+    monkeypatch.setattr(environment, "_metrics", type(environment._metrics)(maxlen=environment._MAX_REPORTED))
 
 
 @pytest.fixture
 def libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package libtpu that is installed, on a machine without TPU and metadata server."""
+    """An installed libtpu, on a machine without a TPU and a metadata server."""
     module = types.ModuleType("libtpu")
     module.get_library_path = lambda: "/opt/libtpu.so"  # type: ignore[attr-defined]
     module.__spec__ = importlib.machinery.ModuleSpec("libtpu", None)
@@ -50,7 +50,7 @@ def libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize("tpu", ["none", "my-tpu", "grpc://10.0.0.2:8470", ""])
-def test_libtpu_is_not_loaded_where_no_tpu_of_this_machine_is_asked_for(tpu: str) -> None:
+def test_libtpu_is_not_loaded_without_a_local_tpu(tpu: str) -> None:
     environment.for_tensorflow(tpu)
     assert {name: os.environ.get(name) for name in TPU_VARIABLES} == {
         "TPU_LOAD_LIBRARY": "0",
@@ -61,11 +61,14 @@ def test_libtpu_is_not_loaded_where_no_tpu_of_this_machine_is_asked_for(tpu: str
 
 
 @pytest.mark.usefixtures("libtpu")
-@pytest.mark.parametrize("given", [("local", None), ("", "local")], ids=["flag", "TPU_NAME"])
-def test_a_local_tpu_gets_the_pjrt_variables(given: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
-    if given[1]:
-        monkeypatch.setitem(os.environ, "TPU_NAME", given[1])
-    environment.for_tensorflow(given[0])
+@pytest.mark.parametrize("flag_and_name", [("local", None), ("", "local")], ids=["flag", "TPU_NAME"])
+def test_a_local_tpu_gets_the_pjrt_variables(
+    flag_and_name: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag, name = flag_and_name
+    if name:
+        monkeypatch.setitem(os.environ, "TPU_NAME", name)
+    environment.for_tensorflow(flag)
     assert {name: os.environ.get(name) for name in [*TPU_VARIABLES, "TPU_SKIP_MDS_QUERY"]} == {
         "TPU_LOAD_LIBRARY": None,
         "PJRT_DEVICE": "TPU",
@@ -76,22 +79,22 @@ def test_a_local_tpu_gets_the_pjrt_variables(given: tuple[str, str | None], monk
 
 
 @pytest.mark.usefixtures("libtpu")
-@pytest.mark.parametrize("there", ["has_tpu", "reachable"])
-def test_the_metadata_server_is_asked_where_it_or_a_tpu_is(there: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, there, lambda *_: True)
+@pytest.mark.parametrize("function", ["has_tpu", "reachable"])
+def test_metadata_server_is_queried_if_it_or_a_tpu_exists(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, function, lambda *_: True)
     environment.for_tensorflow("local")
     assert "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
 @pytest.mark.usefixtures("libtpu")
-def test_a_variable_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_variable_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "TF_PLUGGABLE_DEVICE_LIBRARY_PATH", "/mine.so")
     environment.for_tensorflow("local")
     assert os.environ["TF_PLUGGABLE_DEVICE_LIBRARY_PATH"] == "/mine.so"
 
 
 @pytest.mark.usefixtures("libtpu")
-def test_a_lock_of_another_user_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_of_another_user_is_an_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lock").touch()
     monkeypatch.setattr(environment, "_LOCKFILE", str(tmp_path / "lock"))
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may read anything
@@ -106,13 +109,13 @@ def test_nothing_is_set_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tensorflow_is_imported_after_the_variables_are_set(tmp_path: pathlib.Path) -> None:
-    """Through the real command line: packages that stand for both wheels say what they saw when they were imported."""
+    """On the real command line, with stand-ins for both wheels that print the variables."""
     (tmp_path / "libtpu.py").write_text("def get_library_path(): return '/stand-in/libtpu.so'")
     (tmp_path / "tensorflow.py").write_text(
         "import os\nraise SystemExit(os.environ.get('TF_PLUGGABLE_DEVICE_LIBRARY_PATH', 'unset') + "
         "os.environ.get('TPU_LOAD_LIBRARY', 'unset'))"
     )
-    for flag, saw in (("--tpu=local", "/stand-in/libtpu.sounset"), ("--tpu=none", "unset0")):
+    for flag, printed in (("--tpu=local", "/stand-in/libtpu.sounset"), ("--tpu=none", "unset0")):
         done = subprocess.run(
             [sys.executable, "-m", "trainer.task", "--data=d", "--workdir=w", "--steps=1", "--teacher=keras:t", flag],
             cwd=ROOT,
@@ -121,51 +124,51 @@ def test_tensorflow_is_imported_after_the_variables_are_set(tmp_path: pathlib.Pa
             env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
             check=False,
         )
-        assert done.stderr.strip().endswith(saw), done.stderr
+        assert done.stderr.strip().endswith(printed), done.stderr
 
 
-def chosen(**given: str) -> Config:
-    return task.on_vertex(Config(**given))
+def config_on_vertex(**options: str) -> Config:
+    return task.on_vertex(Config(**options))
 
 
 def test_vertex_folders_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIP_CHECKPOINT_DIR", "gs://b/runs/1/checkpoints/")
     monkeypatch.setenv("AIP_MODEL_DIR", "gs://b/runs/1/model/")
     monkeypatch.setenv("AIP_TENSORBOARD_LOG_DIR", "gs://b/runs/1/logs/")
-    config = chosen()
-    # So that WORKDIR/checkpoints is the very folder that Vertex AI named.
+    config = config_on_vertex()
+    # WORKDIR/checkpoints is AIP_CHECKPOINT_DIR.
     assert (config.workdir, config.model_dir, config.tensorboard_dir) == (
         "gs://b/runs/1",
         "gs://b/runs/1/model",
         "gs://b/runs/1/logs",
     )
-    given = {"workdir": "gs://c/w", "model_dir": "gs://c/m", "tensorboard_dir": "gs://c/t"}
-    assert task.on_vertex(Config(**given)) == Config(**given)  # type: ignore[arg-type]
+    options = {"workdir": "gs://c/w", "model_dir": "gs://c/m", "tensorboard_dir": "gs://c/t"}
+    assert task.on_vertex(Config(**options)) == Config(**options)  # type: ignore[arg-type]
 
 
 def test_without_vertex_nothing_changes() -> None:
-    assert chosen(workdir="w") == Config(workdir="w")
+    assert config_on_vertex(workdir="w") == Config(workdir="w")
 
 
 @pytest.mark.parametrize("folder", ["gs://b/mine/", "gs://b/mine"])
-def test_a_checkpoint_folder_of_another_name_is_the_workdir(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_dir_with_another_name_is_the_workdir(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIP_CHECKPOINT_DIR", folder)
-    assert chosen().workdir == "gs://b/mine"
+    assert config_on_vertex().workdir == "gs://b/mine"
 
 
 def test_trials_do_not_share_a_workdir(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLUSTER_SPEC", json.dumps({"task": {"type": "workerpool0", "index": 0, "trial": "7"}}))
     assert environment.trial() == "7"
-    assert chosen(workdir="gs://b/study").workdir == "gs://b/study/trial-7"
-    # What Vertex AI itself names is a trial's own already; and so is what carries the trial's name.
-    assert chosen(workdir="gs://b/study/trial-7").workdir == "gs://b/study/trial-7"
+    assert config_on_vertex(workdir="gs://b/study").workdir == "gs://b/study/trial-7"
+    # AIP_CHECKPOINT_DIR, and a workdir with the trial's name, belong to the trial already.
+    assert config_on_vertex(workdir="gs://b/study/trial-7").workdir == "gs://b/study/trial-7"
     monkeypatch.setenv("AIP_CHECKPOINT_DIR", "gs://b/study/7/checkpoints/")
-    assert chosen().workdir == "gs://b/study/7"
+    assert config_on_vertex().workdir == "gs://b/study/7"
     monkeypatch.setenv("CLOUD_ML_TRIAL_ID", "9")
     assert environment.trial() == "9"
 
 
-def test_the_metric_is_reported_as_vertex_reads_it(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metric_file_has_the_format_of_vertex(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "hypertune" / "output.metrics"
     monkeypatch.setenv("CLOUD_ML_HP_METRIC_FILE", str(path))
     monkeypatch.setenv("CLOUD_ML_TRIAL_ID", "3")
@@ -178,16 +181,16 @@ def test_the_metric_is_reported_as_vertex_reads_it(tmp_path: pathlib.Path, monke
     assert lines[0]["global_step"] == "3"
     (tmp_path / "file").touch()
     monkeypatch.setenv("CLOUD_ML_HP_METRIC_FILE", str(tmp_path / "file" / "output.metrics"))
-    with pytest.raises(DataError, match="cannot tell the study"):
+    with pytest.raises(DataError, match="cannot write the study"):
         environment.report_metric("student_top1", 0.5, 1)
 
 
-def test_outside_of_a_study_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "makedirs", lambda *_, **__: pytest.fail("it wrote"))
+def test_no_metric_file_outside_of_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "makedirs", lambda *_, **__: pytest.fail("created a folder"))
     environment.report_metric("student_top1", 0.5, 1)
 
 
-def test_machines_of_tf_config_and_of_vertex(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_of_tf_config_and_of_vertex(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.cluster() == ({}, 1)
     assert environment.is_chief()
     monkeypatch.setenv(
@@ -205,22 +208,22 @@ def test_machines_of_tf_config_and_of_vertex(monkeypatch: pytest.MonkeyPatch) ->
     assert environment.is_chief()
 
 
-def test_one_machine_in_cluster_spec_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_spec_of_a_single_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"cluster": {"workerpool0": ["a-0:2222"]}, "task": {"type": "workerpool0", "index": 0, "trial": ""}}
     monkeypatch.setenv("CLUSTER_SPEC", json.dumps(spec))
     assert environment.cluster() == ({}, 1)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("{", "not JSON"),
-        ("[1]", "not JSON"),
+        ("{", "not a JSON object"),
+        ("[1]", "not a JSON object"),
         (json.dumps({"cluster": {"chief": ["a:1"], "ps": ["b:1"]}, "task": {"type": "chief", "index": 0}}), "has ps"),
         (json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}), "'worker' 2"),
     ],
 )
-def test_wrong_clusters_are_named(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_cluster_is_an_error(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TF_CONFIG", text)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         environment.cluster()

@@ -1,4 +1,4 @@
-"""Lines for a cloud's log service: one JSON object each, whatever happens."""
+"""Lines for a cloud's log service: one JSON object each, also for errors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from trainer.run.metric_writer import MetricWriter
 
 @pytest.fixture
 def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_chosen", "json")
+    monkeypatch.setattr(logs, "_format", "json")
 
 
-def test_auto_is_json_in_a_clouds_container_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_chosen", "auto")
-    for name in logs.environment._CLOUD:
+def test_auto_is_json_only_in_a_cloud_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_format", "auto")
+    for name in logs.environment._CLOUD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert not logs.as_json()
     monkeypatch.setenv("AIP_MODEL_DIR", "gs://b/m/")
@@ -38,11 +38,11 @@ def test_lines_have_severity_step_and_metrics(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLOUD_ML_TRIAL_ID", "4")
-    console, journal = Console(), MetricWriter(str(tmp_path))
+    console, writer = Console(), MetricWriter(str(tmp_path))
     console.warning("it is slow")
     console.info("two\n\nlines")
     console.progress("train", 5, 10, "loss 1")
-    journal.add("train", 5, {"loss": 1.5, "grad_norm": math.inf})
+    writer.add("train", 5, {"loss": 1.5, "grad_norm": math.inf})
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [(line["severity"], line["message"]) for line in lines] == [
         ("WARNING", "it is slow"),
@@ -56,28 +56,26 @@ def test_lines_have_severity_step_and_metrics(
     assert {line["trial"] for line in lines} == {"4"}
 
 
-def test_mistakes_and_stops_have_their_severity() -> None:
+def test_errors_have_a_severity() -> None:
     done = funmatch("task", "--tempreature=2", CLUSTER_SPEC="{}")
     (line,) = done.stderr.splitlines()
     assert json.loads(line)["severity"] == "ERROR"
     assert "temperature" in json.loads(line)["message"]
     done = funmatch("task", "--log_format=json")
-    told = json.loads(
-        done.stderr.splitlines()[-1]
-    )  # what comes before is TensorFlow's, which the tests' environment keeps
-    assert (told["severity"], told["exit_code"]) == ("ERROR", 2)
-    assert told["message"].startswith("--data is missing")
+    entry = json.loads(done.stderr.splitlines()[-1])  # the lines before are TensorFlow's
+    assert (entry["severity"], entry["exit_code"]) == ("ERROR", 2)
+    assert entry["message"].startswith("--data is missing")
     done = funmatch("task", "--log_format=text", CLUSTER_SPEC="{}")
     assert done.stderr.splitlines()[-1].startswith("error: --data is missing")
 
 
-def test_a_bug_is_one_line_too() -> None:
+def test_uncaught_exception_is_one_line() -> None:
     code = "from trainer.core import logs; logs.set_format('json'); [][1]"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    told = json.loads(line)
-    assert told["severity"] == "CRITICAL"
-    assert told["message"].startswith("Traceback")
-    assert "IndexError" in told["message"]
-    assert told["pid"] != os.getpid()
+    entry = json.loads(line)
+    assert entry["severity"] == "CRITICAL"
+    assert entry["message"].startswith("Traceback")
+    assert "IndexError" in entry["message"]
+    assert entry["pid"] != os.getpid()

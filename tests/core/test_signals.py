@@ -1,4 +1,4 @@
-"""A signal ends a phase that has nothing to save at once, and is only noted where there is something."""
+"""Signals: `Stopped` at once where nothing needs saving, else only a flag."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def send(number: int = signal.SIGTERM) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_phase_that_saves_nothing_ends_at_once(number: int) -> None:
+def test_signal_raises_stopped_at_once(number: int) -> None:
     before = signal.getsignal(number)
-    told = f"stopped by {signal.Signals(number).name}: give the same"
-    with pytest.raises(Stopped, match=told) as raised, StopRequest(at_once=True):
+    message = f"stopped by {signal.Signals(number).name}: give the same"
+    with pytest.raises(Stopped, match=message) as raised, StopRequest(at_once=True):
         send(number)
     assert raised.value.exit_code == 75
     assert signal.getsignal(number) is before
 
 
-def test_what_others_made_of_it_is_a_stop_all_the_same() -> None:
-    """TensorFlow's tracer and Python's import turn what is raised inside them into errors of their own."""
+def test_stopped_survives_wrapping_by_a_library() -> None:
+    """TensorFlow's tracer and Python's import wrap exceptions into errors of their own."""
 
     def wrap() -> None:
         try:
@@ -40,8 +40,8 @@ def test_what_others_made_of_it_is_a_stop_all_the_same() -> None:
         wrap()
 
 
-def test_a_file_is_not_damaged_because_its_reading_was_stopped() -> None:
-    """Where a library raises nearly every type, all of them are told as damage: the signal's among them."""
+def test_stopped_survives_wrapping_as_data_error() -> None:
+    """A loader reports any exception of a library as a damaged file, including `Stopped`."""
 
     def load() -> None:
         try:
@@ -56,7 +56,7 @@ def test_a_file_is_not_damaged_because_its_reading_was_stopped() -> None:
         load()
 
 
-def test_a_mistake_of_the_user_stays_one() -> None:
+def test_unrelated_data_error_is_kept() -> None:
     def mistake() -> None:
         try:
             send()
@@ -67,7 +67,7 @@ def test_a_mistake_of_the_user_stays_one() -> None:
         mistake()
 
 
-def test_a_second_one_does_not_cut_the_cleaning_short() -> None:
+def test_second_signal_does_not_interrupt_cleanup() -> None:
     cleaned = []
 
     def work() -> None:
@@ -82,7 +82,7 @@ def test_a_second_one_does_not_cut_the_cleaning_short() -> None:
     assert cleaned
 
 
-def test_the_inner_request_notes_and_the_outer_one_has_its_place_back() -> None:
+def test_nested_request_restores_the_outer_handler() -> None:
     def job() -> None:
         with StopRequest() as inner:
             send()
@@ -93,8 +93,8 @@ def test_the_inner_request_notes_and_the_outer_one_has_its_place_back() -> None:
         job()
 
 
-def test_what_was_swallowed_is_seen_at_the_next_phase() -> None:
-    """Python drops what is raised in a destructor; somebody else's `except` does as well."""
+def test_swallowed_signal_is_seen_by_the_next_request() -> None:
+    """Exceptions are dropped in a destructor, or by a library's `except`."""
     with StopRequest(at_once=True):
         with contextlib.suppress(Stopped):
             send()
@@ -102,17 +102,17 @@ def test_what_was_swallowed_is_seen_at_the_next_phase() -> None:
             assert inner.name == "SIGTERM"
 
 
-def test_other_threads_take_no_signals() -> None:
-    failed = []
+def test_other_threads_set_no_handlers() -> None:
+    errors = []
 
     def enter() -> None:
         try:
             with StopRequest(at_once=True):
                 pass
         except ValueError as error:
-            failed.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
-    assert not failed
+    assert not errors

@@ -157,20 +157,20 @@ MUTANTS = [
         "mixup's ratios are Beta distributed",
         "trainer.method.counter_rng.beta",
         Replace("tf.math.reduce_logsumexp(...) <= 0", "True"),
-        "verbs/test_teacher.py::test_beta_is_scipys",
+        "verbs/test_teacher.py::test_beta_samples_match_scipy",
     ),
     Mutant(
         "HyperRule evaluates on the whole image",
         "trainer.method.views.find_crop",
         Replace("CROPS['whole'] if config.resize_size else _1", "_1"),
-        "verbs/test_teacher.py::test_hyperrule_squashes_then_crops",
+        "verbs/test_teacher.py::test_hyperrule_resizes_then_crops",
     ),
     # Evaluation.
     Mutant(
         "every example is evaluated once",
         "trainer.run.evaluator.Evaluator._run_over_split",
         Replace("_1[:len(store)]", "_1"),
-        "verbs/test_evaluate.py::test_every_example_once_whatever_the_batch",
+        "verbs/test_evaluate.py::test_every_example_is_counted_once",
     ),
     Mutant(
         "ties count against the label",
@@ -183,12 +183,12 @@ MUTANTS = [
         "a flag overrides a recipe",
         "trainer.core.flags.from_flags",
         Replace("_1 not in given", "True"),
-        "verbs/test_recipes.py::test_a_flag_beside_a_recipe_overrides_it",
+        "verbs/test_recipes.py::test_flag_overrides_the_recipe",
     ),
     Mutant(
         "--max_warmup caps the warm-up",
         "trainer.core.config.Config.resolve",
         Skip("if self.max_warmup:\n    ..."),
-        "core/test_config.py::test_warmup_that_a_run_spends_its_life_in_is_told_and_capped",
+        "core/test_config.py::test_long_warmup_is_warned_about_and_capped",
     ),
 ]

@@ -35,7 +35,7 @@ MUTANTS = [
         "a teacher knows the data set's classes",
         "trainer.models.teachers._teacher",
         Never("_.output_shape[-1] != _"),
-        "verbs/test_cli.py::test_teacher_of_other_classes",
+        "verbs/test_cli.py::test_teacher_with_another_number_of_classes",
     ),
     Mutant(
         "probabilities become logits",

@@ -25,7 +25,7 @@ MUTANTS = [
         "a teacher's file is part of the run's identity",
         "trainer.run.plan.make_plan",
         Replace("[teachers.checksum(config, _1) for _1 in _]", "[]"),
-        "run/test_job.py::test_a_teacher_changed_between_runs_is_refused",
+        "run/test_job.py::test_changed_teacher_is_refused",
     ),
     Mutant(
         "a student's file is known by its content",
@@ -55,25 +55,25 @@ MUTANTS = [
         "rows after the checkpoint are dropped",
         "trainer.run.metric_writer.MetricWriter.rewind",
         Replace("_['step'] <= step", "True"),
-        "run/test_job.py::test_journal_goes_back_to_the_checkpoint",
+        "run/test_job.py::test_metrics_are_truncated_to_the_checkpoint",
     ),
     Mutant(
         "metrics since the last row are saved",
         "trainer.run.loop.save",
         Replace("list(job.pending_metrics)", "[]"),
-        "run/test_job.py::test_sigterm_saves_says_so_and_exits_75",
+        "run/test_job.py::test_sigterm_saves_and_exits_75",
     ),
     Mutant(
         "names in a checkpoint do not depend on the process",
         "trainer.run.job.Job.state",
         Replace("_1.path.replace('/', '_').rsplit('_', 1)[-1]", "_1.path"),
-        "run/test_job.py::test_sigterm_saves_says_so_and_exits_75",
+        "run/test_job.py::test_sigterm_saves_and_exits_75",
     ),
     Mutant(
         "the export takes the student's value range",
         "trainer.output.export.Servable._classify",
         Replace("config.student_range", "'-1,1'"),
-        "verbs/test_evaluate.py::test_export_gives_what_was_evaluated",
+        "verbs/test_evaluate.py::test_exported_model_gives_the_evaluated_logits",
     ),
     Mutant(
         "an exported model loads without this project",

@@ -6,7 +6,7 @@ CHECKPOINT = "run/test_checkpoint.py"
 LOCK = "io/test_lock.py"
 SILENT_BUCKET = f"{LOCK}::test_release_sends_no_request_to_a_bucket_that_does_not_answer"
 SIGNALS = "core/test_signals.py"
-NOT_FINITE = "run/test_numbers.py::test_stopped_before_a_commit_and_named"
+NOT_FINITE = "run/test_numbers.py::test_non_finite_value_stops_before_a_commit"
 
 MUTANTS = [
     # The lock of a workdir.
@@ -69,25 +69,25 @@ MUTANTS = [
         "damaged checkpoints push no whole one out",
         "trainer.run.checkpoint.Checkpoints._sweep",
         Replace("newest is None or _ <= newest", "True"),
-        f"{CHECKPOINT}::test_what_was_passed_over_does_not_push_out_what_is_whole",
+        f"{CHECKPOINT}::test_damaged_checkpoint_does_not_displace_a_complete_one",
     ),
     Mutant(
         "the best checkpoint is kept",
         "trainer.run.checkpoint.Checkpoints._sweep",
         Replace("_1 | {_[_3] for _3 in _ if _3 in _}", "_1"),
-        f"{CHECKPOINT}::test_the_best_is_kept_beside_the_newest",
+        f"{CHECKPOINT}::test_best_checkpoint_is_kept",
     ),
     Mutant(
         "a folder that does not answer holds no damage",
         "trainer.run.checkpoint.Checkpoints._read",
         Never("isinstance(_, _UNKNOWN)"),
-        f"{CHECKPOINT}::test_a_folder_that_does_not_answer_is_no_damage",
+        f"{CHECKPOINT}::test_unreadable_folder_is_not_damage",
     ),
     Mutant(
         "a checkpoint of another format is refused",
         "trainer.run.checkpoint.Checkpoints._commit",
         Never("_['format'] != FORMAT"),
-        f"{CHECKPOINT}::test_another_format_is_refused_and_not_passed_over",
+        f"{CHECKPOINT}::test_another_format_is_an_error",
     ),
     Mutant(
         "a checkpoint of another run is refused",
@@ -99,7 +99,7 @@ MUTANTS = [
         "a checkpoint has the committed content",
         "trainer.run.checkpoint.Checkpoints._arrays",
         Never("_ != _['sha256']"),
-        f"{CHECKPOINT}::test_a_damaged_one_is_named_and_passed_over",
+        f"{CHECKPOINT}::test_damaged_checkpoint_is_passed_over",
     ),
     Mutant(
         "weights that are not finite are not saved",
@@ -111,31 +111,31 @@ MUTANTS = [
         "who lost the workdir commits nothing",
         "trainer.run.checkpoint.Checkpoints.save",
         Skip("self._before_commit()"),
-        f"{CHECKPOINT}::test_who_lost_the_workdir_does_not_commit",
+        f"{CHECKPOINT}::test_no_commit_without_the_lock",
     ),
     Mutant(
         "an old checkpoint that cannot be deleted is a warning",
         "trainer.run.checkpoint.Checkpoints._sweep",
         Skip("self.warnings.append(_)"),
-        f"{CHECKPOINT}::test_a_delete_that_fails_is_said_and_the_checkpoint_is_there",
+        f"{CHECKPOINT}::test_failed_delete_is_a_warning",
     ),
     Mutant(
         "what a crash left of checkpoints is deleted",
         "trainer.run.checkpoint.Checkpoints.clean",
         Skip("self._sweep(...)"),
-        f"{CHECKPOINT}::test_orphans_go_when_a_run_is_taken_up",
+        f"{CHECKPOINT}::test_orphans_are_deleted_on_resume",
     ),
     Mutant(
         "a save is finished whatever happens",
         "trainer.run.checkpoint.Background.__exit__",
         Skip("self._thread.join()"),
-        f"{CHECKPOINT}::test_the_first_error_is_the_one_to_tell_and_the_save_is_whole",
+        f"{CHECKPOINT}::test_first_error_is_raised_and_the_save_completes",
     ),
     Mutant(
         "a save that failed in the background is raised",
         "trainer.run.checkpoint.Background.wait",
         Replace("_1, self._error = self._error, None", "_1 = None"),
-        f"{CHECKPOINT}::test_what_fails_in_the_background_is_raised_at_the_next_look",
+        f"{CHECKPOINT}::test_background_error_is_raised_at_the_next_check",
     ),
     Mutant(
         "rows of metrics are written before the commit",
@@ -144,19 +144,19 @@ MUTANTS = [
             "_1.write(_2)\ncheckpoints.save(step, arrays, extra, best.get('step'))",
             "checkpoints.save(step, arrays, extra, best.get('step'))\n_1.write(_2)",
         ),
-        "run/test_job.py::test_rows_are_durable_before_the_state_and_the_state_before_its_commit",
+        "run/test_job.py::test_save_writes_metrics_then_state_then_commit",
     ),
     Mutant(
         "of equal evaluations the first is the best",
         "trainer.run.loop._update_best",
         Replace("_1 <= _2", "_1 < _2"),
-        "run/test_job.py::test_the_best_evaluation_is_kept_and_exported",
+        "run/test_job.py::test_best_checkpoint_is_kept_and_exported",
     ),
     Mutant(
         "TensorBoard may fail",
         "trainer.run.metric_writer.MetricWriter._try_tensorboard",
         Replace("(tf.errors.OpError, DataError)", "ZeroDivisionError"),
-        "run/test_job.py::test_tensorboard_is_a_convenience",
+        "run/test_job.py::test_tensorboard_errors_are_warnings",
     ),
     Mutant(
         "files are flushed before they are renamed",
@@ -169,7 +169,7 @@ MUTANTS = [
         "training stops at a value that is not finite",
         "trainer.run.job.Job.run_steps",
         Never("_ >= 0 or not all(_)"),
-        "run/test_job.py::test_what_is_not_finite_stops_before_a_commit",
+        "run/test_job.py::test_non_finite_values_stop_before_a_commit",
     ),
     Mutant(
         "weights that are not finite are named as the cause",
@@ -192,32 +192,32 @@ MUTANTS = [
     # Signals.
     Mutant(
         "an error that a stop led to is the stop",
-        "trainer.core.signals._led_to",
+        "trainer.core.signals._is_caused_by",
         Return("False"),
-        f"{SIGNALS}::test_a_file_is_not_damaged_because_its_reading_was_stopped",
+        f"{SIGNALS}::test_stopped_survives_wrapping_as_data_error",
     ),
     Mutant(
         "a signal ends what saves nothing at once",
-        "trainer.core.signals.StopRequest._note",
+        "trainer.core.signals.StopRequest._handle",
         Never("self._at_once and not _"),
-        f"{SIGNALS}::test_a_phase_that_saves_nothing_ends_at_once",
+        f"{SIGNALS}::test_signal_raises_stopped_at_once",
     ),
     Mutant(
         "a second signal does not cut the clean-up short",
-        "trainer.core.signals.StopRequest._note",
+        "trainer.core.signals.StopRequest._handle",
         Replace("self._at_once and not _", "self._at_once"),
-        f"{SIGNALS}::test_a_second_one_does_not_cut_the_cleaning_short",
+        f"{SIGNALS}::test_second_signal_does_not_interrupt_cleanup",
     ),
     Mutant(
         "a stop that a library wrapped is a stop",
         "trainer.core.signals.StopRequest.__exit__",
         Skip("raise Stopped(...) from None"),
-        f"{SIGNALS}::test_what_others_made_of_it_is_a_stop_all_the_same",
+        f"{SIGNALS}::test_stopped_survives_wrapping_by_a_library",
     ),
     Mutant(
         "a stop that was swallowed is seen by the next phase",
         "trainer.core.signals.StopRequest.__enter__",
         Skip("self.name = _.name"),
-        f"{SIGNALS}::test_what_was_swallowed_is_seen_at_the_next_phase",
+        f"{SIGNALS}::test_swallowed_signal_is_seen_by_the_next_request",
     ),
 ]

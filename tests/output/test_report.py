@@ -1,4 +1,4 @@
-"""The report: right figures, nothing from outside, no trust in names, and gaps are no trouble."""
+"""The report: figures, no external resources, escaping of names, missing input."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 
 from trainer.core.errors import ConfigError
-from trainer.output import charts, report
-from trainer.output import formatting as page_words
+from trainer.output import charts, formatting, report
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
-_EVIL = "<script>alert(\"x\")</script> & 'tulip'"
-_CLASSES = ["daisy", _EVIL, "rose $a^$"]
+_MALICIOUS_NAME = "<script>alert(\"x\")</script> & 'tulip'"
+_CLASSES = ["daisy", _MALICIOUS_NAME, "rose $a^$"]
 _VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 
@@ -126,10 +125,10 @@ def _arguments(**changes):
             "examples": 1000,
             "versions": {"tensorflow": "2.19.1"},
         },
-        "train_samples": [_sample("daisy", "daisy"), _sample("daisy", _EVIL)],
+        "train_samples": [_sample("daisy", "daisy"), _sample("daisy", _MALICIOUS_NAME)],
         "eval_samples": [
-            _sample("daisy", _EVIL, truth="daisy"),
-            _sample("daisy", "daisy", truth=_EVIL),
+            _sample("daisy", _MALICIOUS_NAME, truth="daisy"),
+            _sample("daisy", "daisy", truth=_MALICIOUS_NAME),
         ],
         "predictions": report.Predictions(
             labels=np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2]),
@@ -153,8 +152,8 @@ def page(text) -> _Page:
 
 
 def test_headline_states_the_figures(page):
-    for words in (
-        "87.6% of the pictures correctly, 2.4 points below the teacher's 90.0%",
+    for phrase in (
+        "87.6% of the images correctly, 2.4 points below the teacher's 90.0%",
         "−2.4 points",  # noqa: RUF001 - a real minus
         "91.2%",
         "0.123 nats",
@@ -162,78 +161,78 @@ def test_headline_states_the_figures(page):
         "1,234",
         "1 h 02 min",
     ):
-        assert words in page.text, words
+        assert phrase in page.text, phrase
 
 
 @pytest.mark.parametrize(
-    ("student", "words"),
-    [(0.9, "level with the teacher's 90.0%"), (0.95, "5.0 points above the teacher's 90.0%")],
+    ("student", "comparison"),
+    [(0.9, "equal to the teacher's 90.0%"), (0.95, "5.0 points above the teacher's 90.0%")],
 )
-def test_headline_at_and_above_the_teacher(student, words):
+def test_headline_at_and_above_the_teacher(student, comparison):
     result = {"student_top1": student, "teacher_top1": 0.9}
-    assert words in _Page(report.render(**_arguments(result=result))).text
+    assert comparison in _Page(report.render(**_arguments(result=result))).text
 
 
 def test_gap_has_a_paired_interval(page):
-    # The student alone is wrong on 3 of 10: differences are three times -1 and seven times 0.
+    # Only the student is wrong on 3 of 10: the differences are three times -1 and seven times 0.
     margin = 100 * 1.96 * np.std([-1] * 3 + [0] * 7, ddof=1) / math.sqrt(10)
-    assert f"±{margin:.1f} at 95%, on 10 pictures" in page.text
+    assert f"±{margin:.1f} at 95%, on 10 images" in page.text
 
 
 def test_cost(page):
-    for words in (
+    for phrase in (
         "Images seen in training 76,800",
         "Passes over the 1,000 training images 76.8",
         "Wall time 1 h 02 min",
         "Chip-hours 4.25",
     ):
-        assert words in page.text, words
+        assert phrase in page.text, phrase
 
 
 def test_confusions_are_counted(page):
-    for words in (
-        f"daisy {_EVIL} 2 66.7% 0",  # two of three daisies, the teacher none of them
-        f"{_EVIL} rose $a^$ 1 33.3% 1",  # and the teacher makes the same mistake
-        f"daisy {_EVIL} 2 2 0",  # disagreements: the teacher is right on both
+    for phrase in (
+        f"daisy {_MALICIOUS_NAME} 2 66.7% 0",  # two of three daisies, the teacher none of them
+        f"{_MALICIOUS_NAME} rose $a^$ 1 33.3% 1",  # and the teacher makes the same mistake
+        f"daisy {_MALICIOUS_NAME} 2 2 0",  # disagreements: the teacher is right on both
         "daisy 3 33.3% 100.0% −66.7",  # noqa: RUF001
         "Both right 6 60.0%",
         "Only the teacher right 3 30.0%",
         "Only the student right 0 0.0%",
-        "Both wrong, same answer 1 10.0%",
-        "they agree on 70.0% of all pictures",
+        "Both wrong, same class 1 10.0%",
+        "they agree on 70.0% of all images",
     ):
-        assert words in page.text, words
+        assert phrase in page.text, phrase
 
 
-def test_confusion_matrix_only_where_it_can_be_read(page):
-    assert f"daisy → {_EVIL}: 2 (66.7%)" in page.text
+def test_confusion_matrix_needs_at_most_40_classes(page):
+    assert f"daisy → {_MALICIOUS_NAME}: 2 (66.7%)" in page.text
     assert any((a.get("aria-label") or "").startswith("Confusion matrix") for a in page.all("div"))
-    many = np.arange(41)
-    few = report.Predictions(many[:40], None, many[:40], [f"c{i}" for i in range(40)])
-    lot = report.Predictions(many, None, many, [f"c{i}" for i in range(41)])
-    assert "Confusion matrix" in report.render(**_arguments(predictions=few))
-    assert "Confusion matrix" not in report.render(**_arguments(predictions=lot))
+    classes = np.arange(41)
+    readable = report.Predictions(classes[:40], None, classes[:40], [f"c{i}" for i in range(40)])
+    too_large = report.Predictions(classes, None, classes, [f"c{i}" for i in range(41)])
+    assert "Confusion matrix" in report.render(**_arguments(predictions=readable))
+    assert "Confusion matrix" not in report.render(**_arguments(predictions=too_large))
 
 
-def test_disagreements_are_marked_in_words(page):
-    assert page.text.count("≠ they disagree") == 2 + 1  # two pictures, and the sentence about them
+def test_disagreements_are_marked_with_text(page):
+    assert page.text.count("≠ they disagree") == 2 + 1  # two images, and the sentence about them
     assert page.text.count("= they agree") == 2
     assert "(1 of 2 here)" in page.text
     assert page.text.count("✓ right") == 1
     assert page.text.count("✗ wrong") == 3
 
 
-def test_names_are_not_trusted(text, page):
+def test_names_are_escaped(text, page):
     assert "<script" not in text.lower()
     assert page.all("script") == []
-    assert _EVIL in page.text
+    assert _MALICIOUS_NAME in page.text
     assert "/data/<img src=x>" in page.text
     assert "tulips <1>" in page.text
     assert all((a["src"] or "").startswith("data:") for a in page.all("img"))
     assert "rose $a^$" in page.text
 
 
-def test_split_names_are_not_trusted_in_curves():
+def test_split_names_are_escaped_in_curves():
     history = [
         {"kind": "eval", "step": s, "split": split, "student_top1": 0.5, "kl": 0.1}
         for s in (1, 2)
@@ -244,7 +243,7 @@ def test_split_names_are_not_trusted_in_curves():
     assert "</svg><script>$x_$" in page.text
 
 
-def test_nothing_comes_from_outside(text, page):
+def test_no_external_resources(text, page):
     addresses = set(re.findall(r"\w+://[^\s\"'<>)]*", text))
     assert addresses == {"https://arxiv.org/abs/2106.05237"}
     for tag, attributes in page.elements:
@@ -254,7 +253,7 @@ def test_nothing_comes_from_outside(text, page):
     assert not re.search(r"url\((?!#)", text)
 
 
-def test_pictures_are_the_pixels(page):
+def test_inline_images_have_the_samples_pixels(page):
     import base64
 
     source = page.all("img")[0]["src"]
@@ -262,7 +261,7 @@ def test_pictures_are_the_pixels(page):
     np.testing.assert_array_equal(pixels, _arguments()["train_samples"][0].image)
 
 
-def test_large_pictures_are_shrunk():
+def test_large_images_are_shrunk():
     page = _Page(report.render(**_arguments(train_samples=[_sample("daisy", "daisy", side=600)])))
     assert len(page.all("img")[0]["src"]) < 4 / 3 * 256 * 256 * 3 * 1.1
 
@@ -270,12 +269,12 @@ def test_large_pictures_are_shrunk():
 def test_page_is_accessible(page):
     assert page.all("html")[0]["lang"] == "en"
     assert all(a.get("alt") for a in page.all("img"))
-    assert f"True class: daisy. Student: {_EVIL} 65.4%; Teacher: daisy 81.2%" in page.all("img")[2]["alt"]
+    assert f"True class: daisy. Student: {_MALICIOUS_NAME} 65.4%; Teacher: daisy 81.2%" in page.all("img")[2]["alt"]
     assert page.all("th")
     assert all(a.get("scope") in ("col", "row") for a in page.all("th"))
-    charts = [a["aria-label"] for a in page.all("div") if a.get("role") == "img"]
-    assert len(charts) == 7  # six curves and the matrix
-    assert "student 75.0%; teacher 87.5%" in " ".join(charts)
+    labels = [a["aria-label"] for a in page.all("div") if a.get("role") == "img"]
+    assert len(labels) == 7  # six curves and the matrix
+    assert "student 75.0%; teacher 87.5%" in " ".join(labels)
 
 
 def test_ids_are_unique_and_references_resolve(text, page):
@@ -286,11 +285,11 @@ def test_ids_are_unique_and_references_resolve(text, page):
     assert set(references) <= set(ids)
 
 
-def test_curves_take_the_colours_of_the_page(text):
+def test_curves_use_the_css_colours(text):
     curves = text[text.index('id="curves"') : text.index('id="training"')]
     assert "var(--student)" in curves
     assert "var(--teacher)" in curves
-    assert "stroke-dasharray" in curves  # the teacher's line is told apart without colour
+    assert "stroke-dasharray" in curves  # the teacher's line differs without colour too
     assert not re.search(r"#0[1-5]0[1-5]0[1-5]", curves)
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
@@ -298,12 +297,12 @@ def test_curves_take_the_colours_of_the_page(text):
 
 def test_equal_input_gives_equal_text(text):
     assert report.render(**_arguments()) == text
-    turned = _arguments()
-    turned["config"] = dict(reversed(turned["config"].items()))
-    assert report.render(**turned) == text
+    reordered = _arguments()
+    reordered["config"] = dict(reversed(reordered["config"].items()))
+    assert report.render(**reordered) == text
 
 
-def test_matplotlib_settings_of_the_user_do_not_matter(text):
+def test_user_settings_of_matplotlib_are_ignored(text):
     import matplotlib
 
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "text.usetex": True}):
@@ -346,13 +345,13 @@ def test_everything_may_be_missing():
         [{"kind": "train", "step": s, "loss": -1.0, "images_per_second": 0} for s in range(3)],
     ],
 )
-def test_short_and_odd_histories(history):
+def test_short_and_incomplete_histories(history):
     page = _Page(report.render(**_arguments(history=history)))
     assert "nan" not in page.text
     assert "inf" not in page.text
 
 
-def test_without_a_final_result_the_last_evaluation_stands_in():
+def test_last_evaluation_is_shown_without_a_final_result():
     page = _Page(report.render(**_arguments(result={})))
     assert "no final result" in page.text
     assert "at step 1,200" in page.text
@@ -390,17 +389,17 @@ def test_without_labels():
     assert "class 5" in page.text  # a class without a name
 
 
-def test_no_predictions_at_all():
-    none = report.Predictions(np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), _CLASSES)
-    assert "Who is right" not in report.render(**_arguments(predictions=none))
+def test_empty_predictions():
+    no_examples = report.Predictions(np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), _CLASSES)
+    assert "Who is right" not in report.render(**_arguments(predictions=no_examples))
 
 
-def test_predictions_must_be_of_one_length():
+def test_predictions_must_have_the_same_length():
     with pytest.raises(ValueError, match="length"):
         report.Predictions(np.zeros(3, int), None, np.zeros(2, int), _CLASSES)
 
 
-def test_a_resumed_run_counts_its_last_rows():
+def test_last_row_of_a_step_counts():
     rows = [{"kind": "train", "step": s, "loss": v} for s, v in ((1, 9.0), (2, 9.0), (1, 5.0), (2, 4.0))]
     assert "loss 4.000" in _Page(report.render(**_arguments(history=rows))).text
 
@@ -411,12 +410,12 @@ def test_long_histories_stay_small():
     assert len(text) < 200_000
 
 
-def test_half_a_character_in_a_path_can_be_written():
+def test_path_with_a_surrogate_can_be_encoded():
     report.render(**_arguments(config={"data": "/data/\udcff"})).encode("utf-8")
 
 
 @pytest.mark.parametrize("missing", ["jinja2", "matplotlib", "PIL"])
-def test_a_missing_library_is_named(monkeypatch, missing):
+def test_missing_library_is_a_config_error(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ConfigError, match=rf"{missing}.*pip install funmatch\[report\]"):
         report.render(**_arguments())
@@ -433,14 +432,14 @@ def test_import_is_cheap():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
+    ("seconds", "text"),
     [(0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (3599.6, "1 h 00 min"), (None, "–")],  # noqa: RUF001
 )
-def test_durations(seconds, words):
-    assert page_words.duration(seconds) == words
+def test_durations(seconds, text):
+    assert formatting.duration(seconds) == text
 
 
-def test_running_mean_keeps_a_line_and_its_ends():
+def test_running_mean_keeps_straight_lines():
     values = np.arange(200.0)
     np.testing.assert_allclose(charts._running_mean(values)[:190], values[:190])
     np.testing.assert_allclose(charts._running_mean(np.ones(7)), 1)

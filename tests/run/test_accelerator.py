@@ -1,4 +1,4 @@
-"""Ways a TPU cannot be had, each a line that says what to do; and several machines, as processes of this one."""
+"""Errors while connecting to a TPU are one line each; several machines, as processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer.core import environment
 from trainer.core.errors import ConfigError, Stopped
 from trainer.run import accelerator
 
-# As TensorFlow 2.19.1 and tensorflow-tpu 2.19.1 with libtpu 0.0.10 raised them, on machines without a TPU.
+# Errors of TensorFlow 2.19.1 and tensorflow-tpu 2.19.1 (libtpu 0.0.10) without a TPU.
 NO_DEVICE = "TPU initialization failed: No ba16c7433 device found.\n\t [[{{node configure_tpu_host/_2}}]]"
 NO_LIBTPU = (
     "TPUs not found in the cluster. Failed in initialization: No matching devices found for '/device:TPU_SYSTEM:0' "
@@ -35,17 +35,18 @@ NO_LIBTPU = (
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Nothing in the environment, nothing made before, and the seconds that would have been waited."""
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Clears environment and cached strategies; records sleeps, in seconds, instead of waiting."""
     for name in ("TPU_NAME", "TPU_CONFIG", "KUBE_GOOGLE_CLOUD_TPU_ENDPOINTS", "TF_CONFIG", "CLUSTER_SPEC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(accelerator, "_strategies", {})
-    waited: list[float] = []
-    monkeypatch.setattr(accelerator, "_sleep", waited.append)
-    return waited
+    seconds: list[float] = []
+    monkeypatch.setattr(accelerator, "_sleep", seconds.append)
+    return seconds
 
 
-def refused(tpu: str) -> str:
+def connection_error(tpu: str) -> str:
+    """The message of the error for this --tpu, which must be one line."""
     with pytest.raises(ConfigError) as caught:
         accelerator.resolve(tpu)
     text = str(caught.value)
@@ -61,16 +62,16 @@ def raising(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tf.tpu.experimental, "initialize_tpu_system", fail)
 
 
-def test_a_plain_tensorflow_has_no_tpu() -> None:
-    assert "install tensorflow-tpu and libtpu" in refused("local")
+def test_tensorflow_without_tpu_support() -> None:
+    assert "install tensorflow-tpu and libtpu" in connection_error("local")
 
 
-def test_a_tpu_of_no_name() -> None:
-    assert "give --tpu=local" in refused("")
+def test_tpu_without_a_name() -> None:
+    assert "give --tpu=local" in connection_error("")
 
 
 def test_without_a_metadata_server() -> None:
-    assert "metadata server does not answer" in refused("my-tpu")
+    assert "metadata server does not answer" in connection_error("my-tpu")
 
 
 @pytest.mark.parametrize(
@@ -81,20 +82,20 @@ def test_without_a_metadata_server() -> None:
         (IndexError("list index out of range"), "was not initialised"),
     ],
 )
-def test_what_only_a_tpu_wheel_raises(error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_tpu_wheel(error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     raising(error, monkeypatch)
-    assert advice in refused("local")
+    assert advice in connection_error("local")
 
 
-def test_an_address_where_nothing_answers(bare: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_address(sleeps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         tf.config, "experimental_connect_to_cluster", lambda _: pytest.fail("it would wait for minutes")
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    assert f"nothing answers at 127.0.0.1:{port}" in refused(f"grpc://127.0.0.1:{port}")
-    assert bare == list(accelerator._PAUSES)
+    assert f"nothing answers at 127.0.0.1:{port}" in connection_error(f"grpc://127.0.0.1:{port}")
+    assert sleeps == list(accelerator._PAUSES)
 
 
 @pytest.fixture
@@ -124,14 +125,14 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.usefixtures("cloud")
-def test_a_named_tpu_needs_a_client_that_is_not_here() -> None:
-    """TensorFlow's own client asks the metadata server, and then for a library."""
-    assert "pip install 'funmatch[tpu-client]'" in refused("my-tpu")
+def test_named_tpu_needs_cloud_tpu_client() -> None:
+    """TensorFlow's client queries the metadata server, then imports a library."""
+    assert "pip install 'funmatch[tpu-client]'" in connection_error("my-tpu")
 
 
 def client(monkeypatch: pytest.MonkeyPatch, outcome: Exception | None) -> list[tuple[str, int]]:
-    """cloud-tpu-client, as its 0.7 to 0.10 are called."""
-    asked: list[tuple[str, int]] = []
+    """Installs a stand-in with the interface of cloud-tpu-client 0.7 to 0.10; returns its calls."""
+    requests: list[tuple[str, int]] = []
 
     class Client:
         def __init__(self, tpu: str) -> None:
@@ -139,7 +140,7 @@ def client(monkeypatch: pytest.MonkeyPatch, outcome: Exception | None) -> list[t
 
         def wait_for_healthy(self, timeout_s: int = 1200, interval: int = 30) -> None:
             del interval
-            asked.append((self.tpu, timeout_s))
+            requests.append((self.tpu, timeout_s))
             if outcome:
                 raise outcome
 
@@ -147,36 +148,34 @@ def client(monkeypatch: pytest.MonkeyPatch, outcome: Exception | None) -> list[t
     module.Client = Client  # type: ignore[attr-defined]
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "cloud_tpu_client", module)
-    return asked
+    return requests
 
 
-def test_a_named_tpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = client(monkeypatch, None)
+def test_job_waits_for_a_named_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = client(monkeypatch, None)
     monkeypatch.setattr(accelerator, "_connect", lambda _: tf.distribute.OneDeviceStrategy("CPU:0"))
     console = RecordingConsole()
     assert accelerator.resolve("my-tpu", console).kind == "TPU"
-    assert asked == [("my-tpu", 1200)]
+    assert requests == [("my-tpu", 1200)]
     assert "waiting for TPU my-tpu" in console.lines[0]
     accelerator.resolve("grpc://10.0.0.2:8470")
     accelerator.resolve("local")
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
-def test_a_named_tpu_that_stays_ill(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_tpu_that_stays_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     client(monkeypatch, RuntimeError("Timed out waiting for TPU my-tpu to become healthy"))
-    assert "did not become healthy: Timed out" in refused("my-tpu")
+    assert "did not become healthy: Timed out" in connection_error("my-tpu")
 
 
-def test_what_passes_is_tried_again_and_what_does_not_is_not(
-    bare: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = tf.distribute.OneDeviceStrategy("CPU:0")
+def test_transient_errors_are_retried(sleeps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     outcomes: list[Exception | None] = []
 
     def connect(_: str) -> tf.distribute.Strategy:
         if outcomes and (error := outcomes.pop(0)):
             raise error
-        return found
+        return strategy
 
     monkeypatch.setattr(accelerator, "_connect", connect)
     console = RecordingConsole()
@@ -185,47 +184,51 @@ def test_what_passes_is_tried_again_and_what_does_not_is_not(
         RuntimeError('TPU "my-tpu" is not yet ready; state: "CREATING"'),
         tf.errors.UnknownError(None, None, "The TPU is already in use by process with pid 8."),
     ]
-    assert accelerator.resolve("local", console).strategy is found
-    assert bare == [5.0, 15.0, 45.0]
+    assert accelerator.resolve("local", console).strategy is strategy
+    assert sleeps == [5.0, 15.0, 45.0]
     assert len(console.lines) == 3
-    # Once a process: what follows, as in `funmatch smoke`, takes what is there.
+    # One strategy per process: later jobs, as in `funmatch smoke`, reuse it.
     outcomes[:] = [AssertionError("initialised again")]
-    assert accelerator.resolve("local").strategy is found
-    bare.clear()
+    assert accelerator.resolve("local").strategy is strategy
+    sleeps.clear()
     outcomes[:] = [tf.errors.UnknownError(None, None, NO_DEVICE)]
-    refused("grpc://10.0.0.2:8470")
-    assert bare == []
+    connection_error("grpc://10.0.0.2:8470")
+    assert sleeps == []
     outcomes[:] = [RuntimeError('TPU "my-tpu" is not yet ready; state: "CREATING"')] * 4
-    assert "to have the job wait for it" in refused("other")
+    assert "to have the job wait for it" in connection_error("other")
     outcomes[:] = [urllib.error.URLError(OSError("x"))]
-    refused("third")
-    assert len(bare) == 3
+    connection_error("third")
+    assert len(sleeps) == 3
 
 
-def test_a_tpu_and_several_machines_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tpu_with_several_machines_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "TF_CONFIG", json.dumps({"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}})
     )
-    assert "2 machines" in refused("local")
+    assert "2 machines" in connection_error("local")
 
 
-def test_hints_are_about_precision_on_this_hardware() -> None:
+def test_precision_hints() -> None:
     one = tf.distribute.OneDeviceStrategy("CPU:0")
-    made = {kind: accelerator.Accelerator(one, kind, 1) for kind in ("CPU", "GPU", "TPU")}
-    assert "mixed_bfloat16" in made["TPU"].hints("float32")[0]
-    assert "slow" in made["CPU"].hints("mixed_bfloat16")[0]
-    assert not made["CPU"].hints("float32") + made["TPU"].hints("mixed_bfloat16") + made["GPU"].hints("float32")
+    accelerators = {kind: accelerator.Accelerator(one, kind, 1) for kind in ("CPU", "GPU", "TPU")}
+    assert "mixed_bfloat16" in accelerators["TPU"].hints("float32")[0]
+    assert "slow" in accelerators["CPU"].hints("mixed_bfloat16")[0]
+    assert (
+        not accelerators["CPU"].hints("float32")
+        + accelerators["TPU"].hints("mixed_bfloat16")
+        + accelerators["GPU"].hints("float32")
+    )
 
 
-def test_a_machine_that_is_lost_is_a_stop() -> None:
+def test_lost_machine_raises_stopped() -> None:
     error = accelerator.worker_lost(tf.errors.UnavailableError(None, None, "Connection reset by peer\nmore"))
     assert isinstance(error, Stopped)
     assert "(UnavailableError)" in str(error)
     assert "\n" not in str(error)
 
 
-def started(count: int, *arguments: str) -> list[subprocess.Popen[str]]:
-    """The job on so many machines, each a process of its own with a port of its own."""
+def start_machines(count: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Starts the job on `count` machines, each a process with its own port."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -248,10 +251,10 @@ def started(count: int, *arguments: str) -> list[subprocess.Popen[str]]:
     return running
 
 
-def machines(count: int, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
-    """The same, to its end."""
+def run_machines(count: int, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """Runs the job on `count` machines and waits for them."""
     done = []
-    for process in started(count, *arguments):
+    for process in start_machines(count, *arguments):
         out, err = process.communicate(timeout=240)
         done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return done
@@ -276,9 +279,9 @@ def test_two_machines_give_the_weights_of_one(data: str, teacher_file: str, tmp_
             "--eval_every=4",
         ),
     ]
-    alone = machines(1, *job, f"--workdir={tmp_path}/one")[0]
+    alone = run_machines(1, *job, f"--workdir={tmp_path}/one")[0]
     assert alone.returncode == 0, alone.stderr
-    both = machines(2, *job, f"--workdir={tmp_path}/two")
+    both = run_machines(2, *job, f"--workdir={tmp_path}/two")
     assert [done.returncode for done in both] == [0, 0], both[0].stderr + both[1].stderr
     assert "2 replicas on 2 machines" in both[0].stderr
     assert "the chief writes the results" in both[1].stderr
@@ -288,7 +291,7 @@ def test_two_machines_give_the_weights_of_one(data: str, teacher_file: str, tmp_
         np.testing.assert_allclose(two[name], array, rtol=2e-4, atol=2e-5, err_msg=name)
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     assert results[0]["kl"] == pytest.approx(results[1]["kl"], rel=1e-3)
-    # Had both written, TensorBoard's folder would hold two files of the same run.
+    # If both machines wrote, TensorBoard's folder would have two files.
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == len(
         list((tmp_path / "one" / "tensorboard").iterdir())
     )
@@ -298,11 +301,11 @@ def test_two_machines_give_the_weights_of_one(data: str, teacher_file: str, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_what_ends_one_machine_stops_the_other(
+def test_stopped_or_lost_machine_stops_the_other(
     number: int, data: str, teacher_file: str, tmp_path: pathlib.Path
 ) -> None:
-    """Asked to stop, it saves and says so; lost, the other says so and does not wait for it."""
-    both = started(
+    """Stopped, both save at the same step; lost, the other one exits without waiting."""
+    both = start_machines(
         2,
         *(f"--data={data}", f"--teacher=keras:{teacher_file}", "--student=bit-tiny", f"--image_size={IMAGE}"),
         *("--store_size=32", "--steps=100000", "--batch_size=8", "--checkpoint_every=10", "--eval_every=100000"),
@@ -315,24 +318,24 @@ def test_what_ends_one_machine_stops_the_other(
             assert [process.poll() for process in both] == [None, None]
             time.sleep(0.2)
         both[1].send_signal(number)
-        told = [process.communicate(timeout=100)[1] for process in both]
+        outputs = [process.communicate(timeout=100)[1] for process in both]
     finally:
         for process in both:
             process.kill()
-    assert both[0].returncode == 75, told[0]
+    assert both[0].returncode == 75, outputs[0]
     if number == signal.SIGKILL:
-        assert "another machine of this job does not answer any more" in told[0].splitlines()[-1]
+        assert "another machine of this job does not answer any more" in outputs[0].splitlines()[-1]
         return
-    assert both[1].returncode == 75, told[1]
-    assert "stopped by a signal to another machine at step" in told[0]
-    assert "stopped by SIGTERM at step" in told[1]
-    steps = [re.findall(r"at step (\d+) of", text)[-1] for text in told]
+    assert both[1].returncode == 75, outputs[1]
+    assert "stopped by a signal to another machine at step" in outputs[0]
+    assert "stopped by SIGTERM at step" in outputs[1]
+    steps = [re.findall(r"at step (\d+) of", text)[-1] for text in outputs]
     assert steps[0] == steps[1]
     assert (tmp_path / "run" / "checkpoints" / f"checkpoint-{int(steps[0]):010d}.json").exists()
 
 
-def test_environment_names_agree_with_tensorflows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorFlow reads TF_CONFIG as the job does."""
+def test_cluster_agrees_with_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow's resolver reads the same cluster from TF_CONFIG."""
     cluster = {"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": {"type": "worker", "index": 0}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(cluster))
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()

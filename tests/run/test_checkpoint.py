@@ -1,4 +1,4 @@
-"""What a checkpoint commits is whole; what is not whole, not finite or not ours is never used."""
+"""Checkpoints are complete or not used: damage, crashes, other runs, non-finite values."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def arrays(value: float) -> dict[str, np.ndarray]:
     }
 
 
-def filled(folder: pathlib.Path, *steps: int, keep: int = 2) -> Checkpoints:
-    made = Checkpoints(str(folder), IDENTITY, keep)
+def write_checkpoints(folder: pathlib.Path, *steps: int, keep: int = 2) -> Checkpoints:
+    checkpoints = Checkpoints(str(folder), IDENTITY, keep)
     for step in steps:
-        made.save(step, arrays(step), {"seconds": step})
-    return made
+        checkpoints.save(step, arrays(step), {"seconds": step})
+    return checkpoints
 
 
 def test_round_trip_is_exact(tmp_path: pathlib.Path) -> None:
@@ -37,21 +37,21 @@ def test_round_trip_is_exact(tmp_path: pathlib.Path) -> None:
     Checkpoints(str(tmp_path), IDENTITY, 1).save(
         3, {"a/b": odd, "n": np.array(2**40)}, {"pending": [[2, {"loss": 0.1}]]}
     )
-    found = Checkpoints(str(tmp_path), IDENTITY, 1).restore()
-    assert found is not None
-    assert found.step == 3
-    assert found.arrays["a/b"].tobytes() == odd.tobytes()
-    assert found.arrays["n"] == 2**40
-    assert found.extra == {"pending": [[2, {"loss": 0.1}]]}
+    restored = Checkpoints(str(tmp_path), IDENTITY, 1).restore()
+    assert restored is not None
+    assert restored.step == 3
+    assert restored.arrays["a/b"].tobytes() == odd.tobytes()
+    assert restored.arrays["n"] == 2**40
+    assert restored.extra == {"pending": [[2, {"loss": 0.1}]]}
 
 
-def test_nothing_there_is_none(tmp_path: pathlib.Path) -> None:
+def test_empty_folder_restores_none(tmp_path: pathlib.Path) -> None:
     assert Checkpoints(str(tmp_path / "no"), IDENTITY, 1).restore() is None
 
 
-def test_newest_wins_and_old_ones_go(tmp_path: pathlib.Path) -> None:
-    made = filled(tmp_path, 1, 2, 3, 10)
-    assert made.restore().step == 10  # type: ignore[union-attr]
+def test_newest_is_restored_and_old_ones_are_deleted(tmp_path: pathlib.Path) -> None:
+    checkpoints = write_checkpoints(tmp_path, 1, 2, 3, 10)
+    assert checkpoints.restore().step == 10  # type: ignore[union-attr]
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == [
         "checkpoint-0000000003.json",
         "checkpoint-0000000010.json",
@@ -60,8 +60,8 @@ def test_newest_wins_and_old_ones_go(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "commit"])
-def test_a_damaged_one_is_named_and_passed_over(tmp_path: pathlib.Path, damage: str) -> None:
-    filled(tmp_path, 1, 2)
+def test_damaged_checkpoint_is_passed_over(tmp_path: pathlib.Path, damage: str) -> None:
+    write_checkpoints(tmp_path, 1, 2)
     (state,) = tmp_path.glob("state-0000000002-*")
     content = bytearray(state.read_bytes())
     if damage == "flip":
@@ -73,45 +73,43 @@ def test_a_damaged_one_is_named_and_passed_over(tmp_path: pathlib.Path, damage: 
         state.unlink()
     else:
         (tmp_path / "checkpoint-0000000002.json").write_text('{"format"')
-    made = Checkpoints(str(tmp_path), IDENTITY, 2)
-    assert made.restore().step == 1  # type: ignore[union-attr]
-    assert len(made.passed_over) == 1
-    assert "0000000002" in made.passed_over[0]
+    checkpoints = Checkpoints(str(tmp_path), IDENTITY, 2)
+    assert checkpoints.restore().step == 1  # type: ignore[union-attr]
+    assert len(checkpoints.passed_over) == 1
+    assert "0000000002" in checkpoints.passed_over[0]
 
 
-def test_all_damaged_is_an_error_and_not_a_new_start(tmp_path: pathlib.Path) -> None:
-    filled(tmp_path, 1)
+def test_only_damaged_checkpoints_are_an_error(tmp_path: pathlib.Path) -> None:
+    write_checkpoints(tmp_path, 1)
     next(iter(tmp_path.glob("state-*"))).unlink()
     with pytest.raises(DataError, match="none of the 1 checkpoints"):
         Checkpoints(str(tmp_path), IDENTITY, 1).restore()
 
 
-def test_another_runs_checkpoint_is_refused_with_the_fields(tmp_path: pathlib.Path) -> None:
-    filled(tmp_path, 5)
+def test_checkpoint_of_another_run_is_refused(tmp_path: pathlib.Path) -> None:
+    write_checkpoints(tmp_path, 5)
     with pytest.raises(DataError, match=r"steps: 10 there, 11 here"):
         Checkpoints(str(tmp_path), {"seed": 0, "steps": 11}, 1).restore()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nothing_that_is_not_finite_is_committed(tmp_path: pathlib.Path, bad: float) -> None:
-    made = filled(tmp_path, 1)
+def test_non_finite_state_is_not_committed(tmp_path: pathlib.Path, bad: float) -> None:
+    checkpoints = write_checkpoints(tmp_path, 1)
     with pytest.raises(Diverged, match=r"step 2: student/0000/conv/kernel"):
-        made.save(2, arrays(bad), {})
-    assert made.restore().step == 1  # type: ignore[union-attr]
+        checkpoints.save(2, arrays(bad), {})
+    assert checkpoints.restore().step == 1  # type: ignore[union-attr]
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_crash_at_any_write_leaves_the_last_one_whole(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every call that changes the folder fails in turn, during a save; then the same save goes through."""
+def test_crash_at_any_write_keeps_the_last_checkpoint(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call that changes the folder fails in turn during a save; then the save is repeated."""
 
     class Crash(Exception):
         pass
 
     for point in range(4):
         folder = tmp_path / str(point)
-        made = filled(folder, 1, 2)
+        checkpoints = write_checkpoints(folder, 1, 2)
         calls = iter(range(100))
 
         def guard(function):
@@ -126,17 +124,17 @@ def test_a_crash_at_any_write_leaves_the_last_one_whole(
             patch.setattr(files, "write", guard(files.write))
             patch.setattr(files, "remove", guard(files.remove))
             with pytest.raises(Crash):
-                made.save(3, arrays(3), {})
+                checkpoints.save(3, arrays(3), {})
         again = Checkpoints(str(folder), IDENTITY, 2)
         assert again.restore().step == (2 if point < 2 else 3)  # type: ignore[union-attr]
         again.save(3, arrays(3), {})
         again.save(4, arrays(4), {})
         assert again.restore().step == 4  # type: ignore[union-attr]
-        assert len(list(folder.iterdir())) == 4, "what the crash left behind is still there"
+        assert len(list(folder.iterdir())) == 4, "files of the crashed save are still there"
 
 
-def test_pickles_are_not_read(tmp_path: pathlib.Path) -> None:
-    filled(tmp_path, 1)
+def test_pickles_are_not_loaded(tmp_path: pathlib.Path) -> None:
+    write_checkpoints(tmp_path, 1)
     commit = json.loads((tmp_path / "checkpoint-0000000001.json").read_text())
     import hashlib
     import io
@@ -153,52 +151,52 @@ def test_pickles_are_not_read(tmp_path: pathlib.Path) -> None:
         Checkpoints(str(tmp_path), IDENTITY, 1).restore()
 
 
-def test_the_best_is_kept_beside_the_newest(tmp_path: pathlib.Path) -> None:
-    made = Checkpoints(str(tmp_path), IDENTITY, 2)
+def test_best_checkpoint_is_kept(tmp_path: pathlib.Path) -> None:
+    checkpoints = Checkpoints(str(tmp_path), IDENTITY, 2)
     for step in range(1, 7):
-        made.save(step, arrays(step), {}, best=2 if step >= 2 else None)
+        checkpoints.save(step, arrays(step), {}, best=2 if step >= 2 else None)
     assert sorted(int(p.stem[-10:]) for p in tmp_path.glob("checkpoint-*")) == [2, 5, 6]
-    assert made.load(2).arrays["student/0000/conv/kernel"][0, 0] == 2.0
+    assert checkpoints.load(2).arrays["student/0000/conv/kernel"][0, 0] == 2.0
     with pytest.raises(DataError, match=r"checkpoint .*0000000003\.json is not usable"):
-        made.load(3)
+        checkpoints.load(3)
 
 
-def test_what_was_passed_over_does_not_push_out_what_is_whole(tmp_path: pathlib.Path) -> None:
-    """With one checkpoint kept, a damaged newer one must not be the one that stays."""
-    filled(tmp_path, 1, 9, keep=2)
+def test_damaged_checkpoint_does_not_displace_a_complete_one(tmp_path: pathlib.Path) -> None:
+    """With --keep_checkpoints=1, a damaged newer checkpoint must not be the one that is kept."""
+    write_checkpoints(tmp_path, 1, 9, keep=2)
     (state,) = tmp_path.glob("state-0000000009-*")
     state.write_bytes(b"")
-    made = Checkpoints(str(tmp_path), IDENTITY, 1)
-    assert made.restore().step == 1  # type: ignore[union-attr]
-    made.save(3, arrays(3), {})
+    checkpoints = Checkpoints(str(tmp_path), IDENTITY, 1)
+    assert checkpoints.restore().step == 1  # type: ignore[union-attr]
+    checkpoints.save(3, arrays(3), {})
     assert Checkpoints(str(tmp_path), IDENTITY, 1).restore().step == 3  # type: ignore[union-attr]
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_orphans_go_when_a_run_is_taken_up(tmp_path: pathlib.Path) -> None:
-    made = filled(tmp_path, 1, 2)
+def test_orphans_are_deleted_on_resume(tmp_path: pathlib.Path) -> None:
+    checkpoints = write_checkpoints(tmp_path, 1, 2)
     (tmp_path / "state-0000000003-0123456789abcdef.npz").write_bytes(b"no commit names it")
     (tmp_path / "checkpoint-0000000003.json.01234567.tmp").write_bytes(b"half")
     (tmp_path / "mine.tmp").write_bytes(b"not ours")
-    made.clean(2, None)
+    checkpoints.clean(2, None)
     assert len(list(tmp_path.iterdir())) == 5
     assert (tmp_path / "mine.tmp").exists()
 
 
-def test_twenty_crashes_leave_a_bounded_number_of_objects(
+def test_repeated_crashes_leave_a_bounded_number_of_objects(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each run takes up the newest checkpoint and crashes in its save, after another number of changes."""
+    """Each run resumes from the newest checkpoint and crashes after 0 to 4 changes of its save."""
 
     class Crash(Exception):
         pass
 
     real = {"write": files.write, "remove": files.remove}
     for crash in range(20):
-        made = Checkpoints(str(tmp_path), IDENTITY, 2)
-        found = made.restore()
-        step = found.step if found else 0
-        made.clean(step, None)
+        checkpoints = Checkpoints(str(tmp_path), IDENTITY, 2)
+        restored = checkpoints.restore()
+        step = restored.step if restored else 0
+        checkpoints.clean(step, None)
         calls = iter(range(1, 100))
 
         def dying(name: str, *args: object, at: int = crash % 5, calls: object = calls) -> None:
@@ -210,39 +208,37 @@ def test_twenty_crashes_leave_a_bounded_number_of_objects(
             patch.setattr(files, "write", lambda *args, dying=dying: dying("write", *args))
             patch.setattr(files, "remove", lambda *args, dying=dying: dying("remove", *args))
             with contextlib.suppress(Crash):
-                made.save(step + 1, arrays(crash), {})
+                checkpoints.save(step + 1, arrays(crash), {})
         assert len(list(tmp_path.iterdir())) <= 2 * 3 + 2
     assert Checkpoints(str(tmp_path), IDENTITY, 2).restore().step > 5  # type: ignore[union-attr]
 
 
-def test_a_delete_that_fails_is_said_and_the_checkpoint_is_there(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = filled(tmp_path, 1, 2)
+def test_failed_delete_is_a_warning(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = write_checkpoints(tmp_path, 1, 2)
 
     def refuse(path: str) -> None:
         raise DataError(f"cannot delete {path}: denied")
 
     monkeypatch.setattr(files, "remove", refuse)
-    made.save(3, arrays(3), {})
-    assert made.restore().step == 3  # type: ignore[union-attr]
-    assert [w.partition(":")[0] for w in made.warnings] == ["old checkpoints take up room"]
+    checkpoints.save(3, arrays(3), {})
+    assert checkpoints.restore().step == 3  # type: ignore[union-attr]
+    assert [w.partition(":")[0] for w in checkpoints.warnings] == ["old checkpoints take up room"]
 
 
-def test_another_format_is_refused_and_not_passed_over(tmp_path: pathlib.Path) -> None:
-    filled(tmp_path, 1, 2)
+def test_another_format_is_an_error(tmp_path: pathlib.Path) -> None:
+    write_checkpoints(tmp_path, 1, 2)
     path = tmp_path / "checkpoint-0000000002.json"
     path.write_text(path.read_text().replace("funmatch-checkpoint/1", "funmatch-checkpoint/9"))
-    for look in (Checkpoints.restore, Checkpoints.require_same_run):
+    for method in (Checkpoints.restore, Checkpoints.require_same_run):
         with pytest.raises(DataError, match=r"format 'funmatch-checkpoint/9'.*version that began the run"):
-            look(Checkpoints(str(tmp_path), IDENTITY, 1))
+            method(Checkpoints(str(tmp_path), IDENTITY, 1))
 
 
-def test_a_folder_that_does_not_answer_is_no_damage(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passing over what cannot be read now would throw hours of work away."""
+def test_unreadable_folder_is_not_damage(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passing over a checkpoint for a temporary error would discard hours of work."""
     import tensorflow as tf
 
-    filled(tmp_path, 1, 2)
+    write_checkpoints(tmp_path, 1, 2)
     real = files.read
 
     def read(path: str, what: str) -> bytes:
@@ -252,16 +248,16 @@ def test_a_folder_that_does_not_answer_is_no_damage(tmp_path: pathlib.Path, monk
         return real(path, what)
 
     monkeypatch.setattr(files, "read", read)
-    for look in (Checkpoints.restore, Checkpoints.require_same_run):
+    for method in (Checkpoints.restore, Checkpoints.require_same_run):
         with pytest.raises(DataError, match=r"0000000002\.json: 503"):
-            look(Checkpoints(str(tmp_path), IDENTITY, 2))
+            method(Checkpoints(str(tmp_path), IDENTITY, 2))
 
 
-def test_who_lost_the_workdir_does_not_commit(tmp_path: pathlib.Path) -> None:
+def test_no_commit_without_the_lock(tmp_path: pathlib.Path) -> None:
     def lost() -> None:
         raise DataError("taken over")
 
-    filled(tmp_path, 1)
+    write_checkpoints(tmp_path, 1)
     with pytest.raises(DataError, match="taken over"):
         Checkpoints(str(tmp_path), IDENTITY, 2, lost).save(2, arrays(2), {})
     assert Checkpoints(str(tmp_path), IDENTITY, 2).restore().step == 1  # type: ignore[union-attr]
@@ -275,7 +271,7 @@ def slow(gate: threading.Event, done: list[int], number: int) -> Callable[[], No
     return work
 
 
-def test_work_in_the_background_is_one_at_a_time_and_waited_for() -> None:
+def test_background_runs_one_job_at_a_time() -> None:
     gate, done = threading.Event(), []
     with Background() as saving:
         saving.start(slow(gate, done, 1))
@@ -287,11 +283,11 @@ def test_work_in_the_background_is_one_at_a_time_and_waited_for() -> None:
     assert done == [1, 2]
 
 
-def test_what_fails_in_the_background_is_raised_at_the_next_look() -> None:
+def test_background_error_is_raised_at_the_next_check() -> None:
     def full() -> None:
         raise DataError("No space left on device")
 
-    for look in ("check", "wait", "start", "end"):
+    for method in ("check", "wait", "start", "end"):
         saving = Background()
         saving.start(full)
         assert saving._thread is not None
@@ -302,11 +298,11 @@ def test_what_fails_in_the_background_is_raised_at_the_next_look() -> None:
                 "wait": saving.wait,
                 "start": lambda: saving.start(full),  # noqa: B023
                 "end": lambda: saving.__exit__(None, None, None),  # noqa: B023
-            }[look]()
-        saving.check()  # once is enough
+            }[method]()
+        saving.check()  # it is raised only once
 
 
-def test_the_first_error_is_the_one_to_tell_and_the_save_is_whole() -> None:
+def test_first_error_is_raised_and_the_save_completes() -> None:
     gate, done = threading.Event(), []
 
     def diverge() -> None:

@@ -1,7 +1,8 @@
-"""The whole job with everything on gs://, by TensorFlow's own client and google-cloud-storage: equal to one on a disk to the bit.
+"""The whole job on gs:// gives the result of a job on a disk, to the bit.
 
-Data, teacher and student are read from a bucket; checkpoints, metrics, TensorBoard, exports and the lease are written there. Jobs
-are forked (tests/zygote.py). Each has a bucket of its own, on a server of its own, which counts, fails and kills.
+Data, teacher and student are read from a bucket by TensorFlow's client and google-cloud-storage;
+checkpoints, metrics, TensorBoard, exports and the lease are written there. Jobs are forked
+(tests/zygote.py). Each has its own bucket and server, which can fail requests and kill the job.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PREPARE = [
 
 @dataclasses.dataclass
 class World:
-    """What the jobs share: how they are started, what they read, and the same run on a disk."""
+    """The zygote, the files that all jobs read, and the same run on a disk."""
 
     zygote: Zygote
     folder: pathlib.Path
@@ -42,7 +43,7 @@ class World:
 
 @dataclasses.dataclass
 class Bucket:
-    """A bucket with data, teacher and student, and the job that has its all there."""
+    """A bucket with data, teacher and student, and the job that reads and writes it."""
 
     world: World
     server: fake_gcs.Server
@@ -50,43 +51,43 @@ class Bucket:
 
     def start(self, argv: list[str], *hooks: dict[str, Any], zygote: Zygote | None = None) -> Child:
         there = {"hook": "environment", **self.server.route, "FUNMATCH_CACHE": str(self.folder / "cache")}
-        self.told.touch()
-        return (zygote or self.world.zygote).start("hooks", "job", self.told, argv=argv, hooks=[there, *hooks])
+        self.output.touch()
+        return (zygote or self.world.zygote).start("hooks", "job", self.output, argv=argv, hooks=[there, *hooks])
 
     def begin(self, *hooks: dict[str, Any], lease: float = 60.0, zygote: Zygote | None = None) -> Child:
-        """Gives the job's command."""
+        """Starts the job."""
         argv = matrix.flags("gs://bucket/data", "gs://bucket/teacher.keras", "keras:gs://bucket/student.keras")
         flags = ["--workdir=gs://bucket/run", f"--lease_seconds={lease:g}"]
         return self.start([*argv, *flags], *hooks, zygote=zygote)
 
     @property
-    def told(self) -> pathlib.Path:
-        return self.folder / "told.txt"
+    def output(self) -> pathlib.Path:
+        return self.folder / "output.txt"
 
     def wait(self, child: Child) -> tuple[int, str]:
-        """A job's exit code and what it and those before it told."""
+        """A job's exit code, and the output of all jobs so far."""
         code = child.wait()
-        return code, self.told.read_text()
+        return code, self.output.read_text()
 
     def differences(self) -> list[str]:
-        """In what the finished run differs from the one on a disk."""
+        """The differences of the finished run from the one on a disk."""
         here = self.folder / "run"
         self.server.get_tree("bucket", "run", here)
-        if found := matrix.differences(self.world.whole, here):
+        if differences := matrix.differences(self.world.whole, here):
             odd = set(matrix.names(here)) ^ set(matrix.names(self.world.whole))
-            return [*found, *sorted(odd)]
+            return [*differences, *sorted(odd)]
         return []
 
 
-def mistake(told: str) -> str:
-    """The one line about what was wrong."""
-    assert "Traceback" not in told, told
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+def error_line(output: str) -> str:
+    """The only error line of the output."""
+    assert "Traceback" not in output, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return line
 
 
 def after(count: int, **then: Any) -> dict[str, Any]:
-    """Once the job has made `count` + 1 steps."""
+    """A hook after `count` + 1 calls of `Job.run_steps`."""
     return {"hook": "call", "where": "trainer.run.job:Job.run_steps", "count": count, "then": then}
 
 
@@ -95,12 +96,12 @@ def world(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World
     folder = tmp_path_factory.mktemp("gcs")
     for seed, name in enumerate(("teacher", "student")):
         small_classifier(seed).save(folder / f"{name}.keras")
-    whole, told = folder / "whole", folder / "whole.txt"
+    whole, output = folder / "whole", folder / "whole.txt"
     argv = matrix.flags(data, str(folder / "teacher.keras"), f"keras:{folder}/student.keras")
     with Zygote(*PRELOAD) as zygote:
-        assert zygote.threads == 1, "a fork of a process with threads is no good process"
-        code = zygote.start("hooks", "job", told, argv=[*argv, f"--workdir={whole}"], hooks=[]).wait()
-        assert code == 0, told.read_text()
+        assert zygote.threads == 1, "a process with threads must not be forked"
+        code = zygote.start("hooks", "job", output, argv=[*argv, f"--workdir={whole}"], hooks=[]).wait()
+        assert code == 0, output.read_text()
         (folder / "data").symlink_to(data)
         yield World(zygote, folder, whole)
 
@@ -117,40 +118,40 @@ def bucket(world: World, name: str) -> Iterator[Bucket]:
 
 
 def committed(server: fake_gcs.Server) -> list[int]:
-    """Steps of the checkpoints whose commit and state are there."""
-    found = []
+    """Steps of the checkpoints, whose states must be complete."""
+    steps = []
     for name in server.names("bucket", "run/checkpoints/checkpoint-"):
         commit = json.loads(server.get("bucket", name))
         assert len(server.get("bucket", f"run/checkpoints/{commit['state']}")) == commit["bytes"]
-        found.append(commit["step"])
-    return found
+        steps.append(commit["step"])
+    return steps
 
 
-def test_prepared_stopped_and_gone_on_with_it_is_the_same_to_the_bit(world: World) -> None:
+def test_stopped_run_in_a_bucket_resumes_to_the_bit(world: World) -> None:
     with bucket(world, "stopped") as here:
         prepared = {name: here.server.get("bucket", name) for name in here.server.names("bucket", "data/")}
         here.server.reset("bucket")
         for file in ("teacher.keras", "student.keras"):
             here.server.put("bucket", file, (world.folder / file).read_bytes())
-        code, told = here.wait(here.start([*PREPARE, "--out=gs://bucket/data"]))
-        assert code == 0, told
+        code, output = here.wait(here.start([*PREPARE, "--out=gs://bucket/data"]))
+        assert code == 0, output
         assert prepared == {name: here.server.get("bucket", name) for name in here.server.names("bucket", "data/")}
-        code, told = here.wait(here.begin(after(5, signal="SIGTERM")))
-        assert code == 75, told
-        assert "at step 6 of 12; saved: the same command resumes" in told
+        code, output = here.wait(here.begin(after(5, signal="SIGTERM")))
+        assert code == 75, output
+        assert "at step 6 of 12; saved: the same command resumes" in output
         assert here.server.names("bucket", "run/.lock") == []
-        code, told = here.wait(here.begin())
-        assert code == 0, told
-        assert "resumed at step 6 of 12" in told
+        code, output = here.wait(here.begin())
+        assert code == 0, output
+        assert "resumed at step 6 of 12" in output
         assert here.differences() == []
         assert [name for name in here.server.names("bucket", "run/tensorboard/") if "tfevents" in name]
         assert (here.folder / "run/report.html").stat().st_size > 10_000
-        code, told = here.wait(here.begin())
-        assert code == 0, told
-        assert "gs://bucket/run is finished: nothing to do" in told
+        code, output = here.wait(here.begin())
+        assert code == 0, output
+        assert "gs://bucket/run is finished: nothing to do" in output
 
 
-# Changes in a bucket after which a job is killed, before it hears of them: kind, part of the object's name, and the how manieth.
+# Requests after which a job is killed, before the response: kind, part of the object's name, count.
 KILLS = {
     "the probe was begun": ("start", "run/.write-probe-", 1),
     "the probe was written": ("chunk", "run/.write-probe-", 1),
@@ -180,34 +181,34 @@ KILLS = {
 
 @pytest.fixture(scope="module")
 def killed(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
-    """What is wrong with each point that was asked for; empty: nothing."""
+    """The problem of each selected point; empty if there is none."""
 
     def one(number: int, name: str) -> str:
         kind, match, count = KILLS[name]
         with bucket(world, f"kill-{number}") as here:
-            # Long enough for a renewal, which comes every quarter of a lease.
+            # Time for a renewal, which is due every quarter of a lease.
             hooks = [after(1, sleep=LEASE / 2)] if kind == "upload" and count > 1 else []
             first = here.begin(*hooks, lease=LEASE)
             here.server.kill_after(count, first.pid, kind, match)
-            code, told = here.wait(first)
+            code, output = here.wait(first)
             if code != KILLED or here.server.killed != [first.pid]:
-                return f"ended with {code} where it was to be killed: {told[-1500:]}"
+                return f"ended with {code} where it was to be killed: {output[-1500:]}"
             there = here.server.names("bucket", "run/.lock")
-            code, told = here.wait(here.begin(lease=LEASE))
+            code, output = here.wait(here.begin(lease=LEASE))
             if code:
-                return f"the same command again ended with {code}: {told[-1500:]}"
-            if "Traceback" in told:
-                return f"showed a traceback: {told[-1500:]}"
-            waited = "waiting 5 s to see whether its owner is alive" in told
-            if waited != bool(there and "finished: nothing to do" not in told):
+                return f"the same command again ended with {code}: {output[-1500:]}"
+            if "Traceback" in output:
+                return f"showed a traceback: {output[-1500:]}"
+            waited = "waiting 5 s to see whether its owner is alive" in output
+            if waited != bool(there and "finished: nothing to do" not in output):
                 return f"a lease was {'' if there else 'not '}there, and {'' if waited else 'not '}waited for"
-            if name == "the result was written":  # nobody writes to a finished run, so nobody takes its lease away
+            if name == "the result was written":  # a finished run is not written to, so its lease stays
                 here.server.take("bucket", "run/.lock")
             return ", ".join(here.differences())
 
-    asked = {item.callspec.params["point"] for item in request.session.items if "killed" in item.fixturenames}  # type: ignore[attr-defined]
-    names = [name for name in KILLS if name in asked]
-    # Half of a job's time is spent in waiting for the lease of the one that was killed.
+    selected = {item.callspec.params["point"] for item in request.session.items if "killed" in item.fixturenames}  # type: ignore[attr-defined]
+    names = [name for name in KILLS if name in selected]
+    # More workers than cores: half of the time is spent waiting for a lease.
     wrong = side_by_side([lambda n=n, name=name: one(n, name) for n, name in enumerate(names)], workers=4)  # type: ignore[misc]
     return dict(zip(names, wrong, strict=True))
 
@@ -215,35 +216,35 @@ def killed(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("point", KILLS)
-def test_killed_at_a_request_the_same_command_ends_equal_to_the_bit(point: str, killed: dict[str, str]) -> None:
+def test_run_killed_at_a_request_resumes_to_the_bit(point: str, killed: dict[str, str]) -> None:
     assert not killed[point]
 
 
 @pytest.mark.slow
-def test_a_killed_jobs_lease_keeps_others_out_while_it_lasts(world: World) -> None:
-    """A living owner refuses a second job; a dead one's lease is waited for and then taken over."""
+def test_lease_of_a_killed_job_expires(world: World) -> None:
+    """A second job is refused while the owner lives; later it waits and takes over the lease."""
     with bucket(world, "lease") as here:
         reached = here.folder / "reached"
         first = here.begin(after(5, touch=str(reached), sleep=600), lease=LEASE)
         wait_for(reached.exists, 120)
-        code, told = here.wait(here.begin(lease=LEASE))
-        assert code == 3, told
-        assert f"--workdir=gs://bucket/run is in use by process {first.pid} on" in mistake(told)
+        code, output = here.wait(here.begin(lease=LEASE))
+        assert code == 3, output
+        assert f"--workdir=gs://bucket/run is in use by process {first.pid} on" in error_line(output)
         first.send(signal.SIGKILL)
         assert first.wait() == KILLED
         before = [request.number for request in here.server.log][-1]
         began = time.monotonic()
         second = here.begin(lease=LEASE)
-        wait_for(lambda: "its owner is given 5 s" in here.told.read_text()[len(told) :], 60)
-        assert not second.status.done(), "it does not end, it waits"
-        code, told = here.wait(second)
-        assert code == 0, told
+        wait_for(lambda: "waiting 5 s to see whether its owner is alive" in here.output.read_text()[len(output) :], 60)
+        assert not second.status.done(), "it ended instead of waiting"
+        code, output = here.wait(second)
+        assert code == 0, output
         assert time.monotonic() - began > LEASE
-        assert "resumed at step 4 of 12" in told
+        assert "resumed at step 4 of 12" in output
         mine = [r for r in here.server.log if r.number > before and r.kind in fake_gcs.MUTATING]
         taken = next(i for i, request in enumerate(mine) if request.object == "run/.lock")
         assert all("/.write-probe-" in request.object for request in mine[:taken]), (
-            "nothing is changed before it is ours"
+            "an object was changed before the lease was taken"
         )
         assert here.differences() == []
 
@@ -253,8 +254,8 @@ PASSING = ("503", "429", "500", "reset", "broken")
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_faults_that_pass_do_not_change_a_bit(world: World) -> None:
-    """A fifth of all requests go wrong, drawn anew for each seed, in a run that is stopped half-way and goes on."""
+def test_transient_faults_do_not_change_the_result(world: World) -> None:
+    """A random fifth of all requests fails, in a run that is stopped half-way and resumed."""
 
     def one(seed: int) -> list[tuple[str, str]]:
         with bucket(world, f"passing-{seed}") as here:
@@ -262,25 +263,25 @@ def test_faults_that_pass_do_not_change_a_bit(world: World) -> None:
                 PASSING[seed], "status"
             )  # else they come after broken pieces alone, and are spared as neighbours
             here.server.sprinkle(seed, 0.2, PASSING)
-            code, told = here.wait(here.begin(after(5, signal="SIGTERM")))
-            assert code == 75, told
-            code, told = here.wait(here.begin())
-            assert code == 0, told
-            assert "resumed at step 6 of 12" in told
-            assert "passed over" not in told
+            code, output = here.wait(here.begin(after(5, signal="SIGTERM")))
+            assert code == 75, output
+            code, output = here.wait(here.begin())
+            assert code == 0, output
+            assert "resumed at step 6 of 12" in output
+            assert "passed over" not in output
             assert here.differences() == []
             return [(request.kind, request.fault) for request in here.server.log]
 
-    asked = [pair for pairs in side_by_side([lambda seed=seed: one(seed) for seed in range(3)]) for pair in pairs]  # type: ignore[misc]
-    met = [(kind, fault) for kind, fault in asked if fault]
-    assert len(met) > 0.15 * len(asked), f"{len(met)} of {len(asked)} requests went wrong"
+    selected = [pair for pairs in side_by_side([lambda seed=seed: one(seed) for seed in range(3)]) for pair in pairs]  # type: ignore[misc]
+    failed = [(kind, fault) for kind, fault in selected if fault]
+    assert len(failed) > 0.15 * len(selected), f"{len(failed)} of {len(selected)} requests went wrong"
     # Nothing of a job renames in a bucket, so there is no rewrite.
-    assert {kind for kind, _ in met} >= {"stat", "list", "read", "start", "chunk", "status", "upload", "delete"}
-    assert {fault for _, fault in met} == set(PASSING)
+    assert {kind for kind, _ in failed} >= {"stat", "list", "read", "start", "chunk", "status", "upload", "delete"}
+    assert {fault for _, fault in failed} == set(PASSING)
 
 
-# What goes wrong for good: the requests (kind, part of the object's name, how many pass before), the failure, and what the one line
-# must say of it.
+# Lasting faults: requests (kind, part of the object's name, how many succeed first), the failure,
+# and a pattern of the error line.
 LASTING = {
     "403 to the second state": (
         [("start", "run/checkpoints/state-", 1)],
@@ -327,21 +328,21 @@ LASTING = {
 
 @pytest.fixture(scope="module")
 def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
-    """With the client's settings that users get: what is wrong with each that was asked for; empty: nothing."""
-    asked = {item.callspec.params["fault"] for item in request.session.items if "lasted" in item.fixturenames}  # type: ignore[attr-defined]
-    names = [name for name in LASTING if name in asked]
+    """The problem of each selected fault, with the client's default settings; empty if none."""
+    selected = {item.callspec.params["fault"] for item in request.session.items if "lasted" in item.fixturenames}  # type: ignore[attr-defined]
+    names = [name for name in LASTING if name in selected]
 
     def one(number: int, name: str, zygote: Zygote) -> str:
         requests, failure, line = LASTING[name]
         with bucket(world, f"lasting-{number}") as here:
             here.server.stall_seconds = 300
-            reached, told = here.folder / "reached", here.told
+            reached, output = here.folder / "reached", here.output
             from_the_middle = name.endswith((" all changes", " everything"))
             hooks = [after(5, touch=str(reached), sleep=5.0)] if from_the_middle else []
             job = here.begin(*hooks, zygote=zygote)
             if from_the_middle:
                 wait_for(lambda: reached.exists() and committed(here.server) == [4], 120)
-                # Until the save of step 4 has looked for what it can delete, where a failure is a warning.
+                # The save of step 4 then deletes old checkpoints, where a failure is only a warning.
                 time.sleep(2)
             faults = [here.server.fail(failure, kind, match=match, after=n, times=None) for kind, match, n in requests]
             wait_for(lambda: any(fault.consumed for fault in faults), 120)
@@ -350,20 +351,20 @@ def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
             seconds = time.monotonic() - began
             print(f"{name}: ended after {seconds:.1f} s")
             if code != 3:
-                return f"ended with {code}: {told.read_text()[-1500:]}"
-            if not re.search(line, mistake(told.read_text())):
-                return f"said {mistake(told.read_text())}"
+                return f"ended with {code}: {output.read_text()[-1500:]}"
+            if not re.search(line, error_line(output.read_text())):
+                return f"unexpected message: {error_line(output.read_text())}"
             if seconds > 60:
                 return f"ended after {seconds:.0f} s"
             here.server.heal()
             last = max(committed(here.server))
-            before = len(told.read_text())
+            before = len(output.read_text())
             job = here.begin(zygote=zygote, lease=LEASE)
             if code := job.wait():
-                return f"the same command again ended with {code}: {told.read_text()[before:]}"
-            again = told.read_text()[before:]
+                return f"the same command again ended with {code}: {output.read_text()[before:]}"
+            again = output.read_text()[before:]
             if f"resumed at step {last} of 12" not in again or "passed over" in again:
-                return f"did not go on from step {last}: {again}"
+                return f"did not resume from step {last}: {again}"
             return ", ".join(here.differences())
 
     with Zygote(*PRELOAD, unset=fake_gcs.KNOBS) as zygote:
@@ -374,6 +375,6 @@ def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", LASTING)
-def test_a_fault_that_lasts_is_one_line_and_nothing_is_lost(fault: str, lasted: dict[str, str]) -> None:
-    """It ends within a minute after the fault began to be felt; when it is over, the same command resumes."""
+def test_lasting_fault_is_one_line_and_the_run_resumes(fault: str, lasted: dict[str, str]) -> None:
+    """The job ends within a minute of the first failure; afterwards the same command resumes."""
     assert not lasted[fault]

@@ -1,4 +1,4 @@
-"""The whole job: end to end, stopped and killed anywhere, and told to go on."""
+"""The whole job: end to end, stopped, killed and resumed."""
 
 from __future__ import annotations
 
@@ -26,17 +26,16 @@ from trainer.core.console import Console
 from trainer.core.errors import DataError, Diverged, Stopped
 from trainer.io import files
 from trainer.output import finish
-from trainer.run import build, loop
-from trainer.run import metric_writer as journal_module
+from trainer.run import build, loop, metric_writer
 from trainer.run.checkpoint import Background, Checkpoints
 from trainer.run.job import Job
 from trainer.run.plan import make_plan
 
 
-def same(one: str, other: str) -> None:
-    assert final_state(one) == final_state(other)
-    assert rows(one) == rows(other)
-    assert result(one) == result(other)
+def assert_equal_runs(first: str, second: str) -> None:
+    assert final_state(first) == final_state(second)
+    assert rows(first) == rows(second)
+    assert result(first) == result(second)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def uninterrupted(flags: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return workdir
 
 
-def test_a_run_leaves_what_is_promised(uninterrupted: str) -> None:
+def test_files_and_metrics_of_a_finished_run(uninterrupted: str) -> None:
     names = set(os.listdir(uninterrupted))
     assert names == {
         "config.json",
@@ -78,8 +77,8 @@ def test_a_run_leaves_what_is_promised(uninterrupted: str) -> None:
         "result.json",
         "report.html",
     }
-    found = json.loads(pathlib.Path(uninterrupted, "result.json").read_text())
-    promised = {
+    metrics = json.loads(pathlib.Path(uninterrupted, "result.json").read_text())
+    expected = {
         "teacher_top1",
         "student_top1",
         "agreement_top1",
@@ -90,9 +89,9 @@ def test_a_run_leaves_what_is_promised(uninterrupted: str) -> None:
         "seed",
         "versions",
     }
-    assert promised <= found.keys()
-    assert found["steps"] == 12
-    assert found["images_per_second"] > 0
+    assert expected <= metrics.keys()
+    assert metrics["steps"] == 12
+    assert metrics["images_per_second"] > 0
     events = list(pathlib.Path(uninterrupted, "tensorboard").iterdir())
     tags = {v.tag for e in events for event in tf.compat.v1.train.summary_iterator(str(e)) for v in event.summary.value}
     assert {"train/loss", "train/learning_rate", "eval/student_top1", "final/kl"} <= tags
@@ -102,8 +101,8 @@ def test_a_run_leaves_what_is_promised(uninterrupted: str) -> None:
 
 
 def test_metrics_have_no_gap_and_no_repeat(uninterrupted: str) -> None:
-    found = [(row["kind"], row["step"]) for row in rows(uninterrupted)]
-    assert found == [
+    steps = [(row["kind"], row["step"]) for row in rows(uninterrupted)]
+    assert steps == [
         ("train", 3),
         ("train", 6),
         ("eval", 6),
@@ -117,7 +116,7 @@ def test_metrics_have_no_gap_and_no_repeat(uninterrupted: str) -> None:
 
 def test_two_fresh_runs_are_equal_to_the_bit(flags: list[str], uninterrupted: str, tmp_path: pathlib.Path) -> None:
     assert funmatch(*flags, f"--workdir={tmp_path}/run").returncode == 0
-    same(uninterrupted, f"{tmp_path}/run")
+    assert_equal_runs(uninterrupted, f"{tmp_path}/run")
 
 
 @pytest.mark.parametrize("steps_per_loop", [1, 5])
@@ -137,15 +136,17 @@ WAYS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_other_ways_resume_to_the_bit_too(flags: list[str], tmp_path: pathlib.Path, way: list[str]) -> None:
+def test_other_methods_resume_to_the_bit(flags: list[str], tmp_path: pathlib.Path, way: list[str]) -> None:
     assert here(*flags, *way, f"--workdir={tmp_path}/whole/run").returncode == 0
-    assert killed([*flags, *way], f"{tmp_path}/cut/run", "run.job:Job.run_steps", 4, "SIGKILL") == -signal.SIGKILL
+    assert (
+        run_with_signal([*flags, *way], f"{tmp_path}/cut/run", "run.job:Job.run_steps", 4, "SIGKILL") == -signal.SIGKILL
+    )
     assert here(*flags, *way, f"--workdir={tmp_path}/cut/run").returncode == 0
-    same(f"{tmp_path}/whole/run", f"{tmp_path}/cut/run")
+    assert_equal_runs(f"{tmp_path}/whole/run", f"{tmp_path}/cut/run")
 
 
-def test_the_keras_example_as_one_recipe(flags: list[str], tmp_path: pathlib.Path) -> None:
-    """All its points in one run, to the report; the data and the sizes are ours."""
+def test_recipe_of_the_keras_example(flags: list[str], tmp_path: pathlib.Path) -> None:
+    """All points of the example in one run, on small data."""
     done = here(*flags, "--recipe=keras_example", f"--workdir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     assert "warm-up takes 1,500 of 12 steps" in done.stderr
@@ -174,8 +175,8 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def killed(flags: list[str], workdir: str, where: str, count: int, number: str, after: bool = True) -> int:
-    """Runs the job and sends itself a real signal around the `count`-th call of `where`; returns the exit status."""
+def run_with_signal(flags: list[str], workdir: str, where: str, count: int, number: str, after: bool = True) -> int:
+    """Runs the job, which sends itself a signal at call `count` of `where`; returns the exit status."""
     module, _, rest = where.partition(":")
     owner, _, name = rest.rpartition(".")
     code = KILLER.format(module=module, owner=owner, name=name, count=count, after=after, signal=number)
@@ -191,7 +192,7 @@ KILLS = [  # (function, which call, before or after it); test_kills.py has many 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("where", "count", "after"), KILLS)
-def test_killed_anywhere_the_same_command_ends_equal_to_the_bit(
+def test_killed_run_resumes_to_the_bit(
     flags: list[str],
     uninterrupted: str,
     tmp_path: pathlib.Path,
@@ -200,40 +201,40 @@ def test_killed_anywhere_the_same_command_ends_equal_to_the_bit(
     after: bool,
 ) -> None:
     workdir = str(tmp_path / "run")
-    assert killed(flags, workdir, where, count, "SIGKILL", after) == -signal.SIGKILL
+    assert run_with_signal(flags, workdir, where, count, "SIGKILL", after) == -signal.SIGKILL
     assert not os.path.exists(f"{workdir}/result.json")
     done = funmatch(*flags, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    same(uninterrupted, workdir)
+    assert_equal_runs(uninterrupted, workdir)
 
 
 @pytest.mark.slow
-def test_killed_once_the_same_command_ends_equal_to_the_bit(
+def test_run_killed_between_checkpoints_resumes_to_the_bit(
     flags: list[str], uninterrupted: str, tmp_path: pathlib.Path
 ) -> None:
-    """After step 8's checkpoint and two steps more, which are made again."""
+    """The two steps after the checkpoint of step 8 are repeated."""
     workdir = str(tmp_path / "run")
-    assert killed(flags, workdir, "run.job:Job.run_steps", 7, "SIGKILL") == -signal.SIGKILL
+    assert run_with_signal(flags, workdir, "run.job:Job.run_steps", 7, "SIGKILL") == -signal.SIGKILL
     done = funmatch(*flags, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert "resumed at step 8 of 12" in done.stderr
-    same(uninterrupted, workdir)
+    assert_equal_runs(uninterrupted, workdir)
 
 
-def test_sigterm_saves_says_so_and_exits_75(flags: list[str], uninterrupted: str, tmp_path: pathlib.Path) -> None:
-    """Stopped at step 11, which is due for nothing: the row of metrics under way goes on after it."""
+def test_sigterm_saves_and_exits_75(flags: list[str], uninterrupted: str, tmp_path: pathlib.Path) -> None:
+    """Step 11 is in the middle of a row of metrics, whose mean must include all its steps."""
     workdir = str(tmp_path / "run")
-    assert killed(flags, workdir, "run.job:Job.run_steps", 6, "SIGTERM") == 75
+    assert run_with_signal(flags, workdir, "run.job:Job.run_steps", 6, "SIGTERM") == 75
     (commit,) = pathlib.Path(workdir, "checkpoints").glob("checkpoint-*11.json")
     assert json.loads(commit.read_text())["extra"]["pending"]
-    # Gone on with in a process that has made other optimizers before.
+    # Resume in a process with another optimizer: Keras numbers their names.
     keras.optimizers.AdamW()
     done = here(*flags, f"--workdir={workdir}")
     assert "resumed at step 11 of 12" in done.stderr
-    same(uninterrupted, workdir)
+    assert_equal_runs(uninterrupted, workdir)
 
 
-def test_a_signal_from_outside_stops_it(flags: list[str], tmp_path: pathlib.Path) -> None:
+def test_sigint_from_another_process(flags: list[str], tmp_path: pathlib.Path) -> None:
     arguments = [
         sys.executable,
         "-m",
@@ -249,9 +250,9 @@ def test_a_signal_from_outside_stops_it(flags: list[str], tmp_path: pathlib.Path
         assert process.poll() is None
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "stopped by SIGINT" in told
+    assert "stopped by SIGINT" in stderr
 
 
 @pytest.fixture
@@ -260,29 +261,29 @@ def built(make_config: Callable[..., Config]) -> Job:
 
 
 @pytest.mark.parametrize("what", ["student", "teacher", "optimizer"])
-def test_what_is_not_finite_stops_before_a_commit(built: Job, what: str) -> None:
-    """Poison after step 6: the last good checkpoint is of step 4, finite, and stays."""
-    journal, checkpoints = build.open_run(built)
+def test_non_finite_values_stop_before_a_commit(built: Job, what: str) -> None:
+    """NaN after step 6; the checkpoint of step 4 is finite and stays."""
+    writer, checkpoints = build.open_run(built)
     real = built.run_steps
 
     def poisoned(steps: int) -> dict[str, float]:
         if built.step == 6:
-            target = {
+            variable = {
                 "student": built.student.trainable_variables[0],
                 "teacher": built.teachers[0].model.variables[-1],
                 "optimizer": built.optimizer.variables[3],
             }[what]
-            target.assign(np.full(target.shape, np.nan, np.float32))
+            variable.assign(np.full(variable.shape, np.nan, np.float32))
         return real(steps)
 
     built.run_steps = poisoned  # type: ignore[method-assign]
-    told = {
+    message = {
         "student": "in step 7 of 12: the student's weights",
         "teacher": "in step 7 of 12: the teacher's output",
-        "optimizer": "in step 8 of 12: the student's weights",  # what a spoilt moment makes of them in step 7
+        "optimizer": "in step 8 of 12: the student's weights",  # step 7 computed them from a NaN moment
     }[what]
-    with pytest.raises(Diverged, match=f"not finite {told}") as raised:
-        loop.train(built, journal, checkpoints, Console())
+    with pytest.raises(Diverged, match=f"not finite {message}") as raised:
+        loop.train(built, writer, checkpoints, Console())
     assert raised.value.exit_code == 4
     restored = checkpoints.restore()
     assert restored is not None
@@ -290,12 +291,10 @@ def test_what_is_not_finite_stops_before_a_commit(built: Job, what: str) -> None
     assert all(np.isfinite(a).all() for a in restored.arrays.values())
 
 
-def test_rows_are_durable_before_the_state_and_the_state_before_its_commit(
-    built: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The copy of the state is taken at once; what the job does afterwards does not reach it."""
-    journal, checkpoints = build.open_run(built)
-    journal.add("train", 3, {"loss": 1.0})
+def test_save_writes_metrics_then_state_then_commit(built: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is copied at once; later changes of the job are not in the checkpoint."""
+    writer, checkpoints = build.open_run(built)
+    writer.add("train", 3, {"loss": 1.0})
     written, gate, real = [], threading.Event(), files.write
 
     def write(path: str, content: bytes, what: str) -> None:
@@ -306,9 +305,9 @@ def test_rows_are_durable_before_the_state_and_the_state_before_its_commit(
     monkeypatch.setattr(files, "write", write)
     before = built.state()
     with Background() as saving:
-        loop.save(built, journal, checkpoints, saving)
-        assert not written, "the caller was held"
-        journal.add("train", 4, {"loss": 2.0})
+        loop.save(built, writer, checkpoints, saving)
+        assert not written, "save blocked its caller"
+        writer.add("train", 4, {"loss": 2.0})
         for variable in built.student.trainable_variables:
             variable.assign_add(tf.ones_like(variable))
         built.pending_metrics.append((1, {"loss": 9.0}))
@@ -321,10 +320,8 @@ def test_rows_are_durable_before_the_state_and_the_state_before_its_commit(
     assert [row["step"] for row in rows(built.config.workdir)] == [3]
 
 
-def test_a_save_that_fails_ends_the_job_and_the_last_checkpoint_is_whole(
-    built: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    journal, checkpoints = build.open_run(built)
+def test_failed_save_ends_the_job(built: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, checkpoints = build.open_run(built)
     real = files.write
 
     def write(path: str, content: bytes, what: str) -> None:
@@ -334,57 +331,60 @@ def test_a_save_that_fails_ends_the_job_and_the_last_checkpoint_is_whole(
 
     monkeypatch.setattr(files, "write", write)
     with pytest.raises(DataError, match="No space left"):
-        loop.train(built, journal, checkpoints, Console())
+        loop.train(built, writer, checkpoints, Console())
     restored = checkpoints.restore()
     assert restored is not None
     assert restored.step == 4
 
 
-def test_tensorboard_is_a_convenience(tmp_path: pathlib.Path) -> None:
+def test_tensorboard_errors_are_warnings(tmp_path: pathlib.Path) -> None:
     (tmp_path / "tensorboard").write_text("a file where a folder should be")
-    journal = journal_module.MetricWriter(str(tmp_path))
+    writer = metric_writer.MetricWriter(str(tmp_path))
     for step in (1, 2):
-        journal.add("train", step, {"loss": 1.0})
-        journal.flush()
-    assert [w.partition(":")[0] for w in journal.warnings] == [f"nothing more is written to {tmp_path}/tensorboard"]
+        writer.add("train", step, {"loss": 1.0})
+        writer.flush()
+    assert [w.partition(":")[0] for w in writer.warnings] == [f"nothing more is written to {tmp_path}/tensorboard"]
     assert [row["step"] for row in rows(str(tmp_path))] == [1, 2]
 
 
-def test_the_best_evaluation_is_kept_and_exported(
+def test_best_checkpoint_is_kept_and_exported(
     built: Job, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Evaluations after 2, 4, ... 12 steps say what the list says; the first of the best is the best."""
-    said = {"student_top1": iter([0.1, 0.6, 0.6, 0.5, float("nan"), 0.2]), "kl": iter([3.0, 1.0, 1.0, 2.0, 5.0, 1.5])}
-    for by in said:
+    """Evaluations after steps 2, 4, ..., 12 give the listed values; of equal ones the first is kept."""
+    values = {
+        "student_top1": iter([0.1, 0.6, 0.6, 0.5, float("nan"), 0.2]),
+        "kl": iter([3.0, 1.0, 1.0, 2.0, 5.0, 1.5]),
+    }
+    for by in values:
         settings = make_config(keep_best=by, export_from="best", eval_every=2, checkpoint_every=12, keep_checkpoints=1)
         reconfigure(built, dataclasses.replace(settings, workdir=f"{settings.workdir}-{by}").resolve(40))
-        journal, checkpoints = build.open_run(built)
+        writer, checkpoints = build.open_run(built)
         kept = {}
 
-        class Said:
+        class FakeResult:
             def metrics(self, by: str = by) -> dict[str, float]:
                 kept[built.step] = built.state()  # noqa: B023
-                return {by: next(said[by])}
+                return {by: next(values[by])}
 
-        monkeypatch.setattr(loop, "evaluate", lambda *_: Said())
+        monkeypatch.setattr(loop, "evaluate", lambda *_: FakeResult())
         built.step, built.best = 0, {}
         built.optimizer.iterations.assign(0)
-        loop.train(built, journal, checkpoints, Console())
+        loop.train(built, writer, checkpoints, Console())
         assert built.best["step"] == 4
         steps = sorted(int(p.stem[-10:]) for p in pathlib.Path(built.config.workdir, "checkpoints").glob("c*.json"))
         assert steps == [4, 12]
         loop.take_best(built, checkpoints)
         assert all(built.state()[name].tobytes() == array.tobytes() for name, array in kept[4].items())
-        # The same command again: what is the best is known from the newest checkpoint.
+        # On resume, the best step is read from the newest checkpoint.
         built.best = {}
-        loop.resume(built, journal, checkpoints, Console())
+        loop.resume(built, writer, checkpoints, Console())
         assert (built.step, built.best["step"]) == (12, 4)
     built.best = {}
     with pytest.raises(DataError, match="the run was made without that flag"):
         loop.take_best(built, checkpoints)
 
 
-def test_a_checkpoint_of_another_model_is_refused(built: Job) -> None:
+def test_checkpoint_of_another_model_is_refused(built: Job) -> None:
     state = built.state()
     first = next(iter(state))
     with pytest.raises(DataError, match="shape"):
@@ -393,24 +393,24 @@ def test_a_checkpoint_of_another_model_is_refused(built: Job) -> None:
         built.load({k: v for k, v in state.items() if k != first})
 
 
-def test_state_goes_out_and_in_unchanged(built: Job) -> None:
+def test_state_round_trip(built: Job) -> None:
     before = built.state()
     rng = np.random.default_rng(0)
-    other = {k: rng.normal(size=v.shape).astype(v.dtype) for k, v in before.items()}
-    built.load(other)
+    changed = {k: rng.normal(size=v.shape).astype(v.dtype) for k, v in before.items()}
+    built.load(changed)
     after = built.state()
-    assert all(after[k].tobytes() == v.tobytes() for k, v in other.items())
+    assert all(after[k].tobytes() == v.tobytes() for k, v in changed.items())
 
 
 def test_other_flags_in_the_same_workdir_are_refused(built: Job) -> None:
-    journal, checkpoints = build.open_run(built)
-    loop.save(built, journal, checkpoints)
+    writer, checkpoints = build.open_run(built)
+    loop.save(built, writer, checkpoints)
     identity = built.plan.identity | {"temperature": 9.0}
     with pytest.raises(DataError, match=r"temperature: 1\.0 there, 9\.0 here"):
         Checkpoints(f"{built.config.workdir}/checkpoints", identity, 2).restore()
 
 
-def test_a_teacher_changed_between_runs_is_refused(
+def test_changed_teacher_is_refused(
     make_config: Callable[..., Config], tmp_path: pathlib.Path, teacher_file: str
 ) -> None:
     path = tmp_path / "teacher.keras"
@@ -423,13 +423,13 @@ def test_a_teacher_changed_between_runs_is_refused(
     assert make_plan(config).identity["teacher"] != before["teacher"]
 
 
-def test_journal_goes_back_to_the_checkpoint(tmp_path: pathlib.Path) -> None:
-    first = journal_module.MetricWriter(str(tmp_path))
+def test_metrics_are_truncated_to_the_checkpoint(tmp_path: pathlib.Path) -> None:
+    first = metric_writer.MetricWriter(str(tmp_path))
     for step in (1, 2, 3):
         first.add("train", step, {"loss": float(step)})
     first.add("final", 3, {"kl": 0.0})
     first.flush()
-    second = journal_module.MetricWriter(str(tmp_path))
+    second = metric_writer.MetricWriter(str(tmp_path))
     second.rewind(2)
     assert [row["step"] for row in second.rows] == [1, 2]
     second.rewind(3)
@@ -438,7 +438,7 @@ def test_journal_goes_back_to_the_checkpoint(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_bring_your_own_images_and_teacher(tmp_path: pathlib.Path) -> None:
-    """Grey, transparent, CMYK and odd-sized files; a 0..255 softmax teacher of another size; a student of another size."""
+    """Grey, transparent, CMYK and odd-sized images; a softmax teacher for 0..255 of another size."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("valid", 3)):
         for name, level in (("dark", 60), ("light", 190)):
@@ -480,12 +480,12 @@ def test_bring_your_own_images_and_teacher(tmp_path: pathlib.Path) -> None:
         f"--workdir={tmp_path}/run",
     )
     assert done.returncode == 0, done.stderr
-    found = result(f"{tmp_path}/run")
-    assert found["steps"] == 6
-    assert 0 <= found["teacher_top1"] <= 1
+    metrics = result(f"{tmp_path}/run")
+    assert metrics["steps"] == 6
+    assert 0 <= metrics["teacher_top1"] <= 1
 
 
-def test_a_teacher_is_trained_with_labels(data: str, tmp_path: pathlib.Path) -> None:
+def test_train_a_teacher_with_labels(data: str, tmp_path: pathlib.Path) -> None:
     done = here(
         "teacher",
         f"--data={data}",
@@ -502,14 +502,14 @@ def test_a_teacher_is_trained_with_labels(data: str, tmp_path: pathlib.Path) -> 
 
 
 @pytest.mark.slow
-def test_the_smoke_run_ends_with_its_table(tmp_path: pathlib.Path) -> None:
+def test_smoke_run_prints_its_table(tmp_path: pathlib.Path) -> None:
     done = funmatch("smoke", "--preset=tiny", f"--workdir={tmp_path}/smoke", timeout=600)
     assert done.returncode == 0, done.stderr
     assert "student by function matching" in (tmp_path / "smoke/summary.md").read_text()
     assert (tmp_path / "smoke/distill/report.html").exists()
 
 
-def test_stopped_is_75_and_signals_are_given_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     assert Stopped("x").exit_code == 75
     before = signal.getsignal(signal.SIGTERM)
     from trainer.core.signals import StopRequest

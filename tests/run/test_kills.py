@@ -1,8 +1,8 @@
-"""Killed, starved or misled anywhere: the same command ends in the same weights, slots, metrics and result.
+"""A run that is killed or runs out of resources at any point resumes to the same result.
 
-Each point is a process that is forked from one that has TensorFlow already (tests/zygote.py), is stopped at a chosen moment by a
-real signal, and is followed by another that gets the same command. All points run once, as many side by side as there are cores;
-each is a test.
+Weights, optimizer slots, metrics and result.json are compared. Each point is a process forked from
+one with TensorFlow loaded (tests/zygote.py). A real signal stops it, and a second process gets the
+same command. All points run once, one for each core at a time; each is a test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from zygote import Zygote, side_by_side, wait_for
 
 KILLED = -signal.SIGKILL
 
-# Where a job is in each phase: a call that is made then, its number, and whether the signal comes after it.
+# A call in each phase of a job: function, number of the call, and whether the signal comes after it.
 PHASES = {
     "start": ("trainer.run.plan:make_plan", 0, True),
     "lock": ("trainer.io.lock:hold_workdir", 0, True),
@@ -38,7 +38,7 @@ PHASES = {
     "export": ("trainer.output.export:single_device_copy", 0, True),
     "report": ("trainer.output.report:render", 0, True),
 }
-# Where SIGKILL goes in what follows training.
+# The calls after training at which SIGKILL is sent.
 ENDINGS = {
     "after the final evaluation": ("trainer.run.evaluator:Evaluator.run", 2, True),
     "after the SavedModel": ("tensorflow:saved_model.save", 0, True),
@@ -48,9 +48,9 @@ ENDINGS = {
     "after the report": ("trainer.output.report:render", 0, True),
     "before the result": ("trainer.output.finish:write_json", 1, False),
 }
-# The steps of writing a file (tests/hooks.py, storage), for what a save changes, and what it deletes.
-WRITTEN = ("made", "half", "written", "flushed", "renamed", "flushed")
-SAVE = [*(f"{what} {step}" for what in ("metrics", "state", "commit") for step in range(len(WRITTEN)))]
+# The steps of writing a file (the hook "storage" in tests/hooks.py).
+WRITE_STEPS = ("made", "half", "written", "flushed", "renamed", "flushed")
+SAVE = [*(f"{what} {step}" for what in ("metrics", "state", "commit") for step in range(len(WRITE_STEPS)))]
 
 
 def at(phase: tuple[str, int, bool], number: str, times: int = 1) -> dict[str, Any]:
@@ -93,14 +93,14 @@ POINTS = [
     Point("SIGKILL in the cleaning of a recovery", (step(9), at(("trainer.io.files:remove_temporary", 0, False), "SIGKILL")),
           (KILLED,) * 2),
 ]  # fmt: skip
-# Two saves, of which the second deletes a checkpoint too. The changes of the first run are counted once, below.
+# Two saves; the second one also deletes a checkpoint. `saves` finds their numbers in the first run.
 SAVES = [f"save {n}: {what}" for n in (2, 3) for what in [*SAVE, *(["removed 0", "removed 1"] if n == 3 else [])]]
 ALL = [*(point.name for point in POINTS), *SAVES]
 
 
 @dataclasses.dataclass
 class Run:
-    """What the points share."""
+    """The uninterrupted run, and what all points need."""
 
     zygote: Zygote
     flags: list[str]
@@ -111,7 +111,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """The run that is never stopped; every change that it makes on the disk is recorded."""
+    """The uninterrupted run; each of its changes on the disk is recorded."""
     folder = tmp_path_factory.mktemp("kills")
     for seed, name in enumerate(("teacher", "student")):
         small_classifier(seed).save(folder / f"{name}.keras")
@@ -127,9 +127,9 @@ def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 def saves(changes: list[tuple[str, str]]) -> dict[str, int]:
-    """The number of each change of the saves, by its name in `SAVES`."""
+    """The index of each change that a save makes, by its name in `SAVES`."""
     begins = [i for i, (kind, path) in enumerate(changes) if kind == "made" and "metrics.jsonl" in path]
-    found = {}
+    numbers = {}
     for number, (begin, end) in enumerate(zip(begins, [*begins[1:], len(changes)], strict=True), 1):
         counts = {"metrics": 0, "state-": 0, "checkpoint-": 0, "removed": 0}
         current = "metrics"
@@ -141,78 +141,80 @@ def saves(changes: list[tuple[str, str]]) -> dict[str, int]:
                 current = next((w for w in ("metrics", "state-", "checkpoint-") if w in path.rsplit("/", 1)[-1]), "")
             if current in counts:
                 what = {"state-": "state", "checkpoint-": "commit"}.get(current, current)
-                found[f"save {number}: {what} {counts[current]}"] = i
+                numbers[f"save {number}: {what} {counts[current]}"] = i
                 counts[current] += 1
-    return found
+    return numbers
 
 
 @pytest.fixture(scope="module")
 def outcomes(run: Run, request: pytest.FixtureRequest) -> dict[str, str]:
-    """What is wrong with each point that was asked for; empty: nothing."""
-    asked = {item.callspec.params["name"] for item in request.session.items if "outcomes" in item.fixturenames}  # type: ignore[attr-defined]
+    """The problem of each selected point; empty if there is none."""
+    selected_names = {item.callspec.params["name"] for item in request.session.items if "outcomes" in item.fixturenames}  # type: ignore[attr-defined]
     numbers = saves(run.changes)
     points = [*POINTS, *(Point(name, (disk(numbers[name]),), (KILLED,)) for name in SAVES)]
-    chosen = [point for point in points if point.name in asked]
+    selected = [point for point in points if point.name in selected_names]
 
     def one(number: int, point: Point) -> str:
         return matrix.go(run.zygote, run.flags, run.folder / f"point-{number}", point, run.whole)
 
-    wrong = side_by_side([lambda n=n, p=p: one(n, p) for n, p in enumerate(chosen)])  # type: ignore[misc]
-    return dict(zip((point.name for point in chosen), wrong, strict=True))
+    problems = side_by_side([lambda n=n, p=p: one(n, p) for n, p in enumerate(selected)])  # type: ignore[misc]
+    return dict(zip((point.name for point in selected), problems, strict=True))
 
 
-def test_the_server_has_run_nothing(run: Run) -> None:
-    assert run.zygote.threads == 1, "a fork of a process with threads is no good process"
+def test_zygote_has_one_thread(run: Run) -> None:
+    assert run.zygote.threads == 1, "a process with threads must not be forked"
 
 
-def test_the_run_has_no_gap_and_no_repeat(run: Run) -> None:
-    found = [(row["kind"], row["step"]) for row in matrix.rows(run.whole)]
-    assert found == [(k, s) for s in (3, 6, 9, 12) for k in ("train", "eval") if k == "train" or s % 6 == 0] + [
+def test_uninterrupted_run_has_every_row_once(run: Run) -> None:
+    steps = [(row["kind"], row["step"]) for row in matrix.rows(run.whole)]
+    assert steps == [(k, s) for s in (3, 6, 9, 12) for k in ("train", "eval") if k == "train" or s % 6 == 0] + [
         ("final", 12)
     ]
 
 
-def test_every_step_of_writing_is_a_point(run: Run) -> None:
-    """What a save changes is what the points below were written for: metrics, state, commit, in this order, then deletes."""
+def test_every_step_of_a_save_is_a_kill_point(run: Run) -> None:
+    """A save writes metrics, state and commit in this order, then deletes."""
     numbers = saves(run.changes)
     assert set(SAVES) <= numbers.keys()
     assert [numbers[name] for name in SAVES] == sorted(numbers[name] for name in SAVES)
     for n in (2, 3):
-        made = [
+        kinds = [
             run.changes[numbers[f"save {n}: {what} {i}"]][0]
             for what in ("metrics", "state", "commit")
             for i in range(6)
         ]
-        assert made == list(WRITTEN) * 3
+        assert kinds == list(WRITE_STEPS) * 3
     assert len(ALL) >= 65
 
 
 @pytest.mark.kills
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ALL)
-def test_the_same_command_again_ends_equal_to_the_bit(name: str, outcomes: dict[str, str]) -> None:
+def test_same_command_resumes_to_the_bit(name: str, outcomes: dict[str, str]) -> None:
     assert not outcomes[name]
 
 
-def ended(run: Run, name: str, *hooks: dict[str, Any], flags: list[str] | None = None, **moved: str) -> tuple[int, str]:
-    """Runs the job in a folder of this name with these hooks; its exit code and what it told since the run before."""
-    told = run.folder / f"{name}.txt"
-    begin = told.stat().st_size if told.exists() else 0
+def run_job(
+    run: Run, name: str, *hooks: dict[str, Any], flags: list[str] | None = None, **moved: str
+) -> tuple[int, str]:
+    """Runs the job in a folder of this name with hooks; returns its exit code and its output."""
+    log = run.folder / f"{name}.txt"
+    begin = log.stat().st_size if log.exists() else 0
     workdir = moved.get("workdir", str(run.folder / name))
     argv = [*(flags or run.flags), f"--workdir={workdir}"]
-    code = run.zygote.start("hooks", "job", told, argv=argv, hooks=list(hooks)).wait()
-    return code, told.read_text()[begin:]
+    code = run.zygote.start("hooks", "job", log, argv=argv, hooks=list(hooks)).wait()
+    return code, log.read_text()[begin:]
 
 
-def mistake(told: str) -> str:
-    """The one line about what was wrong."""
-    assert "Traceback" not in told, told
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+def error_line(output: str) -> str:
+    """The only error line of the output."""
+    assert "Traceback" not in output, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return line
 
 
 def newest(workdir: pathlib.Path) -> int:
-    """The step that the same command would go on from: a checkpoint that is whole."""
+    """The step that the same command would resume from, whose checkpoint must be complete."""
     commit = json.loads(max((workdir / "checkpoints").glob("checkpoint-*.json")).read_text())
     content = (workdir / "checkpoints" / commit["state"]).read_bytes()
     assert hashlib.sha256(content).hexdigest() == commit["sha256"]
@@ -220,7 +222,7 @@ def newest(workdir: pathlib.Path) -> int:
 
 
 def after(count: int, **then: Any) -> dict[str, Any]:
-    """A hook after a step. `once=saved(workdir)`: the save of step 4, which goes on beside the steps, is to be whole by then."""
+    """A hook after a step. `once=saved(workdir)` first waits for the background save of step 4."""
     return {"hook": "call", "where": "trainer.run.job:Job.run_steps", "count": count, "then": then}
 
 
@@ -230,118 +232,119 @@ def saved(workdir: pathlib.Path) -> str:
 
 @pytest.fixture
 def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path | None]:
-    """A file system of 8 MB; None where this process may not mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", place], capture_output=True, check=False)
-    yield place if mounted.returncode == 0 else None
+    """A file system of 8 MB; None if this process may not mount one."""
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", mount_point], capture_output=True, check=False
+    )
+    yield mount_point if mounted.returncode == 0 else None
     if mounted.returncode == 0:
-        subprocess.run(["umount", "-l", place], check=True)
+        subprocess.run(["umount", "-l", mount_point], check=True)
 
 
 @pytest.mark.kills
-def test_a_full_disk_is_one_line_and_nothing_is_lost(run: Run, small_disk: pathlib.Path | None) -> None:
-    """Where no file system can be mounted, the kernel's bound of a file's size stands in for a full one."""
+def test_full_disk_is_one_line_and_the_run_resumes(run: Run, small_disk: pathlib.Path | None) -> None:
+    """If no file system can be mounted, a limit of the file size stands in for a full disk."""
     workdir = small_disk / "run" if small_disk else run.folder / "full"
     then: dict[str, Any] = {"fill": str(small_disk / "filling")} if small_disk else {"largest_file": 100}
-    code, told = ended(run, "full", after(5, once=saved(workdir), **then), workdir=str(workdir))
-    assert code == 3, told
-    assert ("No space left on device" if small_disk else "File too large") in mistake(told)
+    code, output = run_job(run, "full", after(5, once=saved(workdir), **then), workdir=str(workdir))
+    assert code == 3, output
+    assert ("No space left on device" if small_disk else "File too large") in error_line(output)
     assert newest(workdir) == 4
     if small_disk:
         (small_disk / "filling").unlink()
-    code, told = ended(run, "full", workdir=str(workdir))
-    assert code == 0, told
-    assert "resumed at step 4 of 12" in told
+    code, output = run_job(run, "full", workdir=str(workdir))
+    assert code == 0, output
+    assert "resumed at step 4 of 12" in output
     assert matrix.differences(run.whole, workdir) == []
 
 
 @pytest.mark.kills
-def test_a_workdir_that_may_not_be_written_is_one_line(run: Run) -> None:
-    """As an ordinary user: root may write anywhere."""
+def test_unwritable_workdir_is_one_line(run: Run) -> None:
+    """Without root's capabilities, which allow writing anywhere."""
     workdir = run.folder / "closed"
     workdir.mkdir(mode=0o555)
-    code, told = ended(run, "closed", {"hook": "powerless"})
-    assert code == 3, told
-    assert f"--workdir {workdir} is not writable: Permission denied" in mistake(told)
+    code, output = run_job(run, "closed", {"hook": "powerless"})
+    assert code == 3, output
+    assert f"--workdir {workdir} is not writable: Permission denied" in error_line(output)
     assert list(workdir.iterdir()) == []
 
 
 @pytest.mark.kills
-def test_permission_lost_on_the_way_is_one_line_and_nothing_is_lost(run: Run) -> None:
+def test_lost_permission_is_one_line_and_the_run_resumes(run: Run) -> None:
     workdir = run.folder / "lost"
     closed = {str(workdir): 0o555, str(workdir / "checkpoints"): 0o555}
-    code, told = ended(run, "lost", {"hook": "powerless"}, after(5, once=saved(workdir), chmod=closed))
-    assert code == 3, told
-    assert "Permission denied" in mistake(told)
+    code, output = run_job(run, "lost", {"hook": "powerless"}, after(5, once=saved(workdir), chmod=closed))
+    assert code == 3, output
+    assert "Permission denied" in error_line(output)
     assert newest(workdir) == 4
     for path in closed:
         pathlib.Path(path).chmod(0o755)
-    code, told = ended(run, "lost", {"hook": "powerless"})
-    assert code == 0, told
+    code, output = run_job(run, "lost", {"hook": "powerless"})
+    assert code == 0, output
     assert matrix.differences(run.whole, workdir) == []
 
 
 @pytest.mark.kills
 @pytest.mark.parametrize("seconds", [-86400.0, 86400.0])
-def test_a_clock_that_jumps_changes_nothing(run: Run, seconds: float) -> None:
+def test_clock_jumps_do_not_change_the_run(run: Run, seconds: float) -> None:
     name = f"clock{seconds:.0f}"
-    code, told = ended(run, name, after(5, clock=seconds))
-    assert code == 0, told
+    code, output = run_job(run, name, after(5, clock=seconds))
+    assert code == 0, output
     assert matrix.differences(run.whole, run.folder / name) == []
-    found = json.loads((run.folder / name / "result.json").read_text())
-    assert 0 < found["wall_seconds"] < 3600
+    final_result = json.loads((run.folder / name / "result.json").read_text())
+    assert 0 < final_result["wall_seconds"] < 3600
 
 
-def test_nothing_is_reckoned_by_the_wall_clock() -> None:
-    """It says when a lock was taken and a line was logged, to people."""
+def test_wall_clock_is_used_only_in_messages() -> None:
+    """It may say when a lock was taken or a line was logged."""
     for path in (ROOT / "trainer").rglob("*.py"):
         text = path.read_text()
-        told = path.name in ("lock.py", "environment.py")
-        assert told or ("time.time()" not in text and "datetime.now(" not in text), path
+        allowed = path.name in ("lock.py", "environment.py")
+        assert allowed or ("time.time()" not in text and "datetime.now(" not in text), path
 
 
 @pytest.mark.kills
-def test_a_teacher_that_changed_is_one_line_and_nothing_is_lost(run: Run) -> None:
-    teacher, kept = run.folder / "teacher.keras", (run.folder / "teacher.keras").read_bytes()
-    other = run.folder / "other.keras"
-    other.write_bytes(kept)
-    flags = [f"--teacher=keras:{other}" if flag.startswith("--teacher=") else flag for flag in run.flags]
+def test_changed_teacher_is_one_line_and_the_run_resumes(run: Run) -> None:
+    original, teacher = run.folder / "teacher.keras", run.folder / "other.keras"
+    teacher.write_bytes(original.read_bytes())
+    flags = [f"--teacher=keras:{teacher}" if flag.startswith("--teacher=") else flag for flag in run.flags]
     killed = after(5, once=saved(run.folder / "teacher"), signal="SIGKILL")
-    code, told = ended(run, "teacher", killed, flags=flags)
-    assert code == KILLED, told
-    other.write_bytes((run.folder / "student.keras").read_bytes())
+    code, output = run_job(run, "teacher", killed, flags=flags)
+    assert code == KILLED, output
+    teacher.write_bytes((run.folder / "student.keras").read_bytes())
     before = set((run.folder / "teacher").rglob("*"))
-    code, told = ended(run, "teacher", flags=flags)
-    assert code == 3, told
-    assert "belongs to another run (teacher: [" in mistake(told)
-    # The killed job left its lock, which is the refused one's by then and goes with it.
+    code, output = run_job(run, "teacher", flags=flags)
+    assert code == 3, output
+    assert "belongs to another run (teacher: [" in error_line(output)
+    # The refused job took over the lock of the killed one, and deleted it at its end.
     assert before - set((run.folder / "teacher").rglob("*")) == {run.folder / "teacher/.lock"}
-    other.write_bytes(kept)
-    assert ended(run, "teacher", flags=flags)[0] == 0
+    teacher.write_bytes(original.read_bytes())
+    assert run_job(run, "teacher", flags=flags)[0] == 0
     assert matrix.differences(run.whole, run.folder / "teacher") == []
-    assert teacher.exists()
+    assert original.exists()
 
 
 @pytest.mark.kills
-def test_a_second_job_on_the_workdir_is_refused(run: Run) -> None:
-    """The first one waits after its second step until the second job was refused; then it is killed, and a third takes over."""
+def test_second_job_on_a_workdir_is_refused(run: Run) -> None:
+    """The first job waits until the second is refused; then it is killed, and a third takes over."""
     reached, workdir = run.folder / "reached", run.folder / "two"
     argv = [*run.flags, f"--workdir={workdir}"]
     hook = after(1, touch=str(reached), sleep=600)
     first = run.zygote.start("hooks", "job", run.folder / "first.txt", argv=argv, hooks=[hook])
     wait_for(reached.exists, 120)
-    code, told = ended(run, "two")
-    assert code == 3, told
-    assert f"--workdir={workdir} is in use by process {first.pid} on" in mistake(told)
+    code, output = run_job(run, "two")
+    assert code == 3, output
+    assert f"--workdir={workdir} is in use by process {first.pid} on" in error_line(output)
     first.send(signal.SIGKILL)
     assert first.wait() == KILLED
-    code, told = ended(run, "two")
-    assert code == 0, told
+    code, output = run_job(run, "two")
+    assert code == 0, output
     assert matrix.differences(run.whole, workdir) == []
 
 
 @pytest.mark.kills
 def test_two_fresh_runs_are_equal_to_the_bit(run: Run) -> None:
-    assert ended(run, "fresh")[0] == 0
+    assert run_job(run, "fresh")[0] == 0
     assert matrix.differences(run.whole, run.folder / "fresh") == []

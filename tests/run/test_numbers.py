@@ -1,4 +1,4 @@
-"""A number that is not finite, at each of 12 steps, in each place: stopped before a commit, step and likely cause named."""
+"""Non-finite numbers at each of 12 steps: training stops before a commit and names the cause."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_stopped_before_a_commit_and_named(
+def test_non_finite_value_stops_before_a_commit(
     place: str, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NaN and infinity in turn at each step, in loops of 1, 2 and 4 steps on the device: 12 points for each place."""
+    """NaN and infinity in turn at each step, in device loops of 1, 2 and 4 steps."""
     poisoned_step, poison = tf.Variable(-1, dtype=tf.int32), tf.Variable(0.0)
 
-    def spoil(value: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+    def add_poison(value: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         return value + tf.where(tf.equal(tf.cast(step, tf.int32), poisoned_step), poison, 0.0)
 
     real_losses, real_apply = step_module.example_losses, optim.apply_gradients
 
-    def losses(*args: object) -> dict[str, tf.Tensor]:
-        found = real_losses(*args)
-        return found | {"loss": spoil(found["loss"], args[-1])}
+    def poisoned_losses(*args: object) -> dict[str, tf.Tensor]:
+        losses = real_losses(*args)
+        return losses | {"loss": add_poison(losses["loss"], args[-1])}
 
-    def apply(config: Config, optimizer: object, gradients: list[tf.Tensor], variables: list) -> tf.Tensor:
-        spoilt = [spoil(gradients[0], optimizer.iterations), *gradients[1:]]  # type: ignore[attr-defined]
-        return real_apply(config, optimizer, spoilt, variables)
+    def poisoned_apply(config: Config, optimizer: object, gradients: list[tf.Tensor], variables: list) -> tf.Tensor:
+        poisoned = [add_poison(gradients[0], optimizer.iterations), *gradients[1:]]  # type: ignore[attr-defined]
+        return real_apply(config, optimizer, poisoned, variables)
 
     if place == "loss":
-        monkeypatch.setattr(step_module, "example_losses", losses)
+        monkeypatch.setattr(step_module, "example_losses", poisoned_losses)
     if place == "gradient":
-        monkeypatch.setattr(optim, "apply_gradients", apply)
+        monkeypatch.setattr(optim, "apply_gradients", poisoned_apply)
     config = make_config(steps=STEPS, eval_every=STEPS, checkpoint_every=2, log_every=STEPS, keep_checkpoints=1)
     job = build.build(make_plan(config), Accelerator(strategy(1), "CPU", 1), Console())
     start = job.state()
-    target = {"weight": job.student.trainable_variables[0], "teacher": job.teachers[0].model.variables[-1]}.get(place)
-    good = None if target is None else target.numpy()
-    advance = job.run_steps
+    variable = {"weight": job.student.trainable_variables[0], "teacher": job.teachers[0].model.variables[-1]}.get(place)
+    good = None if variable is None else variable.numpy()
+    run_steps = job.run_steps
     caught = 0
     for at in range(STEPS):
         job.load(start)
@@ -74,21 +74,21 @@ def test_stopped_before_a_commit_and_named(
         )
 
         def poisoned(steps: int, step: int = at, value: np.float32 = value) -> dict[str, float]:
-            # A step within a loop of several: weights and teachers are spoilt before it, as only a loop of one step can be.
-            if target is not None and job.step <= step < job.step + steps:
+            # To poison a variable before a step, the steps before it run one by one.
+            if variable is not None and job.step <= step < job.step + steps:
                 while job.step < step:
-                    advance(1)
+                    run_steps(1)
                     steps -= 1
-                target.assign(np.full(target.shape, value, np.float32))
-            return advance(steps)
+                variable.assign(np.full(variable.shape, value, np.float32))
+            return run_steps(steps)
 
         job.run_steps = poisoned  # type: ignore[method-assign]
-        if target is None:
+        if variable is None:
             poisoned_step.assign(at)
             poison.assign(value)
-        journal, checkpoints = build.open_run(job)
+        writer, checkpoints = build.open_run(job)
         with pytest.raises(Diverged) as raised:
-            loop.train(job, journal, checkpoints, Console())
+            loop.train(job, writer, checkpoints, Console())
         assert raised.value.exit_code == 4
         assert re.match(rf"not finite in step {at + 1} of {STEPS}: {PLACES[place]}\. The last good", str(raised.value))
         restored = checkpoints.restore()
@@ -96,6 +96,6 @@ def test_stopped_before_a_commit_and_named(
         assert restored is None or all(np.isfinite(array).all() for array in restored.arrays.values())
         caught += 1
         poisoned_step.assign(-1)
-        if target is not None:
-            target.assign(good)
+        if variable is not None:
+            variable.assign(good)
     assert caught == STEPS

@@ -1,4 +1,4 @@
-"""trainer.run.plan: made once, and the rules about data and teachers."""
+"""The plan of a run: it is made once; rules about data and teachers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.models import teachers
 from trainer.run.plan import check_data, make_plan
 
 
-def test_a_start_reads_each_index_and_each_teacher_once(
+def test_plan_reads_each_dataset_and_teacher_once(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -36,7 +36,7 @@ def test_a_start_reads_each_index_and_each_teacher_once(
     assert sorted(calls) == ["checksum", "load"]
 
 
-def test_the_run_id_is_the_identitys_fingerprint(make_config: Callable[..., Config]) -> None:
+def test_run_id_is_the_fingerprint_of_the_identity(make_config: Callable[..., Config]) -> None:
     plan = make_plan(make_config())
     assert plan.run_id == fingerprint(plan.identity)
     assert plan.config.eval_batch_size == 10
@@ -44,22 +44,22 @@ def test_the_run_id_is_the_identitys_fingerprint(make_config: Callable[..., Conf
     assert make_plan(make_config(temperature=3.0)).run_id != plan.run_id
 
 
-def test_classes_of_a_run_from_labels_must_be_the_same(data: str) -> None:
+def test_classes_must_match_when_training_with_labels(data: str) -> None:
     train = Dataset.load(data)
-    other = dataclasses.replace(train, classes=tuple(reversed(train.classes)))
+    reordered = dataclasses.replace(train, classes=tuple(reversed(train.classes)))
     config = Config(data=(data,), distance="labels", steps=1)
     check_data(config, [train], train)
     with pytest.raises(DataError, match="same classes in the same order"):
-        check_data(config, [train], other)
+        check_data(config, [train], reordered)
 
 
-def test_a_set_without_classes_cannot_be_evaluated_on(data: str) -> None:
+def test_evaluation_data_needs_classes(data: str) -> None:
     unlabelled = dataclasses.replace(Dataset.load(data), classes=())
     with pytest.raises(DataError, match="give --eval_data"):
         check_data(Config(data=(data,), steps=1), [unlabelled], unlabelled)
 
 
-def test_labels_that_the_configuration_needs(make_config: Callable[..., Config]) -> None:
+def test_missing_labels_are_an_error(make_config: Callable[..., Config]) -> None:
     from conftest import build_job
 
     from trainer.data import store

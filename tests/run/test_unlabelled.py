@@ -1,4 +1,4 @@
-"""Pictures without labels are trained on, end to end, and what is measured is said by a set of its own."""
+"""Training on images without labels, with a separate data set for evaluation."""
 
 from __future__ import annotations
 
@@ -14,27 +14,25 @@ from samples import image
 from trainer.data.dataset import Dataset
 from trainer.data.records import EncodedSplit
 
-PICTURES = 16
+IMAGES = 16
 
 
 @pytest.mark.slow
-def test_a_folder_without_classes_is_prepared_and_distilled_on(
-    data: str, teacher_file: str, tmp_path: pathlib.Path
-) -> None:
-    """Through the commands. The same pictures with classes, of which the teacher knows none, give the same weights to the bit."""
-    for number in range(PICTURES):
+def test_distillation_on_unlabelled_images(data: str, teacher_file: str, tmp_path: pathlib.Path) -> None:
+    """The same images with labels, which are not used, give the same weights to the bit."""
+    for number in range(IMAGES):
         content = image(number, (IMAGE + number, SIDE))
         for name in (f"plain/{number:02}.jpg", f"sorted/{'cats' if number < 7 else 'dogs'}/{number:02}.jpg"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(content)
-    told = {}
+    stderr = {}
     for kind in ("plain", "sorted"):
         prepared = f"{tmp_path}/{kind}.data"
         done = here("prepare", f"--dataset=folder:{tmp_path}/{kind}", f"--out={prepared}")
         assert done.returncode == 0, done.stderr
-        made = Dataset.load(prepared)
-        assert made.classes == (("cats", "dogs") if kind == "sorted" else ())
-        assert (EncodedSplit(made, made.splits["train"]).labels == -1).all() == (kind == "plain")
+        dataset = Dataset.load(prepared)
+        assert dataset.classes == (("cats", "dogs") if kind == "sorted" else ())
+        assert (EncodedSplit(dataset, dataset.splits["train"]).labels == -1).all() == (kind == "plain")
         done = here(
             "task",
             f"--data={prepared}",
@@ -53,27 +51,27 @@ def test_a_folder_without_classes_is_prepared_and_distilled_on(
             f"--workdir={tmp_path}/{kind}.run",
         )
         assert done.returncode == 0, done.stderr
-        told[kind] = done.stderr
+        stderr[kind] = done.stderr
     runs = [tmp_path / "plain.run", tmp_path / "sorted.run"]
     assert final_state(runs[0]) == final_state(runs[1])
     assert rows(runs[0]) == rows(runs[1])
     trained = [row for row in rows(runs[0]) if row["kind"] == "train"]
     assert [row["step"] for row in trained] == [2, 4, 6]
     assert all(np.isfinite(row["loss"]) for row in trained)
-    found = result(runs[0])
-    assert 0 <= found["student_top1"] <= 1
-    assert 0 <= found["teacher_top1"] <= 1
-    # The classes are those of what is measured on, in the model that comes out too.
+    metrics = result(runs[0])
+    assert 0 <= metrics["student_top1"] <= 1
+    assert 0 <= metrics["teacher_top1"] <= 1
+    # The exported model has the classes of the evaluation data.
     names = json.loads((runs[0] / "export" / "classes.json").read_text())
     assert tuple(names) == Dataset.load(data).classes
     assert len(names) == CLASSES
-    assert f"the labels of {tmp_path}/sorted.data are not used" in told["sorted"]
-    assert "not used" not in told["plain"]
+    assert f"the labels of {tmp_path}/sorted.data are not used" in stderr["sorted"]
+    assert "not used" not in stderr["plain"]
     config = json.loads((runs[0] / "config.json").read_text())["config"]
     assert (config["data"], config["eval_data"]) == ([f"{tmp_path}/plain.data"], data)
 
 
-def test_without_eval_data_it_is_refused_with_what_to_do(teacher_file: str, tmp_path: pathlib.Path) -> None:
+def test_unlabelled_data_needs_eval_data(teacher_file: str, tmp_path: pathlib.Path) -> None:
     for split in ("train", "validation", "test"):
         (tmp_path / "plain" / split).mkdir(parents=True)
         (tmp_path / "plain" / split / "1.jpg").write_bytes(image(1))

@@ -1,4 +1,4 @@
-"""What a user meets at the command line: help at once, one line for a mistake, the documented exit codes."""
+"""The command line: fast help, errors as one line, exit codes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ FLAGS = [
 
 
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
-def test_help_needs_no_tensorflow_and_answers_in_a_second(verb: str, tmp_path: pathlib.Path) -> None:
-    # A TensorFlow that cannot be imported stands in the way.
+def test_help_takes_under_a_second_without_tensorflow(verb: str, tmp_path: pathlib.Path) -> None:
+    # A stand-in for TensorFlow that fails on import.
     (tmp_path / "tensorflow.py").write_text("raise SystemExit('TensorFlow was imported')")
     began = time.monotonic()
     done = funmatch(verb, "--help", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
@@ -43,7 +43,7 @@ def one_line(done, code: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("typo", "meant"),
+    ("typo", "flag"),
     [
         ("--tempreature=2", "temperature"),
         ("--learnign_rate=1", "learning_rate"),
@@ -51,8 +51,8 @@ def one_line(done, code: int) -> str:
         ("--stduent=x", "student"),
     ],
 )
-def test_mistyped_flag_names_the_nearest(typo: str, meant: str) -> None:
-    assert meant in one_line(here("task", typo), 2)
+def test_mistyped_flag_names_the_nearest(typo: str, flag: str) -> None:
+    assert flag in one_line(here("task", typo), 2)
 
 
 def test_mistyped_verb_names_the_nearest() -> None:
@@ -61,7 +61,7 @@ def test_mistyped_verb_names_the_nearest() -> None:
     assert "did you mean task?" in done.stderr
 
 
-def test_stray_word_and_bad_value_and_missing_flag() -> None:
+def test_invalid_arguments_are_one_line() -> None:
     assert "--name=value" in one_line(here("task", "workdir"), 2)
     assert "--steps" in one_line(here("task", "--steps=many"), 2).replace("flag --", "--")
     assert "--data is missing" in one_line(here("task"), 2)
@@ -82,7 +82,7 @@ def test_missing_data(tmp_path: pathlib.Path, teacher_file: str) -> None:
     assert "trainer.prepare" in line
 
 
-def test_missing_split_names_those_there_are(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
+def test_missing_split_names_the_existing_ones(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
     done = here(
         "task",
         f"--data={data}",
@@ -116,7 +116,7 @@ def test_empty_split(data: str, tmp_path: pathlib.Path, teacher_file: str) -> No
     assert "is empty" in one_line(done, 3)
 
 
-def test_teacher_of_other_classes(data: str, tmp_path: pathlib.Path) -> None:
+def test_teacher_with_another_number_of_classes(data: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "t.keras"
     keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(CLASSES + 2)]).save(path)
     done = here("task", f"--data={data}", f"--teacher=keras:{path}", f"--workdir={tmp_path}/r", *FLAGS)
@@ -126,7 +126,7 @@ def test_teacher_of_other_classes(data: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_unwritable_workdir(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
-    # Root may write anywhere, so a file is in the way.
+    # A file where a folder should be: root may write anywhere.
     (tmp_path / "file").write_text("")
     done = here(
         "task",
@@ -142,7 +142,7 @@ def test_unwritable_workdir(data: str, tmp_path: pathlib.Path, teacher_file: str
 
 def test_unreadable_image(tmp_path: pathlib.Path) -> None:
     (tmp_path / "in/train/daisy").mkdir(parents=True)
-    (tmp_path / "in/train/daisy/1.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    (tmp_path / "in/train/daisy/1.jpg").write_bytes(b"\xff\xd8\xff not an image")
     done = here("prepare", f"--dataset=folder:{tmp_path}/in", f"--out={tmp_path}/out")
     assert "train/daisy/1.jpg" in one_line(done, 3)
     assert not (tmp_path / "out/dataset.json").exists()
@@ -177,7 +177,7 @@ def test_dry_run_writes_nothing_and_check_stops_early(data: str, tmp_path: pathl
     assert list((tmp_path / "r").iterdir()) == []
 
 
-def test_tpu_that_is_not_there(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
+def test_missing_tpu(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
     job = [
         "task",
         f"--data={data}",
@@ -189,7 +189,7 @@ def test_tpu_that_is_not_there(data: str, tmp_path: pathlib.Path, teacher_file: 
     assert "no TPU is named" in one_line(funmatch(*job, "--tpu="), 2)
 
 
-def test_same_command_on_a_finished_run_says_so(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
+def test_finished_run_is_not_repeated(data: str, tmp_path: pathlib.Path, teacher_file: str) -> None:
     job = [
         "task",
         f"--data={data}",

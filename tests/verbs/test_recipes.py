@@ -1,4 +1,4 @@
-"""Published settings: the table against facts typed once more from the sources, the flagfiles against the table."""
+"""Published settings: the table against the sources, the flagfiles against the table."""
 
 from __future__ import annotations
 
@@ -45,31 +45,31 @@ def parsed(*arguments: str) -> Config:
 
 
 def test_table_4_row_by_row() -> None:
-    found = []
+    rows = []
     for recipe in recipes.RECIPES.values():
         data = recipe.name.rsplit("_", 1)[0]
         if data in ("flowers102", "pet37", "food101", "sun397"):
             f = recipe.flags
-            found.append((data, f["epochs"], f["temperature"], f["learning_rate"], f["weight_decay"], recipe.accuracy))
+            rows.append((data, f["epochs"], f["temperature"], f["learning_rate"], f["weight_decay"], recipe.accuracy))
             common = ("bit-r50x1", 128, 512, 1500, "mix", "kl", "batch", 1.0, 0.8)
             names = ("student", "image_size", "batch_size", "warmup_steps", "views", "distance", "mixup", "clip_norm")
             assert tuple(f[name] for name in (*names, "central_fraction")) == common
     expected = [(row.split()[0], *map(float, row.split()[1:])) for row in TABLE_4.strip().splitlines()]
-    assert found == expected
+    assert rows == expected
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_steps_are_big_visions(name: str) -> None:
+def test_steps_match_big_vision(name: str) -> None:
     examples, steps = STEPS[name]
     assert parsed(f"--recipe={name}").resolve(examples).steps == steps
 
 
 def test_imagenet() -> None:
-    found = parsed("--recipe=imagenet_1200ep")
-    assert (found.image_size, found.batch_size, found.learning_rate, found.weight_decay) == (224, 4096, 0.03, 3e-4)
-    assert (found.temperature, found.warmup_steps, found.central_fraction) == (1.0, 5000, 0.875)
+    config = parsed("--recipe=imagenet_1200ep")
+    assert (config.image_size, config.batch_size, config.learning_rate, config.weight_decay) == (224, 4096, 0.03, 3e-4)
+    assert (config.temperature, config.warmup_steps, config.central_fraction) == (1.0, 5000, 0.875)
     # 98 % of 1,281,167 examples.
-    assert found.resolve(1_255_544).steps == 367_835
+    assert config.resolve(1_255_544).steps == 367_835
 
 
 def test_keras_example_and_notebook() -> None:
@@ -85,35 +85,35 @@ def test_keras_example_and_notebook() -> None:
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
-def test_flagfiles_are_the_table(name: str) -> None:
+def test_flagfiles_match_the_table(name: str) -> None:
     path = ROOT / "recipes" / f"{name}.flags"
     assert path.read_text(encoding="utf-8") == recipes.flagfile(recipes.RECIPES[name])
     by_file, by_name = parsed(f"--flagfile={path}").to_dict(), parsed(f"--recipe={name}").to_dict()
     assert by_file | {"recipe": name} == by_name
 
 
-def test_the_documents_table_is_the_table() -> None:
+def test_documented_table_matches_the_table() -> None:
     text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     assert text.split("<!-- recipes -->\n")[1].split("<!-- /recipes -->")[0] == recipes.table()
 
 
-def test_no_flagfile_is_left_over() -> None:
+def test_every_flagfile_has_a_recipe() -> None:
     assert {path.stem for path in (ROOT / "recipes").iterdir()} == set(recipes.RECIPES)
 
 
-def test_a_flag_beside_a_recipe_overrides_it() -> None:
+def test_flag_overrides_the_recipe() -> None:
     plain = parsed("--recipe=flowers102_fast")
-    found = parsed("--recipe=flowers102_fast", "--temperature=2", "--batch_size=64")
-    assert (found.temperature, found.batch_size, found.learning_rate) == (2.0, 64, plain.learning_rate)
+    config = parsed("--recipe=flowers102_fast", "--temperature=2", "--batch_size=64")
+    assert (config.temperature, config.batch_size, config.learning_rate) == (2.0, 64, plain.learning_rate)
     # Even where the flag says what is the default without a recipe.
     assert parsed("--recipe=flowers102_fast", "--temperature=1").temperature == 1.0
     assert parsed("--temperature=1", "--recipe=flowers102_fast").temperature == 1.0
 
 
-def test_a_length_beside_a_recipe_replaces_the_recipes() -> None:
+def test_steps_or_epochs_override_the_recipes_length() -> None:
     assert (parsed("--recipe=flowers102_fast", "--steps=7").steps, plain_epochs("--steps=7")) == (7, 0.0)
-    found = parsed("--recipe=keras_example", "--epochs=1000")
-    assert (found.epochs, found.steps, found.schedule_steps) == (1000.0, 0, 0)
+    config = parsed("--recipe=keras_example", "--epochs=1000")
+    assert (config.epochs, config.steps, config.schedule_steps) == (1000.0, 0, 0)
 
 
 def plain_epochs(flag: str) -> float:
@@ -121,12 +121,12 @@ def plain_epochs(flag: str) -> float:
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
-    told = here("task", "--recipe=flowers102_fats")
-    assert told.returncode == 2
-    assert "flowers102_fast?" in told.stderr
+    done = here("task", "--recipe=flowers102_fats")
+    assert done.returncode == 2
+    assert "flowers102_fast?" in done.stderr
 
 
-def test_every_recipe_says_where_it_is_from() -> None:
+def test_every_recipe_has_a_source() -> None:
     for recipe in recipes.RECIPES.values():
         assert re.search(r"arXiv|keras\.io|github\.com", recipe.source)
         assert 0 < recipe.accuracy < 100
@@ -135,7 +135,7 @@ def test_every_recipe_says_where_it_is_from() -> None:
 
 def test_verb_prints_and_writes(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-m", "trainer.recipes"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert all(f"`{name}`" in told for name in recipes.RECIPES)
+    stdout = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(f"`{name}`" in stdout for name in recipes.RECIPES)
     subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, check=True)
     assert {path.stem for path in tmp_path.iterdir()} == set(recipes.RECIPES)

@@ -1,4 +1,4 @@
-"""Fine-tuning a teacher: BiT-HyperRule against its table, its crop, its mixup; what is saved is a teacher."""
+"""Fine-tuning a teacher: BiT-HyperRule's table, crop and mixup; the saved model is a teacher."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from trainer.run import build, loop
     ],
 )
 @pytest.mark.parametrize(("side", "sizes"), [(32, (160, 128)), (95, (160, 128)), (96, (512, 480)), (500, (512, 480))])
-def test_hyperrule_is_the_published_table(
+def test_hyperrule_matches_the_published_table(
     examples: int, supports: tuple[int, ...], alpha: float, side: int, sizes: tuple[int, int]
 ) -> None:
     rule = recipes.bit_hyperrule(examples, side, side)
@@ -47,28 +47,28 @@ def test_hyperrule_is_the_published_table(
     Config(distance="labels", **rule).resolve(examples)
 
 
-def test_hyperrule_squashes_then_crops() -> None:
-    """Crops are pixels of the squashed image, anywhere in it, mirrored half of the time; evaluation sees all of it."""
+def test_hyperrule_resizes_then_crops() -> None:
+    """Crops are from anywhere in the resized image, half of them mirrored; evaluation takes all."""
     config = Config(image_size=8, resize_size=11, views="same/ic", distance="labels", steps=9).resolve(64)
     assert config.store_size == 11
     images = np.random.default_rng(0).integers(0, 256, (64, 11, 11, 3)).astype(np.uint8)
     sizes = tf.tile([[30.0, 70.0]], [64, 1])
     rows = views.BatchRows.of(0, 1, 64, "")
     config = dataclasses.replace(config, batch_size=64)
-    made = views.training_views(config, tf.constant(images), sizes, rows, tf.constant(3), ()).student.numpy()
-    pixels = (made + 1) * 127.5
+    crops = views.training_views(config, tf.constant(images), sizes, rows, tf.constant(3), ()).student.numpy()
+    pixels = (crops + 1) * 127.5
     places, mirrored = set(), 0
     for image, view in zip(images.astype(np.float32), pixels, strict=True):
-        found = [
+        matches = [
             (top, left, flip)
             for top in range(4)
             for left in range(4)
             for flip in (False, True)
             if np.allclose(image[top : top + 8, left : left + 8][:, :: -1 if flip else 1], view, atol=0.01)
         ]
-        assert len(found) == 1
-        places.add(found[0][:2])
-        mirrored += found[0][2]
+        assert len(matches) == 1
+        places.add(matches[0][:2])
+        mirrored += matches[0][2]
     assert len(places) > 12
     assert 16 < mirrored < 48
     whole = views.evaluation_view(config, tf.constant(images), sizes, 11).numpy()
@@ -76,24 +76,24 @@ def test_hyperrule_squashes_then_crops() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 0.9])
-def test_beta_is_scipys(alpha: float) -> None:
+def test_beta_samples_match_scipy(alpha: float) -> None:
     draws = counter_rng.uniform(5, 7, tf.range(4000), 16, 100)
-    found, true = counter_rng.beta(draws, alpha).numpy()[:, 0], stats.beta(alpha, alpha)
-    # Next to 1, float32 is coarser than this distribution is steep: its lower half is compared, and how much that is.
-    low = found[found < 0.5]
-    assert abs(len(low) / len(found) - 0.5) < 0.03
-    assert stats.kstest(low, lambda x: true.cdf(x) / true.cdf(0.5)).pvalue > 0.01
+    samples, distribution = counter_rng.beta(draws, alpha).numpy()[:, 0], stats.beta(alpha, alpha)
+    # Float32 is too coarse next to 1: compare the lower half of the distribution, and its size.
+    low = samples[samples < 0.5]
+    assert abs(len(low) / len(samples) - 0.5) < 0.03
+    assert stats.kstest(low, lambda x: distribution.cdf(x) / distribution.cdf(0.5)).pvalue > 0.01
 
 
 @pytest.mark.parametrize("mixup", ["batch", "example"])
-def test_mixups_coefficient_is_betas(mixup: str) -> None:
+def test_mixup_ratio_is_beta_distributed(mixup: str) -> None:
     config = Config(image_size=8, mixup_alpha=0.1, mixup=mixup, batch_size=32, steps=9).resolve(64)
     images, sizes = tf.zeros([33, 16, 16, 3], tf.uint8), tf.ones([33, 2]) * 16
     rows = views.BatchRows.of(0, 1, 32, "roll")
-    made = [
+    ratios = [
         views.training_views(config, images, sizes, rows, tf.constant(s), ()).mixup_ratios.numpy() for s in range(40)
     ]
-    shares = np.array(made)[:, :, 0]
+    shares = np.array(ratios)[:, :, 0]
     assert shares.shape == (40, 32)
     assert (np.ptp(shares, axis=1) == 0).all() == (mixup == "batch")
     # Most of Beta(0.1, 0.1) is next to 0 and 1.
@@ -103,7 +103,7 @@ def test_mixups_coefficient_is_betas(mixup: str) -> None:
     half = views.training_views(
         config, images[:17], sizes[:17], views.BatchRows.of(1, 2, 32, "roll"), tf.constant(5), ()
     )
-    assert (half.mixup_ratios.numpy() == made[5][16:]).all()
+    assert (half.mixup_ratios.numpy() == ratios[5][16:]).all()
 
 
 RULE = {
@@ -133,24 +133,24 @@ def test_fine_tuning_resumes_to_the_bit(make_config: Callable[..., Config]) -> N
     loop.resume(second, *build.open_run(second), Console())
     for _ in range(2):
         second.run_steps(2, order)
-    expected, found = state(whole), state(second)
-    assert expected.keys() == found.keys()
-    assert all((expected[name] == found[name]).all() for name in expected)
+    expected, resumed = state(whole), state(second)
+    assert expected.keys() == resumed.keys()
+    assert all((expected[name] == resumed[name]).all() for name in expected)
     assert any("momentum" in name for name in expected)
 
 
 @pytest.mark.slow
-def test_one_and_two_replicas_fine_tune_alike(make_config: Callable[..., Config]) -> None:
-    found = []
+def test_fine_tuning_on_one_and_two_replicas_agrees(make_config: Callable[..., Config]) -> None:
+    states = []
     for replicas in (1, 2):
         job = build_job(make_config(**RULE, workdir=f"{make_config().workdir}{replicas}"), replicas)
         job.run_steps(6, ExampleSampler(0, len(job.train_store), 8))
-        found.append(state(job))
-    assert all(np.allclose(found[0][n], found[1][n], rtol=1e-3, atol=1e-5) for n in found[0])
+        states.append(state(job))
+    assert all(np.allclose(states[0][n], states[1][n], rtol=1e-3, atol=1e-5) for n in states[0])
 
 
-def test_a_bit_is_fine_tuned_from_its_file(data: str, tmp_path: pathlib.Path) -> None:
-    """From a file of other classes by the rule, made small; what comes out is a teacher, and the rule was told."""
+def test_fine_tune_a_bit_from_a_file(data: str, tmp_path: pathlib.Path) -> None:
+    """From a file with other classes; the rule is printed, and the result is a teacher."""
     source = shaken(CLASSES + 3)
     np.savez(tmp_path / "w.npz", **native_layout(source))
     flags = [
@@ -179,7 +179,7 @@ def test_a_bit_is_fine_tuned_from_its_file(data: str, tmp_path: pathlib.Path) ->
     assert np.abs(teacher.logits(tf.constant(x)).numpy()).max() < 0.1
 
 
-def test_mistakes_in_fine_tuning(data: str, tmp_path: pathlib.Path) -> None:
+def test_invalid_fine_tuning_flags(data: str, tmp_path: pathlib.Path) -> None:
     for flags, code, words in (
         (["--hyperrule"], 2, "--data is missing"),
         (

@@ -1,5 +1,6 @@
-"""What every other package needs: configuration, flags, errors, signals, the console, where the process runs.
+"""What every other package needs: configuration, flags, errors, signals, console, environment.
 
-Imports: nothing of trainer/ outside this package, and no TensorFlow, so that `--help` and mistakes answer at once.
-A new option is a field in options.py; a new rule between options stands beside the fields that it compares.
+Imports: nothing of trainer/ outside this package, and no TensorFlow, so that `--help` and invalid
+flags respond at once. A new option is a field in options.py. A rule between options of one group is
+in its `validate`, between groups in config.py.
 """

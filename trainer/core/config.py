@@ -1,6 +1,6 @@
-"""The configuration of a training job: one frozen value, made from flags, checked once, written beside the run.
+"""The configuration of a training job: frozen, validated once, and saved as config.json.
 
-Nothing below the verbs reads flags.
+Only the verbs read flags.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Config(RunOptions, MethodOptions, StudentOptions, TeacherOptions, DataOpti
     """
 
     def __post_init__(self) -> None:
-        given: Any = self.data
-        if isinstance(given, str):  # a caller may give one set as a string
-            object.__setattr__(self, "data", (given,) if given else ())
+        data: Any = self.data
+        if isinstance(data, str):  # a caller may give one data set as a string
+            object.__setattr__(self, "data", (data,) if data else ())
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             for item in value if isinstance(value, tuple) else (value,):
@@ -48,7 +48,7 @@ class Config(RunOptions, MethodOptions, StudentOptions, TeacherOptions, DataOpti
         if self.keep_best in ("agreement_top1", "kl") and self.distance == "labels":
             raise ConfigError(f"--keep_best={self.keep_best} compares with a teacher; --distance=labels has none")
         if self.distance == "labels" and self.teacher:
-            raise ConfigError(f"--distance=labels uses no teacher, yet --teacher={self.teacher[0]} is given: drop one")
+            raise ConfigError(f"--distance=labels uses no teacher, but --teacher={self.teacher[0]} is given: drop one")
         if self.distance in ("l2", "euclidean") and self.ensemble == "mean_probabilities":
             raise ConfigError(
                 f"--ensemble=mean_probabilities gives no logits, which --distance={self.distance} compares"
@@ -60,7 +60,7 @@ class Config(RunOptions, MethodOptions, StudentOptions, TeacherOptions, DataOpti
         return self.eval_data or (self.data[0] if self.data else "")
 
     def require_complete(self) -> None:
-        """Checks what a job needs and a partial configuration (a test, a plan) may lack.
+        """Checks that the options without a usable default are set.
 
         Raises:
             ConfigError: names the missing flag.
@@ -75,14 +75,21 @@ class Config(RunOptions, MethodOptions, StudentOptions, TeacherOptions, DataOpti
             raise ConfigError("--teacher is missing: for example --teacher=keras:teacher.keras (or --distance=labels)")
 
     def resolve(self, examples: int) -> Config:
-        """Fills in what depends on the number of training examples (>= 1): steps, warm-up, intervals, sizes."""
+        """Replaces the automatic values of steps, warm-up, intervals and sizes.
+
+        Args:
+            examples: number of training examples, >= 1.
+
+        Raises:
+            ConfigError: the warm-up is longer than the schedule.
+        """
         steps = self.steps or max(1, round(self.epochs * examples / self.batch_size))
         warmup = self.warmup_steps if self.warmup_steps >= 0 else min(1500, steps // 10)
         if self.max_warmup:
             warmup = min(warmup, int(self.max_warmup * steps))
         if self.schedule_steps not in (0, steps) and warmup > self.schedule_steps:
             raise ConfigError(
-                f"--schedule_steps={self.schedule_steps} is within the warm-up of {warmup} steps: give a longer schedule "
+                f"--schedule_steps={self.schedule_steps} ends within the warm-up of {warmup} steps: give a longer schedule "
                 "or a shorter --warmup_steps"
             )
         return dataclasses.replace(
@@ -99,26 +106,26 @@ class Config(RunOptions, MethodOptions, StudentOptions, TeacherOptions, DataOpti
         )
 
     def warnings(self) -> list[str]:
-        """What a resolved configuration probably does not mean, a line each."""
-        found = []
+        """Messages about settings of a resolved configuration that are probably mistakes."""
+        messages = []
         if self.warmup_steps > self.steps / 4:
             peak = min(1.0, self.steps / self.warmup_steps)
-            found.append(
+            messages.append(
                 f"warm-up takes {self.warmup_steps:,} of {self.steps:,} steps"
                 + (f", so the learning rate never gets above {peak:.0%} of its peak" if peak < 1 else "")
                 + "; --max_warmup=0.1 keeps it to a tenth"
             )
         if self.schedule_steps < self.steps:
             rest = self.steps - self.schedule_steps
-            found.append(f"the last {rest:,} of {self.steps:,} steps have learning rate 0 (--schedule_steps)")
-        return found
+            messages.append(f"the last {rest:,} of {self.steps:,} steps have learning rate 0 (--schedule_steps)")
+        return messages
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON can hold them."""
+        """The fields as values of JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def identity(self) -> dict[str, Any]:
-        """The fields that decide the weights; runs with equal identity, data and teacher are the same run."""
+        """The fields that affect the weights; a checkpoint of another identity is refused."""
         values = self.to_dict()
         return {
             field.name: values[field.name]

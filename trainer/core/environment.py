@@ -1,7 +1,8 @@
-"""What the process finds around it, and what TensorFlow must find when it is imported. This module imports no TensorFlow.
+"""Environment variables: what Vertex AI sets, and what TensorFlow reads when it is imported.
 
-Vertex AI tells a container where things go by variables (AIP_...), which machines work together (CLUSTER_SPEC, TF_CONFIG) and
-which trial of a study it is. TensorFlow's TPU wheel decides by variables, at its import, whether it loads libtpu and how.
+Vertex AI passes a container its output folders (AIP_...), its cluster (CLUSTER_SPEC, TF_CONFIG) and
+its trial of a hyperparameter study as variables. TensorFlow's TPU wheel reads variables at import
+to decide whether and how it loads libtpu, so this module must not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from trainer.core.errors import ConfigError, DataError
 
-_CLOUD = (
+_CLOUD_VARIABLES = (
     "AIP_CHECKPOINT_DIR",
     "AIP_MODEL_DIR",
     "AIP_TENSORBOARD_LOG_DIR",
@@ -27,35 +28,43 @@ _CLOUD = (
     "CLUSTER_SPEC",
     "KUBERNETES_SERVICE_HOST",
 )
-# Of Google (PCI vendor 0x1ae0): TPU v2 or v3, v4, v5p, v5e, v6e, 7x. Its network cards have the same vendor.
+# PCI devices: TPU v2 or v3, v4, v5p, v5e, v6e, 7x. Google's network cards have the same vendor.
+_PCI_VENDOR = "0x1ae0"
 _TPU_DEVICES = {"0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 _LOCKFILE = "/tmp/libtpu_lockfile"
-_REPORTED = 100  # metrics that Vertex's own library keeps in its file
+_MAX_REPORTED = 100  # metrics kept in the file, as Vertex AI's own library does
 
 
 def in_cloud() -> bool:
-    """Whether a variable says that this is a container of Vertex AI or Kubernetes."""
-    return any(name in os.environ for name in _CLOUD)
+    """Whether this process runs in a container of Vertex AI or Kubernetes, judged by variables."""
+    return any(name in os.environ for name in _CLOUD_VARIABLES)
 
 
 def tpu_address(tpu: str) -> str:
-    """Where the TPU is: "none", "local", "grpc://...", a name, or "" where neither flag nor environment says it."""
+    """The TPU to connect to.
+
+    Args:
+        tpu: the flag `--tpu`.
+
+    Returns:
+        "none", "local", "grpc://...", a name, or "" for TensorFlow's own search.
+    """
     named = os.environ.get("KUBE_GOOGLE_CLOUD_TPU_ENDPOINTS") or os.environ.get("TPU_NAME", "")
-    # TensorFlow asks the metadata server about a TPU that the environment calls local.
+    # TensorFlow would query the metadata server for a TPU named "local".
     return "local" if tpu == "" and named == "local" else tpu
 
 
 def for_tensorflow(tpu: str) -> None:
-    """Sets what TensorFlow's TPU wheel reads when it is imported. A variable that the user has set stays as it is.
+    """Sets the variables that TensorFlow's TPU wheel reads at import, unless the user has set them.
 
-    A TPU of this machine needs the PJRT interface of libtpu. Without a TPU libtpu must not be loaded: it would ask Google's
-    metadata server, which is not there, for more than a minute, and it would lock the TPU against another process.
+    A local TPU needs the PJRT interface of libtpu. Without one, libtpu must not be loaded: it would
+    query a missing metadata server for more than a minute, and lock the TPU against other processes.
 
     Args:
-        tpu: the flag; "none" for a verb that has none.
+        tpu: the flag `--tpu`; "none" for a verb without it.
 
     Raises:
-        ConfigError: a lock of libtpu is in the way, of which TensorFlow's import would die.
+        ConfigError: another user's lock file of libtpu would make TensorFlow's import abort.
     """
     if importlib.util.find_spec("libtpu") is None:
         return
@@ -64,7 +73,7 @@ def for_tensorflow(tpu: str) -> None:
         return
     if os.path.exists(_LOCKFILE) and not os.access(_LOCKFILE, os.R_OK | os.W_OK):
         raise ConfigError(
-            f"--tpu={tpu}: {_LOCKFILE} belongs to another user, and libtpu dies of that: end the process that uses the TPU, "
+            f"--tpu={tpu}: {_LOCKFILE} belongs to another user, so libtpu cannot start: end the process that uses the TPU, "
             "then delete the file"
         )
     import libtpu
@@ -72,33 +81,39 @@ def for_tensorflow(tpu: str) -> None:
     os.environ.setdefault("PJRT_DEVICE", "TPU")
     os.environ.setdefault("NEXT_PLUGGABLE_DEVICE_USE_C_API", "true")
     os.environ.setdefault("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", libtpu.get_library_path())
-    if not has_tpu() and not _metadata_answers():
-        # No device and no metadata server: libtpu shall say so at once, not ask until it gives up.
+    if not has_tpu() and not _metadata_server_is_reachable():
+        # No device and no metadata server: libtpu fails at once instead of retrying the server.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 
 def has_tpu() -> bool:
-    """Whether this machine shows a TPU: its device files, or its chips on the PCI bus."""
+    """Whether this machine has a TPU, by its device files or by the PCI bus."""
     if glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"):
         return True
     for device in glob.glob("/sys/bus/pci/devices/*"):
         try:
-            with open(f"{device}/vendor") as vendor, open(f"{device}/device") as kind:
-                if vendor.read().strip() == "0x1ae0" and kind.read().strip() in _TPU_DEVICES:
+            with open(f"{device}/vendor") as vendor, open(f"{device}/device") as model:
+                if vendor.read().strip() == _PCI_VENDOR and model.read().strip() in _TPU_DEVICES:
                     return True
         except OSError:
             continue
     return False
 
 
-def _metadata_answers() -> bool:
+def _metadata_server_is_reachable() -> bool:
     host = os.environ.get("GCE_METADATA_HOST") or os.environ.get("GCE_METADATA_IP") or "169.254.169.254"
     name, _, port = host.partition(":")
     return reachable(name, int(port or 80), 2.0)
 
 
 def reachable(host: str, port: int, seconds: float) -> bool:
-    """Whether something accepts a connection there."""
+    """Whether a server accepts TCP connections.
+
+    Args:
+        host: name or address.
+        port: TCP port.
+        seconds: timeout.
+    """
     try:
         with socket.create_connection((host, port), timeout=seconds):
             return True
@@ -106,11 +121,11 @@ def reachable(host: str, port: int, seconds: float) -> bool:
         return False
 
 
-def _variable(name: str) -> dict[str, Any]:
-    """A variable that holds a JSON object.
+def _json_variable(name: str) -> dict[str, Any]:
+    """The JSON object in a variable; {} if it is not set.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: the variable holds something else.
     """
     text = os.environ.get(name, "")
     if not text:
@@ -118,100 +133,112 @@ def _variable(name: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
         if not isinstance(value, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
     except ValueError as error:
-        raise ConfigError(f"the variable {name} is not JSON as Vertex AI writes it: {error}") from None
+        raise ConfigError(f"the variable {name} is not a JSON object: {error}") from None
     return value
 
 
 def trial() -> str:
-    """The trial of a hyperparameter study that this process is, else an empty text."""
+    """This process's trial of a hyperparameter study; empty outside of a study."""
     if number := os.environ.get("CLOUD_ML_TRIAL_ID", ""):
         return number
     try:
-        return str(_variable("CLUSTER_SPEC").get("task", {}).get("trial", "") or "")
+        return str(_json_variable("CLUSTER_SPEC").get("task", {}).get("trial", "") or "")
     except ConfigError:
         return ""
 
 
 def cluster() -> tuple[dict[str, Any], int]:
-    """The machines that work together, as TF_CONFIG holds them, and how many there are; ({}, 1) for one alone.
+    """The machines of a distributed job.
 
-    TF_CONFIG decides. Vertex AI sets it for jobs of several machines; where it has set CLUSTER_SPEC alone, its worker pools 0 and
-    1 are chief and workers.
+    TF_CONFIG takes precedence. If only Vertex AI's CLUSTER_SPEC is set, its worker pools 0 and 1 are
+    the chief and the workers.
+
+    Returns:
+        The value of TF_CONFIG and the number of machines; ({}, 1) for a single machine.
 
     Raises:
-        ConfigError: the variables are not readable, or ask for a parameter server or evaluator, which this job has not.
+        ConfigError: a variable is invalid, or has a parameter server or an evaluator, which this
+            job does not support.
     """
-    found = _variable("TF_CONFIG")
-    if not found:
-        spec = _variable("CLUSTER_SPEC")
+    config = _json_variable("TF_CONFIG")
+    if not config:
+        spec = _json_variable("CLUSTER_SPEC")
         roles = {"workerpool0": "chief", "workerpool1": "worker", "workerpool2": "ps", "workerpool3": "evaluator"}
         task = spec.get("task", {})
-        found = {
+        config = {
             "cluster": {roles.get(pool, pool): hosts for pool, hosts in spec.get("cluster", {}).items()},
             "task": {"type": roles.get(task.get("type", ""), ""), "index": task.get("index", 0)},
         }
-    hosts = {role: list(names) for role, names in found.get("cluster", {}).items() if names}
+    hosts = {role: list(names) for role, names in config.get("cluster", {}).items() if names}
     count = sum(map(len, hosts.values()))
     if count <= 1:
         return {}, 1
-    if odd := sorted(set(hosts) - {"chief", "worker"}):
+    if unsupported := sorted(set(hosts) - {"chief", "worker"}):
         raise ConfigError(
-            f"TF_CONFIG (or CLUSTER_SPEC) has {' and '.join(odd)}: this job takes a chief and workers that are alike"
+            f"TF_CONFIG (or CLUSTER_SPEC) has {' and '.join(unsupported)}: this job supports a chief and workers only"
         )
-    task = found.get("task", {})
+    task = config.get("task", {})
     role, index = task.get("type", ""), int(task.get("index", 0))
     if not 0 <= index < len(hosts.get(role, [])):
-        raise ConfigError(f"TF_CONFIG names this process {role!r} {index}, which its cluster does not have")
+        raise ConfigError(f"TF_CONFIG gives this process the role {role!r} {index}, which its cluster does not have")
     return {"cluster": hosts, "task": {"type": role, "index": index}}, count
 
 
 def is_chief() -> bool:
-    """Whether this process is the one that writes: the chief, or the first worker where there is none."""
-    found, count = cluster()
+    """Whether this process writes the results: the chief, else the first of the workers."""
+    config, count = cluster()
     if count == 1:
         return True
-    role, index = found["task"]["type"], found["task"]["index"]
-    return index == 0 and (role == "chief" or "chief" not in found["cluster"])
+    role, index = config["task"]["type"], config["task"]["index"]
+    return index == 0 and (role == "chief" or "chief" not in config["cluster"])
 
 
-def workdir(given: str) -> str:
+def workdir(flag: str) -> str:
     """The run's folder.
 
-    Vertex AI's AIP_CHECKPOINT_DIR is BASE/checkpoints/ (BASE/TRIAL/checkpoints/ in a study), and so are a workdir's
-    checkpoints: without the flag the workdir is BASE (or BASE/TRIAL). A workdir that was given gets a folder for each trial,
-    because the trials of a study share their command line.
+    Without the flag it is the BASE of Vertex AI's AIP_CHECKPOINT_DIR, which is BASE/checkpoints/, so
+    that the workdir's checkpoints are there. With the flag, each trial of a study gets a subfolder,
+    because all trials have the same command line.
+
+    Args:
+        flag: the value of `--workdir`.
     """
-    if given:
-        number, parts = trial(), given.rstrip("/").split("/")
-        return given if not number or f"trial-{number}" in parts else posixpath.join(given, f"trial-{number}")
+    if flag:
+        number, parts = trial(), flag.rstrip("/").split("/")
+        return flag if not number or f"trial-{number}" in parts else posixpath.join(flag, f"trial-{number}")
     folder = os.environ.get("AIP_CHECKPOINT_DIR", "").rstrip("/")
     base, _, last = folder.rpartition("/")
     return base if last == "checkpoints" and base else folder
 
 
-def model_dir(given: str) -> str:
-    """Where Vertex AI looks for the trained model: the flag, else AIP_MODEL_DIR, else nowhere."""
-    return (given or os.environ.get("AIP_MODEL_DIR", "")).rstrip("/")
+def model_dir(flag: str) -> str:
+    """The folder for the served model: `--model_dir`, else AIP_MODEL_DIR, else empty."""
+    return (flag or os.environ.get("AIP_MODEL_DIR", "")).rstrip("/")
 
 
-def tensorboard_dir(given: str) -> str:
-    """Where Vertex AI's TensorBoard looks: the flag, else AIP_TENSORBOARD_LOG_DIR, else the workdir's own."""
-    return (given or os.environ.get("AIP_TENSORBOARD_LOG_DIR", "")).rstrip("/")
+def tensorboard_dir(flag: str) -> str:
+    """The folder for TensorBoard: `--tensorboard_dir`, else AIP_TENSORBOARD_LOG_DIR, else empty."""
+    return (flag or os.environ.get("AIP_TENSORBOARD_LOG_DIR", "")).rstrip("/")
 
 
-_metrics: deque[dict[str, str | float]] = deque(maxlen=_REPORTED)
+_metrics: deque[dict[str, str | float]] = deque(maxlen=_MAX_REPORTED)
 
 
 def report_metric(name: str, value: float, step: int) -> None:
-    """Tells Vertex AI a trial's metric, in the file and the format of its own `cloudml-hypertune` 0.1.0.dev6.
+    """Reports a trial's metric to Vertex AI; does nothing outside of a hyperparameter study.
 
-    The file (CLOUD_ML_HP_METRIC_FILE, else /tmp/hypertune/output.metrics) holds the newest 100 metrics as lines of JSON, and is
-    written whole each time. Outside of a study it does nothing.
+    File and format are those of `cloudml-hypertune` 0.1.0.dev6: CLOUD_ML_HP_METRIC_FILE, else
+    /tmp/hypertune/output.metrics, with the newest 100 metrics as lines of JSON.
+
+    Args:
+        name: the study's metricId.
+        value: value of the metric.
+        step: training step of the evaluation.
 
     Raises:
-        DataError: the file cannot be written, without which the study would end with nothing.
+        DataError: the file cannot be written, so the study would get no metric.
     """
     path = os.environ.get("CLOUD_ML_HP_METRIC_FILE", "")
     if not path:
@@ -234,5 +261,5 @@ def report_metric(name: str, value: float, step: int) -> None:
             file.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in _metrics)
     except OSError as error:
         raise DataError(
-            f"cannot tell the study its metric in {path}: {error.strerror}; mount a writable /tmp or set CLOUD_ML_HP_METRIC_FILE"
+            f"cannot write the study's metric to {path}: {error.strerror}; mount a writable /tmp or set CLOUD_ML_HP_METRIC_FILE"
         ) from error

@@ -1,15 +1,15 @@
 """Exit codes, and the errors that carry them.
 
-A `FunmatchError` is a user's mistake or a state of the world that the user can act on: the command
-line prints it as one line, without a traceback, and exits with its code. Anything else that escapes is a
-bug, keeps its traceback and exits with 1.
+A `FunmatchError` is a mistake or a condition that the user can act on. The command line prints it
+as one line, without a traceback, and exits with its code. Any other exception is a bug, keeps its
+traceback and exits with 1.
 """
 
 EXIT_DONE = 0
 EXIT_CONFIG = 2
 EXIT_DATA = 3
 EXIT_DIVERGED = 4
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped early, the same command goes on
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped early, the same command resumes
 
 
 class FunmatchError(Exception):
@@ -19,24 +19,24 @@ class FunmatchError(Exception):
 
 
 class ConfigError(FunmatchError):
-    """A flag or a combination of flags that cannot be run."""
+    """An invalid flag or combination of flags."""
 
     exit_code = EXIT_CONFIG
 
 
 class DataError(FunmatchError):
-    """Data, a teacher, a checkpoint or a working directory that cannot be used."""
+    """Data, a teacher, a checkpoint or a workdir that cannot be used."""
 
     exit_code = EXIT_DATA
 
 
 class Diverged(FunmatchError):
-    """A value that is not finite was met in training; the last good checkpoint is kept."""
+    """Training met a value that is not finite; the last good checkpoint is kept."""
 
     exit_code = EXIT_DIVERGED
 
 
 class Stopped(FunmatchError):
-    """The job was asked to stop, saved its state, and can go on."""
+    """A signal stopped the job; the same command resumes it from its last checkpoint."""
 
     exit_code = EXIT_STOPPED

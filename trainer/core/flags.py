@@ -12,55 +12,66 @@ from trainer.core.errors import ConfigError
 
 
 def define_flags(values: flags.FlagValues, *, skip: tuple[str, ...] = (), **defaults: Any) -> None:
-    """Defines a flag in `values` for each field of `Config` but `skip`; `defaults` replace the fields' own."""
+    """Defines a flag for each field of `Config`.
+
+    Args:
+        values: where the flags are defined.
+        skip: fields that get no flag.
+        **defaults: defaults that replace those of the fields.
+    """
     groups = {field.name: group.group for group in GROUPS for field in dataclasses.fields(group)}
     for field in dataclasses.fields(Config):
         if field.name in skip:
             continue
         default = defaults.get(field.name, field.default)
-        text, choices = field.metadata["help"], field.metadata["choices"]
+        help_text, choices = field.metadata["help"], field.metadata["choices"]
         module = groups[field.name]
-        kind: Any
+        define: Any
         if isinstance(field.default, tuple):
-            kind = {
+            define = {
                 "teacher_image_size": flags.DEFINE_multi_integer,
                 "boundaries": flags.DEFINE_multi_integer,
                 "data_weights": flags.DEFINE_list,
             }.get(field.name, flags.DEFINE_multi_string)
-            kind(field.name, list(default), text, flag_values=values, module_name=module)
+            define(field.name, list(default), help_text, flag_values=values, module_name=module)
         elif choices:
-            flags.DEFINE_enum(field.name, default, choices, text, flag_values=values, module_name=module)
+            flags.DEFINE_enum(field.name, default, choices, help_text, flag_values=values, module_name=module)
         else:
-            kind = {
+            define = {
                 bool: flags.DEFINE_boolean,
                 int: flags.DEFINE_integer,
                 float: flags.DEFINE_float,
             }.get(type(field.default), flags.DEFINE_string)
-            kind(field.name, default, text, flag_values=values, module_name=module)
+            define(field.name, default, help_text, flag_values=values, module_name=module)
 
 
 def from_flags(values: flags.FlagValues, recipe: dict[str, Any] | None = None, **fixed: Any) -> Config:
-    """The configuration that parsed flags describe.
+    """Makes a `Config` of parsed flags.
 
     Args:
-        values: parsed.
-        recipe: values of flags that were not given.
-        fixed: fields that the verb does not offer.
+        values: parsed flags.
+        recipe: values for fields whose flag was not given.
+        **fixed: values for fields whose flag the verb does not define.
+
+    Raises:
+        ConfigError: a value is invalid; names the flag.
     """
     given = {name for name in values if values[name].present}
-    offered = dict(recipe or {})
-    if given & {"steps", "epochs"}:  # a length beside a recipe replaces the recipe's, whichever way it is said
-        offered = {name: value for name, value in offered.items() if name not in ("steps", "epochs", "schedule_steps")}
-    chosen: dict[str, Any] = {name: value for name, value in offered.items() if name not in given} | fixed
+    preset = dict(recipe or {})
+    if given & {"steps", "epochs"}:  # either one replaces the recipe's length
+        preset = {name: value for name, value in preset.items() if name not in ("steps", "epochs", "schedule_steps")}
+    options: dict[str, Any] = {name: value for name, value in preset.items() if name not in given} | fixed
     for field in dataclasses.fields(Config):
-        if field.name in values and field.name not in chosen:
+        if field.name in values and field.name not in options:
             value = values[field.name].value
-            chosen[field.name] = tuple(value) if isinstance(value, list) else value
+            options[field.name] = tuple(value) if isinstance(value, list) else value
     try:
-        chosen["data_weights"] = tuple(map(float, chosen.get("data_weights", ())))
+        options["data_weights"] = tuple(map(float, options.get("data_weights", ())))
     except ValueError as error:
-        raise ConfigError(f"--data_weights={','.join(chosen['data_weights'])}: numbers such as 0.7,0.3") from error
-    return Config(**chosen)
+        raise ConfigError(
+            f"--data_weights={','.join(options['data_weights'])}: give numbers such as 0.7,0.3"
+        ) from error
+    return Config(**options)
 
 
 SHARED = (
@@ -82,6 +93,12 @@ SHARED = (
 
 
 def shared_flags(values: flags.FlagValues, *names: str, **defaults: Any) -> None:
-    """Defines those of the main job's flags that are named."""
+    """Defines some of the main job's flags for another verb.
+
+    Args:
+        values: where the flags are defined.
+        *names: fields of `Config`.
+        **defaults: defaults that replace those of the fields.
+    """
     skipped = tuple(name for name in Config().to_dict() if name not in names)
     define_flags(values, skip=skipped, **defaults)

@@ -1,7 +1,7 @@
-"""What goes to standard error: lines for people, or one JSON object a line for a cloud's log service.
+"""Lines on standard error: text, or one JSON object a line for a cloud's log service.
 
-Vertex AI and GKE read a container's output line by line. A line of JSON with `severity` and `message` becomes a structured entry;
-any other line on standard error becomes an error, whatever it says. No TensorFlow: mistakes in flags are told this way too.
+Vertex AI and GKE read a container's output line by line. A line of JSON with `severity` and
+`message` becomes a structured entry; any other line on standard error becomes an error.
 """
 
 from __future__ import annotations
@@ -18,36 +18,39 @@ from trainer.core import environment
 
 FORMATS = ("auto", "text", "json")
 
-_chosen = "auto"
+_format = "auto"
 
 
-def set_format(form: str) -> None:
-    """Sets the format for this process: one of `FORMATS`. In JSON, a bug's traceback becomes one line too."""
-    global _chosen
-    _chosen = form
+def set_format(log_format: str) -> None:
+    """Sets the format of this process's lines: one of `FORMATS`.
+
+    With JSON, the traceback of an uncaught exception becomes one line too.
+    """
+    global _format
+    _format = log_format
     if as_json():
         sys.excepthook = _report_bug
 
 
 def as_json() -> bool:
-    """Whether lines are JSON. auto: not on a terminal, and in a cloud's container."""
-    if _chosen == "auto":
+    """Whether lines are JSON; with "auto", in a cloud's container unless on a terminal."""
+    if _format == "auto":
         return environment.in_cloud() and not sys.stderr.isatty()
-    return _chosen == "json"
+    return _format == "json"
 
 
 def write(severity: str, message: str, **fields: Any) -> None:
     """One line of JSON on standard error.
 
     Args:
-        severity: of Cloud Logging: INFO, WARNING, ERROR or CRITICAL.
-        message: what a person reads.
-        **fields: step, metrics and the like. A number that is not finite is no JSON, and is told as text.
+        severity: a severity of Cloud Logging: INFO, WARNING, ERROR or CRITICAL.
+        message: text of the entry.
+        **fields: step, metrics and the like. JSON has no inf and nan: they are written as strings.
     """
     entry = {"severity": severity, "message": message} | {name: _plain(value) for name, value in fields.items()}
     if trial := environment.trial():
         entry["trial"] = trial
-    # In one write, so that lines of several threads do not mix.
+    # A single write, so that lines of several threads do not mix.
     sys.stderr.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stderr.flush()
 
@@ -61,5 +64,5 @@ def _plain(value: Any) -> Any:
 
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An exception that nothing caught. Error Reporting finds the traceback in `message`."""
+    """Logs an uncaught exception; Error Reporting reads the traceback from `message`."""
     write("CRITICAL", "".join(traceback.format_exception(kind, error, trace)).rstrip(), pid=os.getpid())

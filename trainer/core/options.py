@@ -1,8 +1,8 @@
 """The options of a training job in five groups: data, teacher, student, method, run.
 
-Every field is also a flag of `trainer.task` (flags.py). The text of a field is the flag's help: unit,
-range, source. `deploy/` reads this file as source, since a laptop that submits jobs may lack absl:
-choices are tuples of names defined here.
+Every field is also a flag of `trainer.task` (flags.py), and its text is the flag's help: unit,
+range, source of the default. `deploy/` parses this file without importing it, because a machine
+that submits jobs may lack absl. Choices must therefore be tuples of strings defined in this file.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def option(
     choices: tuple[str, ...] = (),
     omit_default: bool = False,
 ) -> Any:
-    """A field of an options group with what its flag needs.
+    """A dataclass field of an options group, with the metadata of its flag.
 
     Args:
-        default: value where neither a flag nor a recipe gives one.
+        default: value if neither a flag nor a recipe sets the field.
         text: help of the flag: unit, range, source.
-        affects_weights: the value decides the weights that training yields. Such a field is part of
-            the run's identity, and a checkpoint made with another value is refused.
-        choices: the values that a text may take; empty: any.
-        omit_default: set this for a field added after version 0.1 that affects weights: it is left
-            out of the identity at its default, so that earlier runs keep theirs and still resume.
+        affects_weights: whether the trained weights depend on the value. Such a field is part of
+            the run's identity: a checkpoint written with another value is refused.
+        choices: the allowed values of a string; empty: any.
+        omit_default: leaves the field out of the identity at its default. Set it for fields added
+            after version 0.1 that affect weights, so that earlier runs still resume.
     """
     metadata = {"help": text, "affects_weights": affects_weights, "choices": choices, "omit_default": omit_default}
     return dataclasses.field(default=default, metadata=metadata)
@@ -57,10 +57,10 @@ def require(options: Any, name: str, condition: bool, reason: str) -> None:
     """Checks one field.
 
     Args:
-        options: holds the field.
-        name: of the field, which is the flag's.
-        condition: what must be true.
-        reason: what the value must be, for the message.
+        options: the configuration or group with the field.
+        name: name of the field, which is also the flag's.
+        condition: whether the value is valid.
+        reason: the valid values, for the message.
 
     Raises:
         ConfigError: `condition` is false.
@@ -71,85 +71,85 @@ def require(options: Any, name: str, condition: bool, reason: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """Where data and results are."""
+    """Locations of data and results."""
 
     group: ClassVar[str] = "data"
 
     data: tuple[str, ...] = option(
         (),
-        "Folder or gs:// prefix made by trainer.prepare (it holds dataset.json). Its labels are "
-        "not used but for --distance=labels. Repeat for several sets.",
+        "Folder or gs:// prefix written by trainer.prepare (it holds dataset.json). Labels are "
+        "used only with --distance=labels. Repeatable: one flag for each data set.",
         affects_weights=False,
     )
     max_bad_fraction: float = option(
         0.0,
-        "Share of a split's records that may be bad (damaged, or of an image that cannot be "
-        "used), 0 to below 1. 0: the first one stops the job. Above: bad ones are left out, told "
-        "and listed in result.json, and each image is decoded once more before the first step to "
-        "find them all.",
+        "Largest share of a split's records that may be corrupt (damaged, or with an image that "
+        "cannot be used), in [0, 1). 0: the first corrupt record stops the job. Above 0: corrupt "
+        "records are skipped, reported and listed in result.json; each image is decoded once "
+        "before the first step to find them all.",
     )
     data_weights: tuple[float, ...] = option(
         (),
-        "Share of each --data in the rows, > 0, as 0.7,0.3 (any sum): each set goes through "
-        "epochs of its own. Empty: several sets are one, in which an epoch shows every image "
-        "once.",
-        affects_weights=False,  # part of the identity's "data"
+        "Share of each --data set among the training images, > 0, such as 0.7,0.3 (normalised to "
+        "1). Each set then has epochs of its own. Empty: the sets are concatenated, and one epoch "
+        "shows every image once.",
+        affects_weights=False,  # in the identity under "data"
     )
     eval_data: str = option(
         "",
-        "The same, with classes, for evaluation; empty: the first --data.",
+        "Folder or gs:// prefix of the data set for evaluation; the models have its classes. Empty: the first --data.",
         affects_weights=False,
     )
     train_split: str = option(
         "train",
-        "Split whose images are trained on.",
+        "Split to train on.",
     )
     eval_split: str = option(
         "validation",
-        "Split measured every --eval_every steps.",
+        "Split evaluated every --eval_every steps.",
         affects_weights=False,
     )
     final_split: str = option(
         "test",
-        "Split measured once, at the end, for result.json.",
+        "Split evaluated once, at the end, for result.json.",
         affects_weights=False,
     )
     workdir: str = option(
         "",
-        "Folder or gs:// prefix of this run. The same command goes on from what it holds. Empty: "
-        "on Vertex AI the folder above AIP_CHECKPOINT_DIR; a trial of a study gets a folder "
-        "trial-N in a workdir that is given.",
+        "Folder or gs:// prefix for checkpoints and results. The same command resumes from the "
+        "newest checkpoint in it. Empty: on Vertex AI, the parent folder of AIP_CHECKPOINT_DIR. "
+        "Trials of a hyperparameter study use the subfolder trial-N of a given workdir.",
         affects_weights=False,
     )
     model_dir: str = option(
         "",
-        "Folder or gs:// prefix for a copy of the SavedModel, as `gcloud ai models upload` takes "
-        "it. Empty: AIP_MODEL_DIR, if set.",
+        "Folder or gs:// prefix for a copy of the SavedModel, in the layout that `gcloud ai "
+        "models upload` takes. Empty: AIP_MODEL_DIR if set, else no copy.",
         affects_weights=False,
     )
     tensorboard_dir: str = option(
         "",
-        "Folder or gs:// prefix for TensorBoard's files. Empty: AIP_TENSORBOARD_LOG_DIR, if set, "
-        "else one in the workdir.",
+        "Folder or gs:// prefix for TensorBoard event files. Empty: AIP_TENSORBOARD_LOG_DIR if "
+        "set, else a subfolder of --workdir.",
         affects_weights=False,
     )
     store: str = option(
         "auto",
-        "Where decoded images are: on the device; in the host's memory; on the host's disk, "
-        "encoded, decoded in the order of the steps. auto: the first with room. The result is the "
-        "same.",
+        "Where images are kept. device: decoded, in accelerator memory; host: decoded, in RAM; "
+        "disk: encoded, decoded as the steps need them; auto: the first of these with room. The "
+        "training result does not depend on it.",
         affects_weights=False,
         choices=STORES,
     )
     cache_dir: str = option(
         "",
-        "Folder on this machine's disk for copies of shards from a bucket, with --store=disk, "
-        "shared by all runs; empty: $FUNMATCH_CACHE, else ~/.cache/funmatch.",
+        "Local folder for copies of shards from a bucket, with --store=disk; runs share it. "
+        "Empty: $FUNMATCH_CACHE/data, else ~/.cache/funmatch/data.",
         affects_weights=False,
     )
     cache_gb: float = option(
         0.0,
-        "Gibibytes that those copies may take in all, >= 0; 0: what the disk has, but for one.",
+        "Largest total size of the copies in --cache_dir, in GiB, >= 0. 0: the free disk space less 1 GiB.",
         affects_weights=False,
     )
 
@@ -157,7 +157,7 @@ class DataOptions:
         """Checks each field.
 
         Raises:
-            ConfigError: names the flag, its value and what it may be.
+            ConfigError: names the flag, its value and the valid values.
         """
         require(self, "max_bad_fraction", 0 <= self.max_bad_fraction < 1, "it must be at least 0 and below 1")
         require(self, "cache_gb", self.cache_gb >= 0, "it must not be negative")
@@ -168,12 +168,12 @@ class DataOptions:
             )
         require(self, "data_weights", all(weight > 0 for weight in self.data_weights), "each must be above 0")
         unique = len(set(self.data)) == len(self.data)
-        require(self, "data", unique, "a set is given twice; --data_weights says how much of each")
+        require(self, "data", unique, "a data set is given twice; use --data_weights to change its share")
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherOptions:
-    """The teachers, what they take and return."""
+    """The teachers, their inputs and outputs."""
 
     group: ClassVar[str] = "teacher"
 
@@ -182,45 +182,48 @@ class TeacherOptions:
         "keras:PATH; saved_model:PATH; app:NAME@WEIGHTS.h5 (keras.applications); "
         "bit:ARCH@FILE.npz or bit:NAME, a published BiT such as R152x2_T_flowers128; "
         "kaggle:OWNER/DATASET[/VERSION][:FILE] or kaggle:OWNER/MODEL/FRAMEWORK/VARIATION; "
-        "random:NAME (untrained, for timing). Repeat for several. Paths may be gs:// or https://.",
+        "random:NAME (untrained, for timing). Repeatable for an ensemble. Paths may be gs:// or "
+        "https://.",
         affects_weights=False,
     )
     teacher_image_size: tuple[int, ...] = option(
         (),
-        "Side in pixels that each teacher takes; empty: what its file says, else --image_size.",
+        "Side of each teacher's input in pixels, >= 1. Given once for all teachers or once for "
+        "each. Empty: the size in the model's file, else --image_size.",
     )
     teacher_range: tuple[str, ...] = option(
         ("auto",),
-        "Value range that each teacher takes: -1,1 or 0,1 or 0,255. auto: what a probe batch "
-        "shows of a SavedModel that is a BiT, 0,255 for app: (it takes no other), else -1,1.",
+        "Value range of each teacher's input: -1,1 or 0,1 or 0,255. Given once or once for each "
+        "teacher. auto: measured on a probe batch for a SavedModel of a BiT, 0,255 for app:, else "
+        "-1,1.",
         choices=(*RANGES, "auto"),
     )
     teacher_outputs: str = option(
         "auto",
-        "What a teacher returns; auto looks at its last layer and at its outputs.",
+        "What the teachers output. auto: inferred from the last layer and from the values of the outputs.",
         choices=OUTPUTS,
     )
     teacher_sha256: tuple[str, ...] = option(
         (),
-        "SHA-256 (hex) that each teacher's file must have; empty: any.",
+        "Expected SHA-256 (hex) of each teacher's file, in the order of --teacher. Empty: not checked.",
         affects_weights=False,
     )
     teacher_precision: tuple[str, ...] = option(
         ("float32",),
-        "Form that each teacher is asked in: float32; bfloat16; or int8, its convolutions with "
-        "whole numbers from -127 to 127.",
+        "Precision of each teacher's forward pass: float32; bfloat16; or int8, which quantises "
+        "the convolutions to integers from -127 to 127. Given once or once for each teacher.",
         choices=TEACHER_PRECISIONS,
     )
     min_teacher_agreement: float = option(
         0.98,
-        "A cheap form must give the float32 teacher's most likely class on at least this share of "
-        "512 training views, in [0, 1].",
+        "Least share, in [0, 1], of 512 training views on which a teacher in lower precision must "
+        "have the float32 teacher's top-1 class; below it the job stops.",
         affects_weights=False,
     )
     ensemble: str = option(
         "mean_logits",
-        "Several teachers: mean_logits (paper), mean_probabilities, or sum_losses: the sum of the "
-        "distances (big_vision).",
+        "How several teachers are combined: mean_logits (paper), mean_probabilities, or "
+        "sum_losses, the sum of the distances to each teacher (big_vision).",
         choices=ENSEMBLES,
     )
 
@@ -228,7 +231,7 @@ class TeacherOptions:
         """Checks each field.
 
         Raises:
-            ConfigError: names the flag, its value and what it may be.
+            ConfigError: names the flag, its value and the valid values.
         """
         share = self.min_teacher_agreement
         require(self, "min_teacher_agreement", 0 <= share <= 1, "it must be from 0 to 1")
@@ -236,7 +239,7 @@ class TeacherOptions:
             count = len(getattr(self, name))
             if count > 1 and count != len(self.teacher):
                 raise ConfigError(
-                    f"--{name} is given {count} times for {len(self.teacher)} teachers: once, or once each"
+                    f"--{name} is given {count} times for {len(self.teacher)} teachers: give it once, or once for each"
                 )
         positive = all(side >= 1 for side in self.teacher_image_size)
         require(self, "teacher_image_size", positive, "it must be at least 1")
@@ -244,43 +247,44 @@ class TeacherOptions:
 
 @dataclasses.dataclass(frozen=True)
 class StudentOptions:
-    """The student and its arithmetic."""
+    """The student and its precision."""
 
     group: ClassVar[str] = "student"
 
     student: str = option(
         "bit-r50x1",
-        "bit-tiny, bit-small, bit-r50x1, ..., resnet50v2, mobilenetv3-large, mobilenetv3-small, "
-        "app:NAME; these, but not BiT, also with -gn: group in place of batch normalisation "
-        "(paper: MobileNetV3); keras:PATH.",
+        "Architecture: bit-tiny, bit-small, bit-r50x1, ..., resnet50v2, mobilenetv3-large, "
+        "mobilenetv3-small, or app:NAME (keras.applications). All of these but BiT take the "
+        "suffix -gn, which replaces batch by group normalisation (paper: MobileNetV3). keras:PATH "
+        "loads an architecture from a file.",
     )
     student_weights: str = option(
         "",
-        "Weights that the student starts from (paper, Fig. 5): keras:PATH or h5:PATH of the same "
-        "network; for a bit-ARCH also bit:ARCH@FILE.npz or a published bit:NAME. With their "
-        "classifier if that has as many classes as the data. Empty: drawn.",
+        "Initial weights of the student (paper, Fig. 5): keras:PATH or h5:PATH of the same "
+        "network; for bit-ARCH also bit:ARCH@FILE.npz or a published bit:NAME. The classifier is "
+        "loaded too if it has as many classes as the data. Empty: random initialisation.",
         affects_weights=False,
     )
     root_pool: str = option(
         "zero",
-        "Border of the root pool of BiT students and bit: teachers: zero (the released BiT) or "
-        "inf (big_vision's own model).",
+        "Padding of the root max-pooling in BiT students and bit: teachers: zero (released BiT "
+        "weights) or inf (big_vision's own model).",
         choices=ROOT_POOLS,
     )
     image_size: int = option(
         128,
-        "Side in pixels of the student's images (paper: 128 for small sets, 224 for ImageNet).",
+        "Side of the student's input in pixels, >= 1 (paper: 128 for small data sets, 224 for ImageNet).",
     )
     student_range: str = option(
         "-1,1",
-        "Value range that the student takes: -1,1 or 0,1 or 0,255.",
+        "Value range of the student's input: -1,1 or 0,1 or 0,255.",
         choices=RANGES,
     )
     precision: str = option(
         "float32",
-        "Arithmetic of the student; losses and updates are always float32. The same on all "
-        "hardware unless it is asked for, since it decides the weights; mixed_bfloat16 is the "
-        "usual choice on a TPU.",
+        "Precision of the student's forward and backward pass; losses and weight updates are "
+        "always float32. It affects the weights, so the default is the same on all hardware; "
+        "mixed_bfloat16 is usual on a TPU.",
         choices=PRECISIONS,
     )
 
@@ -288,7 +292,7 @@ class StudentOptions:
         """Checks each field.
 
         Raises:
-            ConfigError: names the flag, its value and what it may be.
+            ConfigError: names the flag, its value and the valid values.
         """
         require(self, "image_size", self.image_size >= 1, "it must be at least 1")
 
@@ -301,31 +305,35 @@ class MethodOptions:
 
     recipe: str = option(
         "",
-        "Published settings for the flags that are not given: flowers102_fast, ...; `funmatch recipes` lists them.",
+        "Published settings, for example flowers102_fast, for all flags that are not given; "
+        "`funmatch recipes` lists them.",
         affects_weights=False,
     )
     views: str = option(
         "mix",
-        "What teacher and student see (paper, section 3.1.1). fix: the teacher's output is fixed "
-        "for each image; ind: own crops; same: one crop for both; mix: same/ic with mixup, which "
-        "is function matching. rs: whole image; cc: central crop; rc: mild random crop; ic: "
-        "inception crop; ic_ens: mean over --fixed_crops inception crops.",
+        "Inputs of teacher and student (paper, section 3.1.1). fix/*: teacher outputs computed "
+        "once for each image; ind/*: independent crops; same/*: one crop for both; mix: same/ic "
+        "with mixup, which is function matching. rs: whole image resized; cc: central crop; rc: "
+        "mild random crop; ic: inception crop; ic_ens: teacher's mean over --fixed_crops "
+        "inception crops.",
         choices=VIEWS,
     )
     mixup: str = option(
         "batch",
-        "With --views=mix, a coefficient uniform in [0, 1]: batch: one a step (big_vision); "
-        "example: one for each image.",
+        "With --views=mix, how often a mixup coefficient is sampled, uniform in [0, 1]. batch: "
+        "one for each step (big_vision); example: one for each image.",
         choices=MIXUPS,
     )
     mixup_alpha: float = option(
         1.0,
-        "Mixup's coefficient is Beta(alpha, alpha), in (0, 1]; 1: uniform (paper). BiT-HyperRule: 0.1.",
+        "The mixup coefficient is sampled from Beta(alpha, alpha), alpha in (0, 1]. 1: uniform "
+        "(paper); BiT-HyperRule: 0.1.",
     )
     resize_size: int = option(
         0,
-        "Crop as BiT-HyperRule does: the whole image squashed to this side, then a random crop of "
-        "--image_size; evaluation sees the squashed image whole. 0: as --views says.",
+        "Cropping of BiT-HyperRule: resize the image to a square of this side in pixels, then "
+        "take a random crop of --image_size; evaluation takes the whole square. 0: crop as "
+        "--views says.",
     )
     min_crop_area: float = option(
         0.05,
@@ -333,27 +341,28 @@ class MethodOptions:
     )
     central_fraction: float = option(
         0.8,
-        "Side of the central crop, which evaluation sees, and of the mild random crop, as a share "
-        "of the image's smaller side, in (0, 1] (big_vision: 0.8 for the small sets, 0.875 for "
+        "Side of the central crop (evaluation) and of the mild random crop, as a share of the "
+        "image's shorter side, in (0, 1] (big_vision: 0.8 for small data sets, 0.875 for "
         "ImageNet).",
     )
     fixed_crops: int = option(
         1000,
-        "Crops averaged for --views=fix/ic_ens (paper: 1,000).",
+        "Number of crops averaged with --views=fix/ic_ens, >= 1 (paper: 1,000).",
     )
     distance: str = option(
         "kl",
-        "kl: match the teacher (paper, eq. 1, times T^2). hard: its most likely class. l2, "
-        "euclidean: its logits. labels: cross-entropy with the labels, no teacher.",
+        "Loss between student and teacher. kl: KL divergence of softened probabilities (paper, "
+        "eq. 1, times T^2); hard: cross-entropy with the teacher's top-1 class; l2, euclidean: "
+        "distance of the logits; labels: cross-entropy with the labels, without a teacher.",
         choices=DISTANCES,
     )
     temperature: float = option(
         1.0,
-        "Softmax temperature of both models in --distance=kl, > 0 (paper: 1, 2, 5 or 10).",
+        "Softmax temperature T of both models with --distance=kl, > 0 (paper: 1, 2, 5 or 10).",
     )
     label_smoothing: float = option(
         0.0,
-        "With --distance=hard, probability given to the other classes together, in [0, 1).",
+        "With --distance=hard, total probability of the other classes, in [0, 1).",
     )
     optimizer: str = option(
         "adamw",
@@ -363,13 +372,13 @@ class MethodOptions:
     )
     schedule: str = option(
         "cosine",
-        "Of the learning rate after the warm-up: cosine to 0 (paper), or step: a tenth after each "
+        "Learning rate after the warm-up. cosine: decay to 0 (paper); step: times 0.1 after each "
         "of --boundaries (BiT-HyperRule).",
         choices=SCHEDULES,
     )
     boundaries: tuple[int, ...] = option(
         (),
-        "With --schedule=step, numbers of updates, ascending. Repeatable.",
+        "Steps at which --schedule=step decays the learning rate, > 0, ascending. Repeatable.",
     )
     learning_rate: float = option(
         0.001,
@@ -377,47 +386,49 @@ class MethodOptions:
     )
     weight_decay: float = option(
         0.0001,
-        "Decoupled, on kernels only, times the schedule but not times the learning rate; >= 0.",
+        "Decoupled weight decay of kernels, >= 0. It is scaled by the schedule but not by --learning_rate.",
     )
     clip_norm: float = option(
         1.0,
-        "Bound of the gradient's global L2 norm, after the all-reduce; 0 is off.",
+        "Largest global L2 norm of the gradients, after the all-reduce, >= 0. 0: no clipping.",
     )
     warmup_steps: int = option(
         -1,
-        "Linear warm-up from 0; -1: 1,500 or a tenth of the run, whichever is less.",
+        "Steps of linear warm-up from 0. -1: 1,500 or a tenth of the run, whichever is less.",
     )
     max_warmup: float = option(
         0.0,
-        "Warm-up takes at most this share of the run, in [0, 1], for published warm-ups on short runs; 0: any.",
-        affects_weights=False,  # `resolve` puts what follows from it into warmup_steps
+        "Upper bound of the warm-up as a share of the run, in [0, 1]; for published warm-ups on "
+        "short runs. 0: no bound.",
+        affects_weights=False,  # `Config.resolve` applies it to warmup_steps, which does
     )
     steps: int = option(
         0,
-        "Updates to make; give this or --epochs.",
+        "Training steps, >= 0. Give either this or --epochs.",
     )
     epochs: float = option(
         0.0,
-        "Passes over the training split, turned into round(epochs * examples / batch) steps.",
+        "Passes over the training split, >= 0, converted to round(epochs * examples / batch_size) steps.",
     )
     schedule_steps: int = option(
         0,
-        "Step at which the learning rate reaches 0; 0: the run's end. A run may end earlier or later.",
+        "Step at which the learning rate reaches 0, >= 0; the run may end earlier or later. 0: the last step.",
     )
     batch_size: int = option(
         512,
-        "Images a step, over all replicas (paper: 512, ImageNet 4096).",
+        "Images in a training step, summed over all replicas, >= 1 (paper: 512; ImageNet: 4096).",
     )
     seed: int = option(
         0,
-        "Seed of weights, order and views, 0 to 2^31 - 1.",
+        "Seed of initial weights, example order and views, 0 to 2^31 - 1.",
     )
     compat: tuple[str, ...] = option(
         (),
-        "Do as the Keras example does, to compare: keras_example (all of it), or points of it: "
-        "crop (160 -> 128), central (evaluation sees 0.875 of each side), mixup (reversed "
-        "partner), t2 (no T^2), distance (no T^2, softmaxes clipped), clip (each variable), decay "
-        "(all variables, whatever the rate). Repeatable.",
+        "Reproduce the Keras example for comparison: keras_example (all points), or single "
+        "points: crop (160 -> 128), central (evaluation takes 0.875 of each side), mixup "
+        "(partners in reversed order), t2 (no T^2), distance (no T^2, clipped softmax), clip "
+        "(each variable's gradient on its own), decay (all variables, not scaled by the "
+        "schedule). Repeatable.",
         choices=COMPAT,
     )
 
@@ -425,7 +436,7 @@ class MethodOptions:
         """Checks each field, and fields of this group against each other.
 
         Raises:
-            ConfigError: names the flag, its value and what it may be.
+            ConfigError: names the flag, its value and the valid values.
         """
         for name in ("batch_size", "fixed_crops"):
             require(self, name, getattr(self, name) >= 1, "it must be at least 1")
@@ -439,7 +450,7 @@ class MethodOptions:
         require(self, "boundaries", ascending, "they must be above 0 and ascend")
         if (self.schedule == "step") != bool(self.boundaries):
             raise ConfigError(
-                f"--schedule={self.schedule} with --boundaries={self.boundaries}: step needs them, cosine has none"
+                f"--schedule={self.schedule} with --boundaries={self.boundaries}: only step takes boundaries, and it needs them"
             )
         require(self, "max_warmup", 0 <= self.max_warmup <= 1, "it must be from 0 to 1")
         require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "it must be at least 0 and below 1")
@@ -450,107 +461,108 @@ class MethodOptions:
                 f"--steps={self.steps} and --epochs={self.epochs}: give one of the two, or 0 for the other"
             )
         if self.distance == "labels" and self.views not in ("same/rc", "same/ic", "mix"):
-            raise ConfigError(
-                f"--views={self.views} is about a teacher; --distance=labels takes same/rc, same/ic or mix"
-            )
+            raise ConfigError(f"--views={self.views} needs a teacher; --distance=labels takes same/rc, same/ic or mix")
         if self.optimizer != "adamw" and self.like_example("decay"):
-            raise ConfigError(f"--optimizer={self.optimizer}: the Keras example's decay (--compat) is that of adamw")
+            raise ConfigError(f"--optimizer={self.optimizer}: --compat=decay takes adamw only")
         if self.distance not in ("kl", "labels") and (self.like_example("distance") or self.like_example("t2")):
-            raise ConfigError(f"--distance={self.distance}: the Keras example's distance (--compat) is kl")
+            raise ConfigError(f"--distance={self.distance}: --compat=distance and --compat=t2 take kl only")
 
     def like_example(self, point: str) -> bool:
-        """Whether `--compat` asks for this point (one of `COMPAT`) of the Keras example."""
+        """Whether `--compat` selects this point (one of `COMPAT`) of the Keras example."""
         return point in self.compat or "keras_example" in self.compat
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """How a run proceeds on the machine; apart from `store_size`, nothing here changes the weights."""
+    """How a run is executed; of these, only `store_size` affects the weights."""
 
     group: ClassVar[str] = "running"
 
     store_size: int = option(
         0,
-        "Side in pixels of the squares that images are kept as before cropping; 0: --resize_size, "
-        "or twice --image_size.",
+        "Images are stored as squares of this side in pixels before they are cropped, >= 0. 0: "
+        "--resize_size if set, else twice --image_size.",
     )
     steps_per_loop: int = option(
         0,
-        "Steps that the device runs between looks of the host; 0: chosen by hardware.",
+        "Training steps that run on the device without returning to the host, >= 0. 0: chosen for the accelerator.",
         affects_weights=False,
     )
     log_every: int = option(
         0,
-        "Steps between rows of metrics.jsonl; 0: a hundredth of the run.",
+        "Steps between training rows of metrics.jsonl, >= 0. 0: a hundredth of the run.",
         affects_weights=False,
     )
     eval_every: int = option(
         0,
-        "Steps between evaluations; 0: a tenth of the run.",
+        "Steps between evaluations on --eval_split, >= 0. 0: a tenth of the run.",
         affects_weights=False,
     )
     checkpoint_every: int = option(
         0,
-        "Steps between checkpoints; 0: a tenth of the run.",
+        "Steps between checkpoints, >= 0. 0: a tenth of the run.",
         affects_weights=False,
     )
     keep_checkpoints: int = option(
         2,
-        "Newest checkpoints kept, >= 1.",
+        "Number of newest checkpoints to keep, >= 1.",
         affects_weights=False,
     )
     keep_best: str = option(
         "none",
-        "Keep, beside the newest, the checkpoint of the best evaluation by student_top1, "
-        "agreement_top1 or kl (the least). none: the paper's practice, which knows no best.",
+        "Also keep the checkpoint of the best evaluation by this metric: highest student_top1 or "
+        "agreement_top1, or lowest kl. none: keep only the newest (paper).",
         affects_weights=False,
         choices=BEST,
     )
     export_from: str = option(
         "last",
-        "Measure and export the last weights (paper), or the best by --keep_best, which --eval_split then has chosen.",
+        "Weights that are evaluated on --final_split and exported. last: those of the last step "
+        "(paper); best: those that --keep_best selected on --eval_split.",
         affects_weights=False,
         choices=("last", "best"),
     )
     lease_seconds: float = option(
         60.0,
-        "gs:// workdirs: seconds without a sign of life of their job after which another may take "
-        "over; 0: any number may write.",
+        "For gs:// workdirs, seconds without a renewal of the writer's lease after which another "
+        "job may take over, >= 0. 0: no lease, so two jobs are not kept from writing to one "
+        "workdir.",
         affects_weights=False,
     )
     eval_batch_size: int = option(
         0,
-        "Images a step of evaluation; 0: --batch_size.",
+        "Images in an evaluation step, >= 0. 0: --batch_size.",
         affects_weights=False,
     )
     tpu: str = option(
         "none",
-        "none, local (a TPU VM or Vertex AI), a name, grpc://HOST:PORT, or '' for the "
-        "environment's (TPU_NAME, TPU_CONFIG). With none: all GPUs of the machine, or of the "
-        "machines in TF_CONFIG; else the CPU.",
+        "none, local (a TPU VM or Vertex AI), a TPU's name, grpc://HOST:PORT, or '' to read "
+        "TPU_NAME or TPU_CONFIG from the environment. With none, the job uses all GPUs of this "
+        "machine or of the machines in TF_CONFIG, else the CPU.",
         affects_weights=False,
     )
     hp_metric: str = option(
         "student_top1",
-        "What a trial of a hyperparameter study reports on the evaluation split, under this name "
-        "(the study's metricId).",
+        "Metric on --eval_split that a trial reports to its hyperparameter study; the study's "
+        "metricId must have this name.",
         affects_weights=False,
         choices=HP_METRICS,
     )
     jit_compile: str = option(
         "auto",
-        "XLA for the step. auto: on for GPU; a TPU always compiles; a CPU runs small models faster without.",
+        "Compile the training step with XLA. auto: on for GPUs, off for CPUs, where small models "
+        "run faster without; TPUs always compile.",
         affects_weights=False,
         choices=JIT,
     )
     check: bool = option(
         False,
-        "Look at accelerator, data, teacher, workdir and first batch, say what is there, and stop.",
+        "Check accelerator, data, teacher, workdir and the first batch, print the findings, and exit.",
         affects_weights=False,
     )
     dry_run: bool = option(
         False,
-        "Build everything, run one step, print the plan; write nothing.",
+        "Build everything, run one step, print the plan and exit; nothing is written.",
         affects_weights=False,
     )
 
@@ -558,7 +570,7 @@ class RunOptions:
         """Checks each field, and fields of this group against each other.
 
         Raises:
-            ConfigError: names the flag, its value and what it may be.
+            ConfigError: names the flag, its value and the valid values.
         """
         require(self, "keep_checkpoints", self.keep_checkpoints >= 1, "it must be at least 1")
         for name in (
@@ -572,4 +584,4 @@ class RunOptions:
         ):
             require(self, name, getattr(self, name) >= 0, "it must not be negative")
         if self.export_from == "best" and self.keep_best == "none":
-            raise ConfigError("--export_from=best: nothing is kept as the best: give --keep_best=student_top1 too")
+            raise ConfigError("--export_from=best: it needs --keep_best, for example --keep_best=student_top1")

@@ -1,4 +1,8 @@
-"""SIGTERM and SIGINT: in training a flag that the loop looks at (finish the device's loop, save); elsewhere a `Stopped` at once."""
+"""SIGTERM and SIGINT as a flag or as an exception.
+
+The training loop polls the flag, so that it can finish the device's steps and save. Other phases
+have nothing to save, and the signal raises `Stopped` at once.
+"""
 
 from __future__ import annotations
 
@@ -11,54 +15,58 @@ from trainer.core.errors import FunmatchError, Stopped
 OTHER_MACHINE = "a signal to another machine"
 
 
-def _led_to(first: BaseException, last: BaseException) -> bool:
-    """Whether `last` is an error made of `first`, as where a library's many errors all mean that a file is damaged."""
-    link: BaseException | None = last
-    while link is not None and link is not first:
+def _is_caused_by(cause: BaseException, error: BaseException) -> bool:
+    """Whether `cause` is in the chain of exceptions that led to `error`."""
+    link: BaseException | None = error
+    while link is not None and link is not cause:
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    return link is first
+    return link is cause
 
 
 class StopRequest:
-    """While entered, notes the first signal; a second one of SIGINT ends the process at once, as people expect.
+    """Records SIGTERM and SIGINT while entered; a second SIGINT ends the process at once.
 
-    Requests nest: the inner one gets the signals, and begins with what the outer one has noted.
+    Requests nest: the inner one handles the signals, and starts with the signal that the outer one
+    has recorded.
+
+    Attributes:
+        name: the last signal, such as "SIGTERM"; empty before the first one.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
         """
         Args:
-            at_once: where nothing needs saving: raise `Stopped` from wherever the program is.
+            at_once: raise `Stopped` from the signal handler, for phases with nothing to save.
         """
         self.name = ""
         self._at_once = at_once
         self._raised: Stopped | None = None
-        self._before: dict[int, object] = {}
+        self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():
-            return self  # signals go to the main thread, and only it may say what happens then
+            return self  # Python lets only the main thread set signal handlers
         for number in (signal.SIGTERM, signal.SIGINT):
-            before = self._before[number] = signal.signal(number, self._note)
-            outer = getattr(before, "__self__", None)
+            previous = self._previous_handlers[number] = signal.signal(number, self._handle)
+            outer = getattr(previous, "__self__", None)
             if isinstance(outer, StopRequest) and outer.name:
                 self.name = outer.name
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        # Whoever runs our code (a tracer, an import) may have wrapped what was raised into an error of its own.
+        # TensorFlow's tracer, an import or a loader may have wrapped `Stopped` in its own error.
         if self._raised is None or error is self._raised or not isinstance(error, Exception):
             return
-        if isinstance(error, Stopped) or not isinstance(error, FunmatchError) or _led_to(self._raised, error):
+        if isinstance(error, Stopped) or not isinstance(error, FunmatchError) or _is_caused_by(self._raised, error):
             raise Stopped(*self._raised.args) from None
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         if self.name and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
-        again, self.name = bool(self.name), signal.Signals(number).name
-        if self._at_once and not again:  # a second one must not cut the first one's cleaning up short
+        repeated, self.name = bool(self.name), signal.Signals(number).name
+        if self._at_once and not repeated:  # a second one must not interrupt the cleanup
             self._raised = Stopped(f"stopped by {self.name}: give the same command again")
             raise self._raised

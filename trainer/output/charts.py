@@ -1,4 +1,4 @@
-"""Curves of a run as SVG, in the page's colours."""
+"""Curves of a run as SVG, in the colours of the report."""
 
 from __future__ import annotations
 
@@ -10,111 +10,116 @@ import numpy as np
 
 from trainer.output import formatting
 
-_CURVE_POINTS = 500  # of one line; longer histories are averaged in buckets
+_CURVE_POINTS = 500  # per line; longer histories are averaged in buckets
 
-# Colours that matplotlib writes, and the CSS variables that replace them (light, dark, print).
-_INK = {
+# Placeholder colours for matplotlib, and the CSS variables that replace them.
+_CSS_VARIABLES = {
     "#010101": "var(--ink)",
     "#020202": "var(--muted)",
     "#030303": "var(--line)",
     "#040404": "var(--student)",
     "#050505": "var(--teacher)",
 }
-_TEXT, _MUTED, _LINE, _STUDENT, _TEACHER = _INK
+_TEXT, _MUTED, _LINE, _STUDENT, _TEACHER = _CSS_VARIABLES
 
 
 def curves(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The panels that have something to show: {title, last, caption, label, svg}."""
+    """The charts of a run, without those that have no values.
+
+    Args:
+        history: rows of metrics.jsonl.
+
+    Returns:
+        For each chart its `title`, `last` (values as text), `caption`, `label` (for screen readers)
+        and `svg`.
+    """
     train, evaluations = formatting.rows(history, "train"), formatting.rows(history, "eval")
     splits = sorted({str(row.get("split", "")) for row in evaluations})
+    several_splits = len(splits) > 1
 
-    many = len(splits) > 1
-
-    def training(key: str) -> dict[str, Any]:
+    def training_line(key: str) -> dict[str, Any]:
         return {"points": _points_of(train, key), "name": "training views", "noisy": True}
 
-    def evaluation(key: str, who: str) -> list[dict[str, Any]]:
+    def evaluation_lines(key: str, model: str) -> list[dict[str, Any]]:
         lines = []
         for split in splits:
             rows = [row for row in evaluations if str(row.get("split", "")) == split]
-            teacher = who == "teacher"
-            name = ", ".join(part for part in (who, split if many or not who else "") if part)
+            teacher = model == "teacher"
+            name = ", ".join(part for part in (model, split if several_splits or not model else "") if part)
             lines.append({"points": _points_of(rows, key), "name": name, "teacher": teacher})
         return lines
 
     panels = [
         (
             "Loss",
-            [training("loss") | {"name": "loss"}],
+            [training_line("loss") | {"name": "loss"}],
             "real",
-            "What training lowers; the pale line is each log row, the strong one its running mean.",
+            "The training loss; the pale line is each log row, the strong one its running mean.",
         ),
         (
-            "Top-1 accuracy" + (f", {splits[0]}" if splits and not many else ""),
-            evaluation("student_top1", "student") + evaluation("teacher_top1", "teacher"),
+            "Top-1 accuracy" + (f", {splits[0]}" if splits and not several_splits else ""),
+            evaluation_lines("student_top1", "student") + evaluation_lines("teacher_top1", "teacher"),
             "share",
-            "Share of first answers that are true; where the solid line meets the dashed one, "
-            "the student has caught up with the teacher.",
+            "Share of images whose most likely class is the true one; the teacher's line is dashed.",
         ),
         (
             "Agreement",
-            [training("agreement"), *evaluation("agreement_top1", "")],
+            [training_line("agreement"), *evaluation_lines("agreement_top1", "")],
             "share",
-            "Share of pictures on which both models give the same first answer; mixed training "
-            "views are harder to agree on than whole pictures.",
+            "Share of images with the same top-1 class in both models; it is lower on training views "
+            "with mixup than on evaluation images.",
         ),
         (
             "KL divergence",
-            [training("kl"), *evaluation("kl", "")],
+            [training_line("kl"), *evaluation_lines("kl", "")],
             "real",
-            "Distance from the teacher's probabilities to the student's, in nats at temperature 1; "
-            "zero is a perfect copy.",
+            "KL divergence from the teacher's to the student's probabilities, in nats at temperature 1.",
         ),
         (
             "Learning rate",
-            [training("learning_rate") | {"name": "learning rate", "noisy": False}],
+            [training_line("learning_rate") | {"name": "learning rate", "noisy": False}],
             "plain",
-            "The schedule as it was applied, step by step; the figure above is its peak.",
+            "The learning rate of each step; the figure above is its peak.",
         ),
         (
             "Speed",
-            [training("images_per_second") | {"name": "images/s"}],
+            [training_line("images_per_second") | {"name": "images/s"}],
             "plain",
-            "Images trained on in a second; a dip is time lost to loading or saving.",
+            "Training images per second; dips are waits for data or checkpoints.",
         ),
     ]
     end = max((float(row["step"]) for row in train + evaluations), default=0.0)
-    drawn = []
+    charts = []
     for number, (name, lines, scale, caption) in enumerate(panels):
         lines = [line for line in lines if line["points"]]
         if not lines:
             continue
-        form = formatting.percent if scale == "share" else formatting.real
-        endings = [f"{line['name'] or 'evaluation'} {form(_ending(line))}" for line in lines]
+        format_value = formatting.percent if scale == "share" else formatting.real
+        last_values = [f"{line['name'] or 'evaluation'} {format_value(_last_value(line))}" for line in lines]
         if name == "Learning rate":
-            endings = [f"peak {formatting.real(max(value for _, value in lines[0]['points']))}"]
-        first = min(line["points"][0][0] for line in lines)
-        last = max(line["points"][-1][0] for line in lines)
-        drawn.append(
+            last_values = [f"peak {formatting.real(max(value for _, value in lines[0]['points']))}"]
+        first_step = min(line["points"][0][0] for line in lines)
+        last_step = max(line["points"][-1][0] for line in lines)
+        charts.append(
             {
                 "title": name,
-                "last": "; ".join(endings),
+                "last": "; ".join(last_values),
                 "caption": caption,
-                "label": f"Line chart of {name}, steps {first:,.0f} to {last:,.0f}: {'; '.join(endings)}.",
+                "label": f"Line chart of {name}, steps {first_step:,.0f} to {last_step:,.0f}: {'; '.join(last_values)}.",
                 "svg": _draw(f"c{number}", lines, scale, end),
             }
         )
-    return drawn
+    return charts
 
 
-def _ending(line: dict[str, Any]) -> float:
+def _last_value(line: dict[str, Any]) -> float:
     """The last value, of the running mean where there is one."""
     values = np.array([value for _, value in line["points"]])
     return float((_running_mean(values) if line.get("noisy") else values)[-1])
 
 
 def _points_of(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) where there is a value."""
+    """Pairs (step, value) of the rows that have a value."""
     pairs = ((float(row["step"]), formatting.number(row.get(key))) for row in rows)
     return [(step, value) for step, value in pairs if value is not None]
 
@@ -131,26 +136,37 @@ def _tick(value: Any, _position: Any = None) -> str:
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """The mean over up to a 25th of all values around each; float [n] -> float [n].
+    """Centred moving average over a 25th of the values; float [n] -> float [n].
 
-    Near the start it looks ahead no further than back, so that a steep descent is not bent.
+    Near the ends the window is shorter and stays centred, so that a steep start is not distorted.
     """
     total = np.concatenate([[0.0], np.cumsum(values)])
-    at, reach = np.arange(len(values)), len(values) // 50
-    back = np.minimum(at, reach)
-    ahead = np.minimum(back, len(values) - 1 - at)
-    return (total[at + ahead + 1] - total[at - back]) / (back + ahead + 1)
+    index, reach = np.arange(len(values)), len(values) // 50
+    back = np.minimum(index, reach)
+    ahead = np.minimum(back, len(values) - 1 - index)
+    return (total[index + ahead + 1] - total[index - back]) / (back + ahead + 1)
 
 
 def _draw(prefix: str, lines: list[dict[str, Any]], scale: str, end: float) -> Any:
-    """One panel, over steps 0 to `end`, as inline SVG whose ids start with `prefix`."""
+    """Draws one chart as inline SVG.
+
+    Args:
+        prefix: start of the SVG's ids, which must be unique in the report.
+        lines: each with `points` (step, value) and `name`; of training also `noisy`, of evaluation
+            also `teacher`.
+        scale: of the values: "share", "real" (logarithmic if they span a factor of 20) or "plain".
+        end: last step of the axis.
+
+    Returns:
+        A `markupsafe.Markup`.
+    """
     import matplotlib
     from markupsafe import Markup
     from matplotlib import ticker
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # not the user's matplotlibrc
+        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
         matplotlib.rcParams.update(
             {
                 "svg.hashsalt": "funmatch",
@@ -170,7 +186,7 @@ def _draw(prefix: str, lines: list[dict[str, Any]], scale: str, end: float) -> A
             colour = _TEACHER if line.get("teacher") else _STUDENT
             if noisy is not None and len(lines) > 1:
                 colour = _MUTED
-            if noisy is not None:  # a row of the training log
+            if noisy is not None:  # a training metric
                 smooth = _running_mean(shown) if noisy else shown
                 if len(shown) > _CURVE_POINTS:
                     buckets = np.array_split(np.arange(len(shown)), _CURVE_POINTS)
@@ -232,13 +248,13 @@ def _draw(prefix: str, lines: list[dict[str, Any]], scale: str, end: float) -> A
 
 
 def _inline(svg: str, prefix: str) -> str:
-    """Makes matplotlib's file a part of the page: own ids, the page's colours and font."""
+    """Converts matplotlib's SVG file for inlining: unique ids, colours and font of the report."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{prefix}-", svg)
     svg = re.sub(r"\bfont: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg)
-    for colour, variable in _INK.items():
+    for colour, variable in _CSS_VARIABLES.items():
         svg = svg.replace(colour, variable)
     return re.sub(r"\n\s*", "\n", svg).strip()

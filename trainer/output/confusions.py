@@ -1,4 +1,4 @@
-"""Who takes what for what: tables and a matrix of two models' first choices."""
+"""Confusions of the student with the labels and with the teacher: tables and a matrix."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from trainer.output import formatting
 
-_MATRIX_CLASSES = 40  # the most classes whose confusion matrix can be read
+_MATRIX_CLASSES = 40  # a larger confusion matrix is not readable
 _PAIRS = 12  # rows of the tables of confusions
-_WORST = 10  # rows of the table of classes
+_WORST = 10  # rows of the table of classes with the lowest accuracy
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """The first choice of each model on every example of the final split.
+    """The top-1 class of each model for every example of the final split.
 
     Attributes:
-        labels: int [n], the true classes in 0..len(classes)-1; None where they are unknown.
+        labels: int [n], the true classes in 0..len(classes)-1; None if unknown.
         teacher: int [n]; None without a teacher.
         student: int [n].
         classes: names, by class index.
@@ -34,11 +34,17 @@ class Predictions:
     def __post_init__(self) -> None:
         sizes = {np.shape(x) for x in (self.labels, self.teacher, self.student) if x is not None}
         if len(sizes) > 1 or len(next(iter(sizes))) != 1:
-            raise ValueError(f"predictions must have one and the same length, got {sorted(sizes)}")
+            raise ValueError(f"labels and predictions must have the same length, got {sorted(sizes)}")
 
 
 def confusions(predictions: Predictions) -> dict[str, Any] | None:
-    """Tables {title, caption, columns, rows, empty} and the matrix of who takes what for what."""
+    """The report's section on confusions.
+
+    Returns:
+        `size` (number of examples), `tables` and `matrix` as the template takes them; None if there
+        is nothing to show. A table has a `title`, a `caption`, `columns` (names), `text_columns`
+        (how many of them are text), `rows` and `empty` (text shown without rows).
+    """
     student = np.asarray(predictions.student, np.int64)
     labels, teacher = (
         None if x is None else np.asarray(x, np.int64) for x in (predictions.labels, predictions.teacher)
@@ -61,7 +67,7 @@ def confusions(predictions: Predictions) -> dict[str, Any] | None:
     if 1 < len(names) <= _MATRIX_CLASSES and labels is not None:
         matrix = _matrix(labels, student, names, "true class")
     elif 1 < len(names) <= _MATRIX_CLASSES and teacher is not None:
-        matrix = _matrix(teacher, student, names, "teacher's answer")
+        matrix = _matrix(teacher, student, names, "teacher's prediction")
     if not tables and not matrix:
         return None
     return {"size": student.size, "tables": tables, "matrix": matrix}
@@ -72,10 +78,10 @@ def _name(names: list[str], index: int) -> str:
 
 
 def _mistakes(labels: np.ndarray, teacher: np.ndarray | None, student: np.ndarray, names: list[str]) -> dict[str, Any]:
-    caption = "A row counts the pictures of one class that the student takes for another"
-    columns = ["True class", "Student says", "Pictures", "Share of class"]
+    caption = "A row counts the images of one class that the student predicts as another"
+    columns = ["True class", "Student", "Images", "Share of class"]
     if teacher is not None:
-        caption += ", and how many of these mistakes the teacher makes too"
+        caption += ", and how often the teacher makes the same mistake"
         columns.append("Teacher too")
     rows = []
     for a, b, at in _pairs(labels, student):
@@ -88,7 +94,7 @@ def _mistakes(labels: np.ndarray, teacher: np.ndarray | None, student: np.ndarra
         "title": "Most frequent mistakes of the student",
         "caption": caption + ".",
         "columns": columns,
-        "words": 2,
+        "text_columns": 2,
         "rows": rows,
         "empty": "The student made no mistake.",
     }
@@ -97,12 +103,12 @@ def _mistakes(labels: np.ndarray, teacher: np.ndarray | None, student: np.ndarra
 def _disagreements(
     labels: np.ndarray | None, teacher: np.ndarray, student: np.ndarray, names: list[str]
 ) -> dict[str, Any]:
-    caption = "A row counts the pictures that the teacher calls one class and the student another"
-    columns = ["Teacher says", "Student says", "Pictures"]
+    caption = "A row counts the images with one prediction of the teacher and another of the student"
+    columns = ["Teacher", "Student", "Images"]
     if labels is not None:
-        caption += ", and who is right on how many"
+        caption += ", and how often each is right"
         columns += ["Teacher right", "Student right"]
-    caption += f"; they agree on {formatting.percent((teacher == student).mean())} of all pictures."
+    caption += f"; they agree on {formatting.percent((teacher == student).mean())} of all images."
     rows = []
     for a, b, at in _pairs(teacher, student):
         row = [_name(names, a), _name(names, b), formatting.count(at.sum())]
@@ -113,60 +119,68 @@ def _disagreements(
         "title": "Most frequent disagreements",
         "caption": caption,
         "columns": columns,
-        "words": 2,
+        "text_columns": 2,
         "rows": rows,
-        "empty": "They agree on every picture.",
+        "empty": "They agree on every image.",
     }
 
 
 def _worst(labels: np.ndarray, teacher: np.ndarray | None, student: np.ndarray, names: list[str]) -> dict[str, Any]:
-    columns = ["Class", "Pictures", "Student"]
+    columns = ["Class", "Images", "Student"]
     if teacher is not None:
         columns += ["Teacher", "Gap, points"]
     classes = []
     for index in np.unique(labels).tolist():
         at = labels == index
-        own = float((student[at] == index).mean())
-        row = [_name(names, index), formatting.count(at.sum()), formatting.percent(own)]
+        student_top1 = float((student[at] == index).mean())
+        row = [_name(names, index), formatting.count(at.sum()), formatting.percent(student_top1)]
         if teacher is not None:
-            other = float((teacher[at] == index).mean())
-            row += [formatting.percent(other), formatting.points(own - other)]
-        classes.append((own, index, row))
+            teacher_top1 = float((teacher[at] == index).mean())
+            row += [formatting.percent(teacher_top1), formatting.points(student_top1 - teacher_top1)]
+        classes.append((student_top1, index, row))
     rows = [row for _, _, row in sorted(classes)[:_WORST]]
-    caption = f"The {len(rows)} of {len(classes):,} classes in which the student does worst"
+    caption = f"The {len(rows)} of {len(classes):,} classes with the lowest accuracy of the student"
     if teacher is not None:
-        caption += "; where the teacher is weak too, it had no better to learn from"
+        caption += ", with the teacher's for comparison"
     return {
         "title": "Classes with the lowest accuracy",
         "caption": caption + ".",
         "columns": columns,
-        "words": 1,
+        "text_columns": 1,
         "rows": rows,
         "empty": "",
     }
 
 
 def _who_is_right(labels: np.ndarray, teacher: np.ndarray, student: np.ndarray) -> dict[str, Any]:
-    own, other, same = student == labels, teacher == labels, student == teacher
+    student_right, teacher_right, same = student == labels, teacher == labels, student == teacher
     groups = [
-        ("Both right", own & other),
-        ("Only the teacher right", ~own & other),
-        ("Only the student right", own & ~other),
-        ("Both wrong, same answer", ~own & ~other & same),
-        ("Both wrong, different answers", ~own & ~other & ~same),
+        ("Both right", student_right & teacher_right),
+        ("Only the teacher right", ~student_right & teacher_right),
+        ("Only the student right", student_right & ~teacher_right),
+        ("Both wrong, same class", ~student_right & ~teacher_right & same),
+        ("Both wrong, different classes", ~student_right & ~teacher_right & ~same),
     ]
     return {
         "title": "Who is right",
-        "caption": "Every picture is in one row; “only the student right” shows what it did not take from the teacher.",
-        "columns": ["First answers", "Pictures", "Share"],
-        "words": 1,
+        "caption": "Each image is counted in one row.",
+        "columns": ["Top-1 classes", "Images", "Share"],
+        "text_columns": 1,
         "rows": [[name, formatting.count(at.sum()), formatting.percent(at.mean())] for name, at in groups],
         "empty": "",
     }
 
 
 def _pairs(rows: np.ndarray, columns: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
-    """The most frequent pairs of different classes: (row, column, bool [n] where), best first."""
+    """The most frequent pairs of different classes.
+
+    Args:
+        rows: int [n], one class for each example.
+        columns: int [n].
+
+    Returns:
+        (row, column, mask) for each pair, most frequent first; mask is bool [n].
+    """
     off = rows != columns
     pairs, counts = np.unique(np.stack([rows[off], columns[off]], 1), axis=0, return_counts=True)
     order = np.lexsort((pairs[:, 1], pairs[:, 0], -counts))[:_PAIRS]
@@ -174,11 +188,11 @@ def _pairs(rows: np.ndarray, columns: np.ndarray) -> list[tuple[int, int, np.nda
 
 
 def _matrix(rows: np.ndarray, columns: np.ndarray, names: list[str], meaning: str) -> dict[str, Any]:
-    """The geometry of the confusion matrix, in pixels of its drawing."""
+    """The confusion matrix as the template draws it; lengths are in pixels."""
     side = len(names)
     counts = np.zeros((side, side), np.int64)
-    known = (rows >= 0) & (columns >= 0)
-    np.add.at(counts, (rows[known], columns[known]), 1)
+    valid = (rows >= 0) & (columns >= 0)
+    np.add.at(counts, (rows[valid], columns[valid]), 1)
     sizes = np.maximum(counts.sum(1, keepdims=True), 1)
     shares = counts / sizes
     cell = 15 if side > 25 else 22 if side > 12 else 34
@@ -206,7 +220,7 @@ def _matrix(rows: np.ndarray, columns: np.ndarray, names: list[str], meaning: st
         "margin": margin,
         "side": cell * side,
         "height": margin + cell * side + 8,
-        "width": round(1.6 * margin) + cell * side + 8,  # the names above lean to the right
+        "width": round(1.6 * margin) + cell * side + 8,  # the column names slant to the right
         "cells": cells,
         "labels": labels,
         "numbers": cell >= 22 and counts.max() < 1000,

@@ -1,4 +1,4 @@
-"""The end of a run: final evaluation, export, report, and result.json, which marks the run as finished."""
+"""The end of a run: final evaluation, export, report, and result.json, which marks it finished."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from trainer.run.metric_writer import MetricWriter
 def finish(
     job: Job, writer: MetricWriter, console: Console, before_commit: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Measures on the final split, exports, reports, and writes result.json last: with it the run is finished.
+    """Evaluates the final split and writes export, report and, last, result.json.
 
     Args:
-        job: trained.
-        writer: of the run's metrics.
+        job: the trained job.
+        writer: the run's metrics.
         console: shows the results.
-        before_commit: raises where this process must not write any more.
+        before_commit: raises if this process must not write any more.
 
     Returns:
-        What result.json holds.
+        The content of result.json.
 
     Raises:
-        DataError: something cannot be written.
+        DataError: a file cannot be written.
     """
     config = job.config
     evaluation = loop.evaluate(job, config.final_split, "final", writer, console)
@@ -48,7 +48,7 @@ def finish(
         console.info(f"this machine is done: {summary(result)}; the chief writes the results")
         return result
     before_commit()
-    # A result of other weights must not outlive the export that it describes.
+    # A crash between export and result must not leave a result of other weights.
     files.remove(files.join(config.workdir, "result.json"))
     folder = files.join(config.workdir, "export")
     classes = job.eval_stores[config.final_split].classes

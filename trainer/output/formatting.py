@@ -1,4 +1,4 @@
-"""Figures in words, and rows of metrics.jsonl as the page reads them."""
+"""Numbers as text, and rows of metrics.jsonl, for the report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-DASH = "–"  # noqa: RUF001 - shown where a figure is missing
+DASH = "–"  # noqa: RUF001 - shown for a missing number
 
 
 def number(value: Any) -> float | None:
@@ -22,7 +22,7 @@ def number(value: Any) -> float | None:
 
 
 def clip(share: Any) -> float:
-    """A share within 0..1; 0 for what is no number."""
+    """A share clipped to 0..1; 0 for anything that is not a number."""
     return min(1.0, max(0.0, number(share) or 0.0))
 
 
@@ -39,13 +39,13 @@ def points(difference: float) -> str:
 
 
 def count(value: Any) -> str:
-    """A whole number with thousands marked."""
+    """An integer with thousands separators."""
     value = number(value)
     return DASH if value is None else f"{value:,.0f}"
 
 
 def real(value: Any) -> str:
-    """A number of any size with three or four figures, and thousands marked."""
+    """A number with three or four significant digits, and thousands separators."""
     value = number(value)
     if value is None:
         return DASH
@@ -60,7 +60,7 @@ def real(value: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """Seconds in the units that people would use."""
+    """Seconds as seconds, minutes or hours."""
     value = number(seconds)
     if value is None or value < 0:
         return DASH
@@ -74,16 +74,21 @@ def duration(seconds: Any) -> str:
 
 
 def rows(history: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Rows of one kind by rising step; of rows with one step (and split), the last."""
-    found = {}
+    """Rows of one kind by ascending step; of rows with the same step and split, the last.
+
+    Args:
+        history: rows of metrics.jsonl.
+        kind: "train" or "eval".
+    """
+    latest = {}
     for row in history:
         if row.get("kind") == kind and number(row.get("step")) is not None:
-            found[float(row["step"]), str(row.get("split", ""))] = row
-    return [found[key] for key in sorted(found)]
+            latest[float(row["step"]), str(row.get("split", ""))] = row
+    return [latest[key] for key in sorted(latest)]
 
 
 def text(value: Any) -> str:
-    """A setting, as JSON unless it is text already."""
+    """The value of an option: a string as it is, anything else as JSON."""
     if isinstance(value, str):
         return value
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)

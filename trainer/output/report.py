@@ -1,11 +1,11 @@
-"""One self-contained page about a run: `report.html`.
+"""The report of a run: one self-contained HTML file, `report.html`.
 
-`render` turns what a run leaves behind (configuration, rows of metrics.jsonl, result, a few
-pictures with both opinions, top-1 predictions) into HTML that needs no network, no script and no
-other file. Curves are SVG, pictures are PNG, all inline. Equal input gives equal text. Whatever is
-missing is left out; nothing is made up.
+`render` makes it from the configuration, the rows of metrics.jsonl, the result, sample images with
+predictions, and the top-1 predictions of the final split. The file needs no network, no script and
+no other file: curves are inline SVG, images inline PNG. Equal input gives equal text. Missing input
+is left out.
 
-The libraries that draw (the extra `report`) are imported on the first call; TensorFlow never is.
+The libraries of the extra `report` are imported at the first call; TensorFlow is never imported.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ from trainer.output.confusions import Predictions
 
 _TEMPLATE = pathlib.Path(__file__).parent / "report.html"
 _EXTRA = ("jinja2", "matplotlib", "PIL")
-_PICTURE_SIDE = 256  # pixels; larger pictures are shrunk to keep the page small
+_MAX_IMAGE_SIDE = 256  # pixels; larger images are shrunk to keep the file small
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A picture and what the two models say about it.
+    """An image and the predictions of the two models.
 
     Attributes:
         image: uint8 [h, w, 3], RGB, as the models see it.
-        caption: where the picture comes from, in words.
+        caption: where the image comes from.
         teacher: (class name, probability in 0..1), best first, up to 3; empty without a teacher.
-        student: the same of the student.
-        truth: the name of the true class; None where it is unknown or, as in a mixed picture, has
-            no meaning.
+        student: the same for the student.
+        truth: name of the true class; None if it is unknown or meaningless, as for mixup.
     """
 
     image: np.ndarray
@@ -60,23 +59,23 @@ def render(
     predictions: Predictions | None,
     cost: dict[str, Any] | None = None,
 ) -> str:
-    """The page.
+    """Renders the report.
 
     Args:
         title: name of the run.
-        config: every setting, as in config.json.
+        config: all options, as in config.json.
         history: rows of metrics.jsonl, `kind` "train" or "eval". Accuracies and agreements are
-            shares in 0..1, KL is in nats at temperature 1. Of rows with the same step (a resumed
-            run) the last counts.
-        result: result.json; any key may be missing. Without accuracies, the last evaluation stands
-            in for them.
-        train_samples: pictures as training made them.
-        eval_samples: pictures of the final split.
-        predictions: for the confusions; None leaves them out.
+            shares in 0..1, KL is in nats at temperature 1. If a resumed run
+            has several rows of one step, the last counts.
+        result: result.json; any key may be missing. Without accuracies, those of the last
+            evaluation are shown.
+        train_samples: training views.
+        eval_samples: images of the final split.
+        predictions: of the final split, for the section on confusions; None leaves it out.
         cost: more rows for the table of costs, such as {"chip_hours": 1.5}.
 
     Returns:
-        HTML that is complete in itself and can be encoded as UTF-8.
+        The HTML text, which can be encoded as UTF-8.
 
     Raises:
         ConfigError: a library of the extra `report` is not installed.
@@ -102,13 +101,13 @@ def render(
         curves=charts.curves(history),
         train_cards=[_card(sample) for sample in train_samples],
         eval_cards=[_card(sample) for sample in eval_samples],
-        differing=sum(_differ(sample) for sample in eval_samples),
+        disagreements=sum(_disagree(sample) for sample in eval_samples),
         confusions=None if predictions is None else confusions.confusions(predictions),
         cost={
             "title": "",
-            "caption": "What the run took; images seen are steps times batch, each crop counted.",
-            "columns": ["What", "How much"],
-            "words": 1,
+            "caption": "Cost of the run; images seen are steps times batch size.",
+            "columns": ["Quantity", "Value"],
+            "text_columns": 1,
             "rows": _cost(config, history, result, cost or {}),
             "empty": "",
         },
@@ -117,7 +116,7 @@ def render(
             ("Versions", _settings(result.get("versions") or {})),
         ],
     )
-    return page.encode("utf-8", "replace").decode("utf-8")  # a path may hold half a character
+    return page.encode("utf-8", "replace").decode("utf-8")  # paths may have unpaired surrogates
 
 
 # --- headline and cost ----------------------------------------------------------------------------
@@ -129,12 +128,13 @@ def _headline(
     result: dict[str, Any],
     predictions: Predictions | None,
 ) -> dict[str, Any]:
-    """The sentence, the two bars and the tiles at the top."""
+    """The summary, the accuracy bars and the tiles at the top."""
     train, evaluations = formatting.rows(history, "train"), formatting.rows(history, "eval")
     source, note = result, ""
     if formatting.number(result.get("student_top1")) is None and evaluations:
         source = evaluations[-1]
-        note = f"This run has no final result; these figures are of its last evaluation, at step {formatting.count(source['step'])}."
+        step = formatting.count(source["step"])
+        note = f"This run has no final result; these figures are of its last evaluation, at step {step}."
     student, teacher, agreement, kl = (
         formatting.number(source.get(key)) for key in ("student_top1", "teacher_top1", "agreement_top1", "kl")
     )
@@ -143,46 +143,46 @@ def _headline(
     rate = result.get("images_per_second", last.get("images_per_second"))
     gap = student - teacher if student is not None and teacher is not None else None
 
-    sentence = "No accuracy was measured."
+    summary = "No accuracy was measured."
     if student is not None:
-        sentence = f"The student names {formatting.percent(student)} of the pictures correctly"
+        summary = f"The student classifies {formatting.percent(student)} of the images correctly"
         if gap is None:
-            sentence += "; there was no teacher to compare it with."
+            summary += "; there was no teacher to compare it with."
         else:
             size = formatting.points(abs(gap)).lstrip("+")
-            word = "level with" if size == "0.0" else f"{size} points {'below' if gap < 0 else 'above'}"
-            sentence += f", {word} the teacher's {formatting.percent(teacher)}."
+            comparison = "equal to" if size == "0.0" else f"{size} points {'below' if gap < 0 else 'above'}"
+            summary += f", {comparison} the teacher's {formatting.percent(teacher)}."
 
     tiles = []
     if gap is not None:
         tiles.append(("Gap to the teacher", f"{formatting.points(gap)} points", _gap_interval(predictions)))
     if agreement is not None:
-        tiles.append(("Agreement", formatting.percent(agreement), "of pictures get the same first answer"))
+        tiles.append(("Agreement", formatting.percent(agreement), "of images have the same top-1 class"))
     if kl is not None:
         tiles.append(("KL divergence", f"{formatting.real(kl)} nats", "teacher to student, temperature 1"))
-    of = formatting.number(config.get("steps"))
-    made = formatting.number(steps)
-    more = f"of {formatting.count(of)}" if of and made is not None and of > made else ""
+    planned = formatting.number(config.get("steps"))
+    done = formatting.number(steps)
+    more = f"of {formatting.count(planned)}" if planned and done is not None and planned > done else ""
     tiles.append(("Steps", formatting.count(steps), more))
-    tiles.append(("Speed", formatting.real(rate), "images trained on in a second"))
+    tiles.append(("Speed", formatting.real(rate), "training images per second"))
     tiles.append(("Wall time", formatting.duration(result.get("wall_seconds", last.get("wall_seconds"))), ""))
     bars = [("Student", "student", student)] if student is not None else []
     if teacher is not None:
         bars.append(("Teacher", "teacher", teacher))
-    return {"sentence": sentence, "note": note, "bars": bars, "tiles": tiles}
+    return {"summary": summary, "note": note, "bars": bars, "tiles": tiles}
 
 
 def _gap_interval(predictions: Predictions | None) -> str:
-    """How sure the gap is: both models saw the same pictures, so the differences are paired."""
+    """The 95 % interval of the gap, paired because both models saw the same images."""
     if predictions is None or predictions.labels is None or predictions.teacher is None:
         return "student minus teacher"
-    right = [np.equal(x, predictions.labels) for x in (predictions.student, predictions.teacher)]
-    size = len(right[0])
+    student, teacher = (np.equal(top1, predictions.labels) for top1 in (predictions.student, predictions.teacher))
+    size = len(student)
     if size < 2:
         return "student minus teacher"
-    difference = right[0].astype(np.float64) - right[1]
+    difference = student.astype(np.float64) - teacher
     margin = 1.96 * float(difference.std(ddof=1)) / math.sqrt(size)
-    return f"student minus teacher; ±{100 * margin:.1f} at 95%, on {size:,} pictures"
+    return f"student minus teacher; ±{100 * margin:.1f} at 95%, on {size:,} images"
 
 
 def _cost(
@@ -191,20 +191,20 @@ def _cost(
     result: dict[str, Any],
     cost: dict[str, Any],
 ) -> list[tuple[str, str]]:
-    """What the run took: rows of (what, how much)."""
+    """Rows of (quantity, value)."""
     train = formatting.rows(history, "train")
     last = train[-1] if train else {}
     steps = formatting.number(result.get("steps", last.get("step")))
     batch = formatting.number(config.get("batch_size"))
-    seen = formatting.number(result.get("images"))
-    if seen is None and steps is not None and batch is not None:
-        seen = steps * batch
-    rows = [("Images seen in training", formatting.count(seen))]
+    images = formatting.number(result.get("images"))
+    if images is None and steps is not None and batch is not None:
+        images = steps * batch
+    rows = [("Images seen in training", formatting.count(images))]
     examples = formatting.number(result.get("examples"))
-    if seen is not None and examples:
-        rows.append((f"Passes over the {examples:,.0f} training images", f"{seen / examples:,.1f}"))
+    if images is not None and examples:
+        rows.append((f"Passes over the {examples:,.0f} training images", f"{images / examples:,.1f}"))
     rate = result.get("images_per_second", last.get("images_per_second"))
-    rows.append(("Images a second", formatting.real(rate)))
+    rows.append(("Images per second", formatting.real(rate)))
     rows.append(("Wall time", formatting.duration(result.get("wall_seconds", last.get("wall_seconds")))))
     for key in sorted(cost):
         name = "Chip-hours" if key == "chip_hours" else key.replace("_", " ").capitalize()
@@ -217,55 +217,55 @@ def _settings(table: dict[str, Any]) -> list[tuple[str, str]]:
     return [(str(key), formatting.text(table[key])) for key in sorted(table, key=str)]
 
 
-# --- pictures with opinions -----------------------------------------------------------------------
+# --- images with predictions ----------------------------------------------------------------------
 
 
-def _differ(sample: Sample) -> bool:
+def _disagree(sample: Sample) -> bool:
     return bool(sample.teacher and sample.student and sample.teacher[0][0] != sample.student[0][0])
 
 
 def _card(sample: Sample) -> dict[str, Any]:
-    """A picture, what is written beside it, and a text that says the same."""
-    verdicts = []
+    """An image with its predictions, as the template takes it."""
+    agreement = []
     if sample.teacher and sample.student:
-        differ = _differ(sample)
-        verdicts.append(("≠ they disagree", "bad") if differ else ("= they agree", "good"))
-    opinions = []
-    for name, answers in (("Student", sample.student), ("Teacher", sample.teacher)):
-        if not answers:
+        disagree = _disagree(sample)
+        agreement.append(("≠ they disagree", "bad") if disagree else ("= they agree", "good"))
+    predictions = []
+    for name, top in (("Student", sample.student), ("Teacher", sample.teacher)):
+        if not top:
             continue
         mark = ""
         if sample.truth is not None:
-            mark = "✓ right" if answers[0][0] == sample.truth else "✗ wrong"
-        opinions.append(
+            mark = "✓ right" if top[0][0] == sample.truth else "✗ wrong"
+        predictions.append(
             {
                 "name": name,
                 "kind": name.lower(),
                 "mark": mark,
                 "tone": "good" if mark.startswith("✓") else "bad",
-                "answers": answers[:3],
+                "top": top[:3],
             }
         )
-    said = "; ".join(f"{o['name']}: {o['answers'][0][0]} {formatting.percent(o['answers'][0][1])}" for o in opinions)
+    top1 = "; ".join(f"{p['name']}: {p['top'][0][0]} {formatting.percent(p['top'][0][1])}" for p in predictions)
     truth = "" if sample.truth is None else f" True class: {sample.truth}."
     height, width = np.shape(sample.image)[:2]
     return {
         "source": _png(sample.image),
-        "alt": f"{sample.caption or 'Picture'}.{truth} {said}".strip(),
+        "alt": f"{sample.caption or 'Image'}.{truth} {top1}".strip(),
         "small": max(height, width) < 96,
         "caption": sample.caption,
         "truth": sample.truth,
-        "verdicts": verdicts,
-        "opinions": opinions,
+        "agreement": agreement,
+        "predictions": predictions,
     }
 
 
 def _png(image: np.ndarray) -> str:
-    """A data: address of uint8 [h, w, 3]."""
+    """uint8 [h, w, 3] as a data: URL."""
     from PIL import Image
 
-    picture = Image.fromarray(np.ascontiguousarray(image, np.uint8), "RGB")
-    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
+    thumbnail = Image.fromarray(np.ascontiguousarray(image, np.uint8), "RGB")
+    thumbnail.thumbnail((_MAX_IMAGE_SIDE, _MAX_IMAGE_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    thumbnail.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -26,11 +26,11 @@ def train_samples(job: Job, count: int = 16) -> list[Sample]:
     step = job.step - 1
     count = min(count, config.batch_size)
     batch = views.BatchRows.of(0, 1, config.batch_size, views.mixup_partner(config))
-    # Only the first rows, each with its mixup partner, in the layout of "reverse" whatever the partner is.
+    # Only the first rows and their mixup partners, in the layout "reverse" for any mode.
     pairs = [part[:count] for part in batch.split_partners(batch.rows)]
     batch_rows = views.BatchRows(tf.concat(pairs, 0), "reverse") if batch.partner else views.BatchRows(pairs[0], "")
     ids = job.sampler.batches(step, 1)[0][batch_rows.rows.numpy()]
-    made = views.training_views(
+    batch_views = views.training_views(
         config,
         tf.constant(job.train_store.take(ids)),
         tf.constant(job.train_store.sizes[ids]),
@@ -40,20 +40,20 @@ def train_samples(job: Job, count: int = 16) -> list[Sample]:
     )
     image_ids, partner_ids = batch_rows.split_partners(ids)
     classes = job.eval_stores[config.final_split].classes
-    student = _top_classes(job.student(to_range(made.student, config.student_range), training=False), classes)
+    student = _top_classes(job.student(to_range(batch_views.student, config.student_range), training=False), classes)
     teacher: list[list[tuple[str, float]]] = [[] for _ in student]
     if job.targets:
         logits = [tf.constant(table[image_ids]) for table in job.targets]
         teacher = _top_classes(ensemble(logits, config.ensemble), classes)
     elif job.teachers:
-        logits = teacher_logits(job.teachers, made.teachers)
+        logits = teacher_logits(job.teachers, batch_views.teachers)
         teacher = _top_classes(ensemble(logits, config.ensemble), classes)
 
     def caption(share: float, image: int, partner: int) -> str:
         return f"{share:.0%} of image {image}, the rest of image {partner}" if batch_rows.partner else f"image {image}"
 
-    shares = made.mixup_ratios.numpy()[:, 0]
-    columns = zip(_pixels(made.student), shares, image_ids, partner_ids, teacher, student, strict=True)
+    shares = batch_views.mixup_ratios.numpy()[:, 0]
+    columns = zip(_pixels(batch_views.student), shares, image_ids, partner_ids, teacher, student, strict=True)
     return [Sample(pixels, caption(share, a, b), t, s, None) for pixels, share, a, b, t, s in columns]
 
 

@@ -1,4 +1,7 @@
-"""The accelerator of a run: from a flag to a tf.distribute strategy. No other module names hardware."""
+"""The accelerator of a run: from a flag to a tf.distribute strategy.
+
+No other module depends on the kind of hardware.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from trainer.core.console import Console, SilentConsole
 from trainer.core.errors import ConfigError, Stopped
 from trainer.io import files
 
-# Seconds between attempts to reach a TPU: after a restart, the previous container may still hold it.
+# Seconds between attempts to reach a TPU, which a previous container may still hold.
 _PAUSES = (5.0, 15.0, 45.0)
 _HEALTHY_SECONDS = 1200  # a new TPU node takes minutes
 _sleep = time.sleep
@@ -58,9 +61,10 @@ class Accelerator:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of decoded images that may live on each device beside the models; a CPU's are the host's.
+        """Limit of the decoded images on each device, in bytes; without a limit on a CPU.
 
-        A v2 core has 8 GiB and a v5e chip 16; the paper's largest small set, Food101 at 256 pixels, is 13 GiB.
+        A v2 core has 8 GiB and a v5e chip 16 GiB. The paper's largest small data set, Food101 at
+        256 pixels, takes 13 GiB.
         """
         return {"TPU": 2 << 30, "GPU": 4 << 30}.get(self.kind, 1 << 62)
 
@@ -89,7 +93,7 @@ class Accelerator:
             )
 
     def hints(self, precision: str) -> list[str]:
-        """Warnings about a precision on this hardware. It is never changed silently: it affects the weights."""
+        """Advice on a precision for this hardware; it is never changed automatically."""
         if self.kind == "TPU" and precision == "float32":
             return [
                 "--precision=float32 on a TPU: products are bfloat16 anyway, but activations take twice the memory of "
@@ -111,7 +115,7 @@ class Accelerator:
         return tuple(replicas)
 
     def any_worker(self, here: bool) -> bool:
-        """Whether `here` is true on any machine. A collective: every machine must call it at the same point."""
+        """Whether `here` is true on any machine; a collective that all machines must call."""
         return self._total(float(here)) > 0
 
     def same_on_all(self, value: int) -> bool:
@@ -136,7 +140,7 @@ def resolve(tpu: str, console: Console | None = None) -> Accelerator:
         console: gets a line about each wait; None: nothing is printed.
 
     Raises:
-        ConfigError: the TPU cannot be initialised, or the variables that name several machines are wrong.
+        ConfigError: the TPU cannot be initialised, or the variables of the cluster are invalid.
     """
     console = console or SilentConsole()
     cluster, workers = environment.cluster()
@@ -197,13 +201,13 @@ def _tpu(tpu: str, console: Console) -> tf.distribute.Strategy:
         except (ValueError, RuntimeError, OSError, IndexError, tf.errors.OpError) as error:
             if pause is None or not _is_transient(error):
                 raise ConfigError(f"--tpu={tpu}: no TPU could be initialised: {_advice(error)}") from error
-            console.warning(f"the TPU cannot be had yet ({files.reason(error)}); trying again in {pause:.0f} s")
+            console.warning(f"the TPU is not available yet ({files.reason(error)}); trying again in {pause:.0f} s")
             _sleep(pause)
     raise AssertionError("unreachable")
 
 
 def _connect(address: str) -> tf.distribute.Strategy:
-    """Before any variable is made: initialising wipes the TPU's memory."""
+    """Initialises the TPU, which clears its memory: call it before variables are created."""
     resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=address)
     if resolver.master() not in ("", "local"):
         for host in {host for hosts in resolver.cluster_spec().as_dict().values() for host in hosts}:
@@ -229,7 +233,7 @@ def _wait_until_healthy(name: str, console: Console) -> None:
     console.info(f"waiting for TPU {name} to be healthy, {_HEALTHY_SECONDS // 60} minutes at most")
     try:
         cloud_tpu_client.Client(tpu=name).wait_for_healthy(timeout_s=_HEALTHY_SECONDS)
-    except Exception as error:  # of a library of 2020: googleapiclient's, oauth2client's, urllib's, RuntimeError
+    except Exception as error:  # errors of googleapiclient, oauth2client, urllib or the client itself
         raise ConfigError(f"--tpu={name}: the TPU did not become healthy: {_advice(error)}") from error
 
 
@@ -275,7 +279,7 @@ def _advice(error: Exception) -> str:
         return f"{files.reason(error)}; pip install 'funmatch[tpu-client]' to have the job wait for it"
     if isinstance(error, urllib.error.URLError):
         return (
-            f"Google's metadata server does not answer ({error.reason}), so this is no machine of its cloud; "
+            f"Google's metadata server does not answer ({error.reason}), so this machine is not in Google Cloud; "
             "give --tpu=local on a TPU VM, or --tpu=grpc://HOST:8470"
         )
     if isinstance(error, IndexError):

@@ -63,7 +63,7 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
         optimizer = optim.build(config, student.trainable_variables)
     resident = _copy_to_device(stores, targets, accelerator) if kinds[0] == "device" else None
     local = accelerator.local_replicas()
-    # Synchronized batch normalization reduces over replicas, which a program compiled for one cannot.
+    # Synchronized batch normalization reduces over replicas; XLA compiles for one replica.
     compiled = jit_compile and not any(layer.synchronized for layer in students.batch_norms(student))
     train_loop = step.make_train_loop(
         config, strategy, student, loaded, optimizer, resident, jit_compile=compiled, local_replicas=local
@@ -86,7 +86,7 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
 
 
 def _fit_to_accelerator(plan: RunPlan, accelerator: Accelerator, console: Console) -> RunPlan:
-    """Checks the batch size, fills in steps_per_loop, and prints what the configuration probably does not mean."""
+    """Checks the batch size, sets `steps_per_loop`, and prints warnings about the configuration."""
     accelerator.check_batch(plan.config.batch_size)
     steps_per_loop = plan.config.steps_per_loop or accelerator.steps_per_loop
     config = dataclasses.replace(plan.config, steps_per_loop=steps_per_loop)
@@ -123,7 +123,7 @@ def _copy_to_device(stores: Stores, targets: tuple[np.ndarray, ...], accelerator
     """The whole training split on every device."""
     train = stores.train
     images = train.images if isinstance(train, MemoryStore) else train.take(np.arange(len(train)))
-    # Each of several machines has read the data itself: TensorFlow cannot broadcast uint8 between machines.
+    # Each machine has read the data: TensorFlow cannot broadcast uint8 between machines.
     scope = accelerator.strategy.scope() if accelerator.workers == 1 else contextlib.nullcontext()
     with scope:
         arrays = (images, train.sizes, train.labels, *targets)

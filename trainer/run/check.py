@@ -1,4 +1,4 @@
-"""`--check` and `--dry_run`: each thing that a job depends on is tried, and described in a line.
+"""`--check` and `--dry_run`: tests all that a job depends on, and prints a line for each.
 
 A check that fails raises, so the verb ends with the exit code of that error.
 """
@@ -26,10 +26,10 @@ _GIB = 2**30
 
 
 def check_environment(config: Config, console: Console) -> None:
-    """Prints versions and user, and tries the working directory.
+    """Prints versions and user, and checks that the workdir is writable.
 
     Raises:
-        DataError: the working directory cannot be written, read and cleared.
+        DataError: an object in the workdir cannot be written, read or deleted.
     """
     _row(
         console,
@@ -46,7 +46,7 @@ def check_environment(config: Config, console: Console) -> None:
 
 
 def rehearse(job: Job, console: Console) -> None:
-    """Runs three steps of the real job, of which nothing is kept, and prints what follows for the run.
+    """Runs three steps of the job without writing results, and prints the plan of the run.
 
     Args:
         job: built, at step 0.

@@ -28,7 +28,7 @@ from trainer.io import files
 FORMAT = "funmatch-checkpoint/1"
 _COMMIT = re.compile(r"checkpoint-(\d{10})\.json")
 _STATE = re.compile(r"state-(\d{10})-[0-9a-f]{16}\.npz")
-# Errors after which the content of a file is unknown: the bucket or disk did not answer, or denied access.
+# Errors that leave a file's content unknown: bucket or disk did not answer or denied access.
 _UNKNOWN = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,
@@ -42,7 +42,7 @@ _UNKNOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A complete checkpoint: the step, its arrays by name, and `extra` as it was given to `save`."""
+    """A complete checkpoint: the step, its arrays by name, and the `extra` passed to `save`."""
 
     step: int
     arrays: dict[str, np.ndarray]
@@ -68,10 +68,10 @@ class Checkpoints:
         """
         self._folder, self._identity, self._keep, self._before_commit = folder, identity, keep, before_commit
         self.passed_over: list[str] = []  # why newer checkpoints were not used, a line each
-        self.warnings: list[str] = []  # problems that do not stop the run; whoever prints them removes them
+        self.warnings: list[str] = []  # problems that do not stop the run; the loop prints and removes them
 
     def save(self, step: int, arrays: dict[str, np.ndarray], extra: dict[str, Any], best: int | None = None) -> None:
-        """Commits a checkpoint, then deletes what is older than the newest `keep` and what crashes left behind.
+        """Commits a checkpoint, then deletes old ones and leftovers of crashes.
 
         Args:
             step: updates made. Checkpoints of later steps, which were passed over, are deleted.
@@ -129,7 +129,7 @@ class Checkpoints:
                 continue  # `restore` reports it
 
     def restore(self) -> Restored | None:
-        """The newest complete checkpoint; None where there is none. Damaged ones are named in `passed_over`.
+        """The newest complete checkpoint, or None; `passed_over` lists the damaged ones.
 
         Raises:
             DataError: the newest readable commit belongs to another run (the differing fields are
@@ -167,7 +167,7 @@ class Checkpoints:
             raise DataError(f"checkpoint {path} is not usable: {files.reason(error)}") from error
 
     def clean(self, step: int, best: int | None) -> None:
-        """Deletes what a crash left behind. To be called by the process that writes, after `restore`.
+        """Deletes leftovers of a crash; called by the chief after `restore`.
 
         Args:
             step: of the restored checkpoint.
@@ -249,7 +249,7 @@ class Checkpoints:
 class Background:
     """Runs the slow part of a save in a thread, one at a time; re-raises its error in the caller.
 
-    A context manager: at the end of the block it waits for the save under way, so that it is complete.
+    A context manager, which waits for the current save at the end of the block.
     """
 
     def __init__(self) -> None:
@@ -257,7 +257,7 @@ class Background:
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Waits for the previous work, then runs `work` in a thread. Raises what the previous work raised."""
+        """Waits for the previous work and raises its error, else runs `work` in a thread."""
         self.wait()
 
         def run() -> None:

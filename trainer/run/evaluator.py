@@ -1,4 +1,4 @@
-"""Evaluation of student and teachers: every example of a split exactly once, on the central crop."""
+"""Evaluation of student and teachers: every example of a split once, on the central crop."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class EvalResult:
     teacher_logits: np.ndarray | None
 
     def metrics(self) -> dict[str, float]:
-        """student_top1, student_top5, teacher_top1, teacher_top5, agreement_top1 (all 0..1) and kl (nats, T = 1).
+        """student_top1, student_top5, teacher_top1, teacher_top5, agreement_top1 (0..1) and kl.
 
-        Accuracies are over labelled examples and absent if there are none; what needs a teacher is absent without one.
+        kl is in nats at T = 1. Accuracies are over labelled examples, and missing if there are none.
+        Metrics of the teacher are missing without a teacher.
         """
         metrics: dict[str, float] = {}
         student, teacher = self.student_logits, self.teacher_logits
@@ -85,7 +86,7 @@ def per_class(logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) ->
 
 
 class Evaluator:
-    """Runs models over one split. The views never change, so a teacher's logits are computed once."""
+    """Runs models over one split; teacher logits are computed once, since views are fixed."""
 
     def __init__(
         self,
@@ -173,7 +174,7 @@ class Evaluator:
         return tf.function(run, autograph=False)
 
     def _run_over_split(self, run: Callable) -> np.ndarray:
-        """Runs a function of images, original sizes and ids over all batches; returns the concatenated rows."""
+        """Concatenates the results of a function of images, original sizes and ids for all batches."""
         store, strategy = self._store, self._strategy
         batch = self._replica_batch * strategy.num_replicas_in_sync
 

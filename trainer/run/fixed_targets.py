@@ -35,23 +35,23 @@ def fixed_targets(
     that the same command resumes.
 
     Args:
-        plan: of the run.
-        accelerator: that the teachers run on.
+        plan: the run's plan.
+        accelerator: the accelerator that the teachers run on.
         train: the training images.
-        teachers: loaded.
+        teachers: the loaded teachers.
         console: shows progress.
 
     Returns:
         For each teacher float32 [examples, classes]; empty where views are not fixed.
 
     Raises:
-        Stopped: by a signal.
+        Stopped: after a signal.
     """
     config = plan.config
     mode = views.mode(config)
     if not teachers or not mode.fixed:
         return ()
-    # The targets of a rehearsal are not used: one crop shows that they can be made.
+    # A rehearsal does not use the targets: one crop checks that they can be computed.
     rehearsal = config.check or config.dry_run
     crops = config.fixed_crops if mode.teacher == "crops" and not rehearsal else 1
     path = "" if rehearsal or not config.workdir else files.join(config.workdir, f"targets-{plan.run_id[:16]}.npz")
@@ -87,11 +87,11 @@ def _save_targets(path: str, total: np.ndarray, done: int) -> None:
 
 
 def _saved_targets(path: str, console: Console) -> tuple[np.ndarray, int]:
-    """The sum and the number of crops that an earlier process of this run has saved; 0 and 0 without them."""
+    """The sum and the number of crops that an earlier process saved; zeros if there are none."""
     if path and files.exists(path):
         try:
             with np.load(io.BytesIO(files.read(path, "the fixed targets")), allow_pickle=False) as archive:
                 return archive["total"], int(archive["done"])
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
-            console.warning(f"{path} is damaged and is made again")
+            console.warning(f"{path} is damaged; the fixed targets are computed again")
     return np.zeros(1), 0

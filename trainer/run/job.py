@@ -83,11 +83,11 @@ class Job:
         return self._evaluators[split]
 
     def is_due(self, every: int) -> bool:
-        """Whether an action of each `every` steps is due now; each action is due at the end of the run."""
+        """Whether an action of every `every` steps is due; all are due at the end of the run."""
         return self.step == self.config.steps or self.step % every == 0
 
     def steps_to_next_event(self, step: int) -> int:
-        """Steps from `step` to the next log, evaluation or checkpoint, capped by `steps_per_loop`; 0 at the end."""
+        """Steps until the next log, evaluation or checkpoint, at most `steps_per_loop`; 0 at the end."""
         config = self.config
         intervals = (config.log_every, config.eval_every, config.checkpoint_every)
         cap = min(config.steps_per_loop, self.prefetcher.max_steps or config.steps_per_loop)
@@ -129,10 +129,10 @@ class Job:
         return metrics
 
     def state(self) -> dict[str, np.ndarray]:
-        """All that the next step depends on beside configuration, data and teachers, copied to host memory.
+        """The state that changes from step to step, copied to host memory.
 
-        Keras numbers layers and optimizers by how many a process has made before. So a name holds a
-        variable's position in its model and the end of its own name: the same in every process.
+        Keras numbers layers and optimizers per process. So a name holds the variable's position in its
+        model and the end of its own name, which are equal in every process.
         """
         student = {
             f"student/{number:04d}/{variable.path.rsplit('/', 1)[-1]}": variable

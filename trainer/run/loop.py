@@ -1,4 +1,4 @@
-"""The training loop: what the host does between the device's loops."""
+"""The training loop: log, evaluate and save between the loops that run on the device."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def train(job: Job, writer: MetricWriter, checkpoints: Checkpoints, console: Con
     """Trains to the end of the run, from its newest checkpoint.
 
     Args:
-        job: built; its step and weights are those of the checkpoint afterwards, then of each update.
-        writer: of the run's metrics.
-        checkpoints: of the run.
+        job: a built job; its step and weights are set to the checkpoint's, then updated.
+        writer: the run's metrics.
+        checkpoints: the run's checkpoints.
         console: shows progress, evaluations and warnings.
 
     Raises:
         Diverged: a value is not finite; the last good checkpoint is kept.
-        Stopped: a signal asked for it; the state is saved.
+        Stopped: after a signal, once the state is saved.
         DataError: a record or a checkpoint cannot be read or written.
     """
     config, accelerator = job.config, job.accelerator
@@ -64,7 +64,7 @@ def train(job: Job, writer: MetricWriter, checkpoints: Checkpoints, console: Con
         saving.wait()
     _print_warnings(writer, checkpoints, console)
     console.close()
-    # A barrier: no worker proceeds before the chief's last checkpoint is complete, or alone after a late signal.
+    # A barrier: no worker continues before the chief's last checkpoint, or alone after a late signal.
     if accelerator.any_worker(stopping or bool(signal.name)):
         raise Stopped(
             f"stopped by {signal.name or OTHER_MACHINE} at step {job.step} of {config.steps}; saved: "
@@ -78,7 +78,7 @@ def resume(job: Job, writer: MetricWriter, checkpoints: Checkpoints, console: Co
     Args:
         job: gets the checkpoint's weights, step, time and metrics.
         writer: drops rows after the checkpoint's step.
-        checkpoints: of the run.
+        checkpoints: the run's checkpoints.
         console: shows the step, and damaged checkpoints as warnings.
 
     Raises:
@@ -102,15 +102,15 @@ def resume(job: Job, writer: MetricWriter, checkpoints: Checkpoints, console: Co
 
 
 def save(job: Job, writer: MetricWriter, checkpoints: Checkpoints, saving: Background | None = None) -> None:
-    """Commits the state: rows of metrics first, so that none is missing after a crash, then the checkpoint.
+    """Writes the rows of metrics, then the checkpoint, so that a crash loses no row.
 
-    Of several machines only the chief writes.
+    Only the chief writes.
 
     Args:
-        job: whose state is copied to host memory before this returns.
-        writer: of the run's metrics.
-        checkpoints: of the run.
-        saving: thread that writes; None: this one, before the function returns.
+        job: the job; its state is copied to host memory before this returns.
+        writer: the run's metrics.
+        checkpoints: the run's checkpoints.
+        saving: background thread that writes; None: write before this returns.
     """
     if not job.accelerator.chief:
         return
@@ -130,7 +130,7 @@ def save(job: Job, writer: MetricWriter, checkpoints: Checkpoints, saving: Backg
 
 
 def take_best(job: Job, checkpoints: Checkpoints) -> None:
-    """Gives the job the weights of its best evaluation, for `--export_from=best`.
+    """Loads the weights of the best evaluation into the job, for `--export_from=best`.
 
     Raises:
         DataError: there was no evaluation, or its checkpoint is damaged.
@@ -147,11 +147,11 @@ def evaluate(job: Job, split: str, kind: str, writer: MetricWriter, console: Con
     """Evaluates student and teachers on a split, writes a row of metrics and prints it.
 
     Args:
-        job: whose student is evaluated.
+        job: the job with the student and the teachers.
         split: name in `job.eval_stores`.
-        kind: of the row: "eval" or "final".
-        writer: of the run's metrics.
-        console: gets a line.
+        kind: kind of the row: "eval" or "final".
+        writer: the run's metrics.
+        console: shows the result as a line.
     """
     result = job.evaluator(split).run(job.student, job.teachers)
     metrics = result.metrics()
@@ -165,7 +165,7 @@ def evaluate(job: Job, split: str, kind: str, writer: MetricWriter, console: Con
 
 
 def _update_best(job: Job, metrics: dict[str, float]) -> bool:
-    """Notes an evaluation that is the best so far by `--keep_best`; returns whether it is. Of equals the first is."""
+    """Records an evaluation if it beats the best one by `--keep_best`; returns whether it does."""
     name = job.config.keep_best
     if name == "none" or not math.isfinite(metrics.get(name, math.nan)):
         return False

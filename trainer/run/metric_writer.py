@@ -48,7 +48,7 @@ class MetricWriter:
         self._broken = False
 
     def rewind(self, step: int) -> None:
-        """Reads the training and evaluation rows of an earlier process up to `step` updates; drops others."""
+        """Reads the training and evaluation rows of an earlier process up to `step`."""
         self.rows = []
         if files.exists(self._path):
             for line in files.read(self._path, "the metrics").decode().splitlines():

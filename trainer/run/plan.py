@@ -1,4 +1,4 @@
-"""The plan of a run: what it is, before anything is built. Made once and handed to everything else."""
+"""The plan of a run: its resolved configuration, data and identity, before anything is built."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def open_stores(plan: RunPlan, kinds: tuple[str, str], console: Console) -> Stor
 def _open_split(
     config: Config, dataset: Dataset, split: Split, kind: str, corrupt: CorruptRecordLog, console: Console
 ) -> ImageStore:
-    """Opens one split as `kind` ("device", "host" or "disk"), and prints the records that it skips."""
+    """Opens one split as `kind` ("device", "host", "disk"), and prints the skipped records."""
     task = f"decode {split.name}" if kind != "disk" else f"copy and check {split.name}, bytes"
 
     def progress(done: int, total: int) -> None:

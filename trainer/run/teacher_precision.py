@@ -1,4 +1,4 @@
-"""Teachers in lower precision: agreement with the float32 original on training views, and the least accepted."""
+"""Teachers in lower precision, and their agreement with float32 on training views."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.models.teachers import Teacher
 from trainer.models.value_range import to_range
 
 IMAGES = 512  # views compared: one batch of the paper's, so that one image is 0.2 %
-CALIBRATION_IMAGES = 256  # views that int8 scales are measured on; from other steps than those compared
+CALIBRATION_IMAGES = 256  # views for the int8 scales; not among those compared
 _BATCH = 64  # views in one pass: bounds memory, and is fixed so that it does not affect results
 
 
@@ -163,7 +163,7 @@ def convert_teachers(
 
     Raises:
         ConfigError: see `convert_and_compare`.
-        DataError: a teacher agrees on less than `--min_teacher_agreement`; the message gives the figures.
+        DataError: the agreement of a teacher is below `--min_teacher_agreement`.
     """
     result = []
     for position, teacher in enumerate(teachers):
