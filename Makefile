@@ -93,7 +93,7 @@ audit: venv  ## Ask whether what the images hold has known vulnerabilities. AUDI
 	build/audit/bin/python requirements/audit.py $(AUDIT_FLAGS) $(foreach lock,build cpu tpu gpu,requirements/$(lock).txt)
 
 clean:  ## Remove the environment, caches and smoke runs.
-	rm -rf $(VENV) build dist smoke *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist smoke *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find trainer tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv: $(READY)

@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint_stall.py --megabytes=300
 
-Saves a state of that size (weights and two optimizer slots, as AdamW has them) to a disk, first in the
-loop itself, then with the copy in the loop and the rest in a background thread, while a matrix product on
-one core stands in for the device. Prints one line of JSON.
+Saves a state of that size (weights and two optimizer slots, as AdamW has them) to a disk, first in
+the loop itself, then with the copy in the loop and the rest in a background thread, while a matrix
+product on one core stands in for the device. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ def measure(megabytes: int, repeats: int, folder: str) -> dict[str, Any]:
         folder: on the disk to write to.
 
     Returns:
-        state_mb and repeats; copy_s: copying the state to host memory; in_the_loop_s: a whole save in the loop;
-        in_the_background_s: how long the loop waits for a save in the background; until_committed_s: until that
+        state_mb and repeats; copy_s: copying the state to host memory; in_the_loop_s: a whole save
+        in the loop;
+        in_the_background_s: how long the loop waits for a save in the background;
+            until_committed_s: until that
         save is committed.
     """
     job, metric_writer = make_job(megabytes), MetricWriter(folder)

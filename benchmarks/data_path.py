@@ -1,13 +1,14 @@
 """Measure how fast images reach a step, and in how much memory.
 
-    python benchmarks/data_path.py            # some minutes, 1.2 GB of disk for that time; into benchmarks/data_path
-    python benchmarks/data_path.py --quick    # under two minutes, smaller sets; into build/data_path-quick
+    python benchmarks/data_path.py          # minutes, 1.2 GB of disk; into benchmarks/data_path
+    python benchmarks/data_path.py --quick  # under two minutes; into build/data_path-quick
 
-Measured by number of cores, kind of store, size of the set, and position in the run. All data is generated.
-Drawn JPEGs of 500 x 375 pixels and about 70 kB stand in for photographs. Sets of growing size have small
-images, each in a record of its own. The set of 106 GB is one shard under many names (hard links): it has the
-records, the index and the order of a large set, and the bytes of one shard. Files are read from the kernel's
-page cache, so a slower disk adds its own time. Writes results.json, and table.md from it.
+Measured by number of cores, kind of store, size of the set, and position in the run. All data is
+generated. Drawn JPEGs of 500 x 375 pixels and about 70 kB stand in for photographs. Sets of growing
+size have small images, each in a record of its own. The set of 106 GB is one shard under many names
+(hard links): it has the records, the index and the order of a large set, and the bytes of one
+shard. Files are read from the kernel's page cache, so a slower disk adds its own time. Writes
+results.json, and table.md from it.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ def photos(folder: str, count: int) -> tuple[Any, Any]:
 
 
 def growing(folder: str, sizes: list[int]) -> Iterator[tuple[Any, Any]]:
-    """A set of each size in turn; a larger set contains the shards of the smaller ones. Shards have 1,000 records."""
+    """A set of each size in turn; a larger set contains the shards of the smaller ones. Shards have
+    1,000 records.
+    """
     from trainer.data.records import ImageRecord, write_shard
 
     encoded, shards = [_small_image(number) for number in range(64)], []
@@ -215,7 +218,9 @@ def by_size(folder: str, sizes: list[int], images: int) -> list[Row]:
 
 
 def by_place(examples: int) -> list[Row]:
-    """Milliseconds to the ids of batch t of a run that starts or resumes there, and to each of the 100 after it."""
+    """Milliseconds to the ids of batch t of a run that starts or resumes there, and to each of the
+    100 after it.
+    """
     from trainer.data.order import ExampleSampler
 
     last = examples // BATCH - 1
@@ -239,7 +244,9 @@ def by_place(examples: int) -> list[Row]:
 
 
 def by_order(examples: int) -> Row:
-    """The order of a run over `examples` examples: time to a far batch, and memory. Needs a process of its own."""
+    """The order of a run over `examples` examples: time to a far batch, and memory. Needs a process
+    of its own.
+    """
     from trainer.data.order import ExampleSampler
 
     before, far = _memory("VmRSS"), 10**12 // BATCH

@@ -1,16 +1,17 @@
 """Test the paper's claims on drawn flowers, on a CPU.
 
-    python benchmarks/paper_in_miniature.py            # an hour and more on two cores; into build/miniature
-    python benchmarks/paper_in_miniature.py --quick    # one seed, two budgets; into build/miniature-quick
+    python benchmarks/paper_in_miniature.py          # over an hour, into build/miniature
+    python benchmarks/paper_in_miniature.py --quick  # one seed, two budgets
 
-Does function matching win? Do fixed teachers overfit? Does long training pay? Every student is the same
-network on the same few images. One thing differs at a time: the views of teacher and student (the paper's
-eight modes), labels instead of a teacher, the teacher, the optimizer, the number of steps.
+Does function matching win? Do fixed teachers overfit? Does long training pay? Every student is the
+same network on the same few images. One thing differs at a time: the views of teacher and student
+(the paper's eight modes), labels instead of a teacher, the teacher, the optimizer, the number of
+steps.
 
-The learning rate of each way is chosen on the validation split with a separate seed (0) at the middle budget
-(--quick: none is chosen; weaker teachers use the strong one's learning rate). The table is measured on the
-test split with other seeds (1, 2, 3). Runs that are in OUT/runs.jsonl are not repeated: the same command
-resumes a stopped benchmark.
+The learning rate of each way is chosen on the validation split with a separate seed (0) at the
+middle budget (--quick: none is chosen; weaker teachers use the strong one's learning rate). The
+table is measured on the test split with other seeds (1, 2, 3). Runs that are in OUT/runs.jsonl are
+not repeated: the same command resumes a stopped benchmark.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ TEACHERS = {"weak": 100, "middling": 300, "strong": 1200}  # steps of the teache
 RATES = {"adamw": (0.003, 0.01, 0.03), "muon": (0.003, 0.01, 0.03)}
 TEMPERATURE = 2.0
 CROPS = 200  # of fix/ic_ens; the paper uses 1,000
-# TensorFlow keeps every graph of a process: after 80 runs a run took twice the time. A new process continues.
+# TensorFlow keeps every graph of a process: after 80 runs a run took twice the time. A new process
+# continues.
 RUNS_A_PROCESS = 16
 
 
@@ -81,7 +83,8 @@ class Plan:
 
     Attributes:
         budgets: numbers of steps, ascending.
-        choose_at: the budget at which learning rates are chosen; 0: none is chosen, the middle one is used.
+        choose_at: the budget at which learning rates are chosen; 0: none is chosen, the middle one
+            is used.
         seeds: of the table.
     """
 
@@ -95,7 +98,9 @@ QUICK = Plan((100, 400), 0, (1,))
 
 
 def make_data(out: pathlib.Path) -> pathlib.Path:
-    """Draws the images, unless they are there: many for the teacher, few for the student, two held-out splits."""
+    """Draws the images, unless they are there: many for the teacher, few for the student, two
+    held-out splits.
+    """
     folder = out / "data"
     if not (folder / "dataset.json").exists():
         splits = {"pretrain": PRETRAIN, "train": TRAIN, "validation": HELD_OUT, "test": HELD_OUT}
@@ -104,7 +109,9 @@ def make_data(out: pathlib.Path) -> pathlib.Path:
 
 
 def make_teachers(out: pathlib.Path, data: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Trains a teacher for each entry of `TEACHERS` from labels, unless it is there, and returns their files."""
+    """Trains a teacher for each entry of `TEACHERS` from labels, unless it is there, and returns
+    their files.
+    """
     paths = {}
     for name, steps in TEACHERS.items():
         path = out / f"teacher_{name}.keras"
@@ -142,8 +149,9 @@ def train(
         teachers: `.keras` file of each teacher of `TEACHERS`.
 
     Returns:
-        A row of runs.jsonl: top-1 on both held-out splits in percent, and the mean KL to the targets over the
-        loops of 50 steps that end in the last tenth of training (from labels: the cross-entropy).
+        A row of runs.jsonl: top-1 on both held-out splits in percent, and the mean KL to the
+        targets over the loops of 50 steps that end in the last tenth of training (from labels: the
+        cross-entropy).
     """
     keras.utils.clear_session()
     gc.collect()

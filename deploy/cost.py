@@ -3,7 +3,8 @@
 Prices differ by region, contract and week, so none is written here.
 
     python3 -m deploy.cost --chips=4 --price=1.20 --hours=10
-    python3 -m deploy.cost --chips=4 --price=1.20 --steps=64000 --batch_size=512 --images_per_second=9000
+    python3 -m deploy.cost --chips=4 --price=1.20 --steps=64000 \\
+        --batch_size=512 --images_per_second=9000
 
 The speed is that of metrics.jsonl (`images_per_second`) or of `trainer.task --dry_run` on the
 same hardware.

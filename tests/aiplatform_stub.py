@@ -1,4 +1,5 @@
-"""A Vertex AI of this machine: keeps the jobs that are created, as JSON that arrived, and answers as the service does.
+"""A Vertex AI of this machine: keeps the jobs that are created, as JSON that arrived, and answers
+as the service does.
 
 So much of Cloud TPU, Cloud Build and Cloud Storage as our commands need is there too.
 """
@@ -38,7 +39,9 @@ def uploaded(body: bytes) -> bytes:
 
 
 class Stub:
-    """Serves on a port of the system's choice until `close`. `refusal`, if set, is the answer to every creation."""
+    """Serves on a port of the system's choice until `close`. `refusal`, if set, is the answer to
+    every creation.
+    """
 
     def __init__(self) -> None:
         self.requests: list[Request] = []

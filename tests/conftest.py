@@ -130,7 +130,7 @@ def gcs_here(gcs: fake_gcs.Server, monkeypatch: pytest.MonkeyPatch) -> fake_gcs.
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A prepared data set of 5 species: 40 train, 15 validation, 23 test images, up to 32 pixels."""
+    """A prepared data set of 5 species: 40 train, 15 validation, 23 test images, up to 32 px."""
     out = str(tmp_path_factory.mktemp("data") / "flowers")
     write_synthetic_dataset(out, 0, CLASSES, SIDE, {"train": TRAIN, "validation": 15, "test": 23}, silent)
     return out

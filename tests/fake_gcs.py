@@ -1,17 +1,21 @@
-"""Google Cloud Storage on this machine, for TensorFlow's own gs:// client and for google-cloud-storage, with faults.
+"""Google Cloud Storage on this machine, for TensorFlow's own gs:// client and for
+google-cloud-storage, with faults.
 
-TensorFlow's client has no switch for another server: its hosts are constants. But it honours `https_proxy` and
-`CURL_CA_BUNDLE`, so this server is a CONNECT proxy that ends TLS for www.googleapis.com and storage.googleapis.com with a
-certificate of a throw-away authority. google-cloud-storage finds the same buckets over plain HTTP by `STORAGE_EMULATOR_HOST`.
+TensorFlow's client has no switch for another server: its hosts are constants. But it honours
+`https_proxy` and `CURL_CA_BUNDLE`, so this server is a CONNECT proxy that ends TLS for
+www.googleapis.com and storage.googleapis.com with a certificate of a throw-away authority.
+google-cloud-storage finds the same buckets over plain HTTP by `STORAGE_EMULATOR_HOST`.
 
-In a test: the fixture `gcs` (a server; `gcs.env` is for a subprocess), or `gcs_here` (this process's TensorFlow uses it too,
-but not by tf.io.TFRecordWriter and tf.train.Checkpoint.restore, which wait for an answer while no other Python thread may run).
-By hand: `python tests/fake_gcs.py --bucket=b` prints the variables to export and serves until it is interrupted.
+In a test: the fixture `gcs` (a server; `gcs.env` is for a subprocess), or `gcs_here` (this
+process's TensorFlow uses it too, but not by tf.io.TFRecordWriter and tf.train.Checkpoint.restore,
+which wait for an answer while no other Python thread may run). By hand: `python tests/fake_gcs.py
+--bucket=b` prints the variables to export and serves until it is interrupted.
 
-What it knows: objects with generation, metageneration, CRC32C, MD5 and time; preconditions; pages, prefixes and delimiters;
-media, multipart and resumable uploads; ranges; rewrite, compose, patch, delete; buckets. `fail` makes requests go wrong,
-`kill_after` kills a process right after its n-th change was made and before it is told so. What it does not: access lists,
-versions of the past, batches, notifications, gzip transcoding.
+What it knows: objects with generation, metageneration, CRC32C, MD5 and time; preconditions; pages,
+prefixes and delimiters; media, multipart and resumable uploads; ranges; rewrite, compose, patch,
+delete; buckets. `fail` makes requests go wrong, `kill_after` kills a process right after its n-th
+change was made and before it is told so. What it does not: access lists, versions of the past,
+batches, notifications, gzip transcoding.
 """
 
 from __future__ import annotations
@@ -80,11 +84,12 @@ class Fault:
     """Makes matching requests fail.
 
     Attributes:
-        failure: a status; "reset" (connection reset, nothing done); "lost" (done, then reset: the client cannot know);
-            "broken" (half of the answer, then the end; of an upload, half arrives); "stall" (no answer for
-            `Server.stall_seconds`, nothing done).
+        failure: a status; "reset" (connection reset, nothing done); "lost" (done, then reset: the
+            client cannot know); "broken" (half of the answer, then the end; of an upload, half
+            arrives); "stall" (no answer for `Server.stall_seconds`, nothing done).
         kind: of `KINDS`; empty: any.
-        after: matching requests, of those that no earlier fault took, that pass before the first one fails.
+        after: matching requests, of those that no earlier fault took, that pass before the first
+            one fails.
         times: how many fail then; None: all.
         match: a part of the object's name.
         number: the request with this number in the server's log alone (1 is the first).
@@ -181,7 +186,9 @@ class Answer:
 
 
 class Server:
-    """The server, its buckets, its log and its faults. Use it as a context manager, or `start` and `close`."""
+    """The server, its buckets, its log and its faults. Use it as a context manager, or `start` and
+    `close`.
+    """
 
     def __init__(self, *buckets: str, folder: str | None = None, port: int = 0) -> None:
         self.lock = threading.RLock()
@@ -231,12 +238,16 @@ class Server:
 
     @property
     def env(self) -> dict[str, str]:
-        """For a subprocess: TensorFlow's client and google-cloud-storage find this server, and retry without long waits."""
+        """For a subprocess: TensorFlow's client and google-cloud-storage find this server, and
+        retry without long waits.
+        """
         return self.route | KNOBS
 
     @property
     def route(self) -> dict[str, str]:
-        """Of `env`, what leads here; TensorFlow reads these at each request, so they can be set at any time."""
+        """Of `env`, what leads here; TensorFlow reads these at each request, so they can be set at
+        any time.
+        """
         return {
             "https_proxy": self.address,
             "HTTPS_PROXY": self.address,
@@ -278,7 +289,8 @@ class Server:
         return gone
 
     def kill_after(self, count: int, pid: int, kind: str = "", match: str = "") -> None:
-        """Sends SIGKILL to `pid` once `count` more changes were made, before the client hears of the last one.
+        """Sends SIGKILL to `pid` once `count` more changes were made, before the client hears of
+        the last one.
 
         Args:
             count: from 1.
@@ -291,9 +303,11 @@ class Server:
             self._kill = Kill(pid, count, kind, match)
 
     def sprinkle(self, seed: int, share: float, failures: tuple[str, ...], requests: int = 3000) -> None:
-        """Adds a fault to single requests by their number, drawn anew for each seed, and none to two of three neighbours.
+        """Adds a fault to single requests by their number, drawn anew for each seed, and none to
+        two of three neighbours.
 
-        So every request that is given a few tries gets through, and what is repeated goes wrong now and then too.
+        So every request that is given a few tries gets through, and what is repeated goes wrong now
+        and then too.
         """
         drawn, number = random.Random(seed), 0
         while number < requests:
@@ -324,7 +338,9 @@ class Server:
                 self.put(bucket, f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def get_tree(self, bucket: str, prefix: str, folder: str | pathlib.Path) -> None:
-        """Writes the objects under `prefix` (no slash at its end) to a local folder; folder markers are left out."""
+        """Writes the objects under `prefix` (no slash at its end) to a local folder; folder markers
+        are left out.
+        """
         for name in self.names(bucket, prefix + "/"):
             if not name.endswith("/"):
                 path = pathlib.Path(folder) / name[len(prefix) + 1 :]
@@ -680,7 +696,9 @@ class _Listener(socketserver.ThreadingMixIn, http.server.HTTPServer):
     owner: Server
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed or gave up is the point of many tests; anything else is our mistake."""
+        """A client that was killed or gave up is the point of many tests; anything else is our
+        mistake.
+        """
         if not isinstance(sys.exception(), (OSError, ssl.SSLError)):
             super().handle_error(request, client_address)
 
@@ -720,7 +738,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.connection.close()
 
     def drop(self, reset: bool) -> None:
-        """Ends the connection without an answer; with a reset the client sees an error and no orderly end."""
+        """Ends the connection without an answer; with a reset the client sees an error and no
+        orderly end.
+        """
         self.close_connection = True
         if reset:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -810,7 +830,8 @@ def classify(method: str, host: str, path: str, query: dict[str, str], headers: 
         bucket, name = parts[5], query.get("name", "")
         if method == "PUT":
             asks = (headers.get("Content-Range") or "").startswith("bytes */")
-            # An empty object's only piece looks like a question. The upload's own name stands in for the object's.
+            # An empty object's only piece looks like a question. The upload's own name stands in
+            # for the object's.
             kind = "status" if asks and headers.get("Content-Range") != "bytes */0" else "chunk"
             return known(kind, bucket, query.get("upload_id", ""))
         return known("start" if query.get("uploadType") == "resumable" else "upload", bucket, name)
@@ -849,7 +870,9 @@ KNOBS = {
 
 
 def make_certificates(folder: str) -> str:
-    """Makes a throw-away authority and a server's certificate in `folder`; returns the path of the authority's."""
+    """Makes a throw-away authority and a server's certificate in `folder`; returns the path of the
+    authority's.
+    """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -892,7 +915,9 @@ def serve(*buckets: str) -> Iterator[Server]:
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    """Serves until it is interrupted; prints shell lines that lead clients here, and at the end what faults consumed."""
+    """Serves until it is interrupted; prints shell lines that lead clients here, and at the end
+    what faults consumed.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bucket", action="append", default=[], help="a bucket; repeatable")
     parser.add_argument("--port", type=int, default=0, help="0: one that is free")

@@ -1,7 +1,8 @@
 """A server that speaks Kaggle's API, reached by the real client through its environment alone.
 
-`HTTPS_PROXY` makes the client CONNECT here for api.kaggle.com and for the bucket that Kaggle's answers point to; this server
-ends TLS with a certificate that `REQUESTS_CA_BUNDLE` makes the client trust. Nothing in the client is patched.
+`HTTPS_PROXY` makes the client CONNECT here for api.kaggle.com and for the bucket that Kaggle's
+answers point to; this server ends TLS with a certificate that `REQUESTS_CA_BUNDLE` makes the client
+trust. Nothing in the client is patched.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Faults for a job in a forked process (tests/zygote.py): a signal at a chosen moment, a full disk, a locked folder.
+"""Faults for a job in a forked process (tests/zygote.py): a signal at a chosen moment, a full disk,
+a locked folder.
 
-The functions here replace attributes of modules in the child process. The product knows none of them.
+The functions here replace attributes of modules in the child process. The product knows none of
+them.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def environment(**values: str) -> None:
 
 
 def shoot(number: str, times: int = 1) -> None:
-    """Sends this process a real signal, `times` times. A handler of Python's runs before the next line does."""
+    """Sends this process a real signal, `times` times. A handler of Python's runs before the next
+    line does.
+    """
     for _ in range(times):
         os.kill(os.getpid(), getattr(signal, number))
 
@@ -104,7 +108,8 @@ def act(then: dict[str, Any]) -> None:
             touch: file to create,
             fill: file to grow until the disk is full,
             clock: seconds by which the wall clock jumps,
-            largest_file: bytes that a file of this process may have from now on (a limit of the kernel),
+            largest_file: bytes that a file of this process may have from now on (a limit of the
+                kernel),
             sleep: seconds,
             chmod: modes by path.
     """
@@ -135,7 +140,8 @@ def act(then: dict[str, Any]) -> None:
 def storage(kill_at: int | None = None, record: str = "") -> None:
     """Counts every step of every change on the disk, and sends SIGKILL right after one.
 
-    A file is written in steps: it is made, half written, written, flushed, renamed, and its folder flushed.
+    A file is written in steps: it is made, half written, written, flushed, renamed, and its folder
+    flushed.
 
     Args:
         kill_at: number of the step, from 0; None: none.
@@ -203,7 +209,9 @@ def storage(kill_at: int | None = None, record: str = "") -> None:
 
 
 def powerless() -> None:
-    """Drops root's power over permissions (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH), as an ordinary user's process has none."""
+    """Drops root's power over permissions (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH), as an ordinary
+    user's process has none.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     sets = (ctypes.c_uint32 * 6)()  # two of effective, permitted, inheritable

@@ -1,4 +1,6 @@
-"""Jobs that are killed and resumed, and how their results are compared: for test_kills.py, test_gcs_job.py and `make soak`."""
+"""Jobs that are killed and resumed, and how their results are compared: for test_kills.py,
+test_gcs_job.py and `make soak`.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def result(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def final_state(workdir: str | pathlib.Path) -> dict[str, str]:
-    """SHA-256 of each array of the newest checkpoint, by name: weights, optimizer slots and their counter."""
+    """SHA-256 of each array of the newest checkpoint, by name: weights, optimizer slots and their
+    counter.
+    """
     folder = pathlib.Path(workdir, "checkpoints")
     commit = json.loads(max(folder.glob("checkpoint-*.json")).read_text())
     with np.load(folder / commit["state"], allow_pickle=False) as archive:
@@ -58,12 +62,15 @@ def names(workdir: str | pathlib.Path) -> list[str]:
 
 
 def differences(one: str | pathlib.Path, other: str | pathlib.Path) -> list[str]:
-    """What differs between two finished runs: weights and slots (to the bit), rows, result, names of files."""
+    """What differs between two finished runs: weights and slots (to the bit), rows, result, names
+    of files.
+    """
     return [part.__name__ for part in (final_state, rows, result, names) if part(one) != part(other)]
 
 
 def flags(data: str, teacher: str, student: str) -> list[str]:
-    """Flags of a job of 12 steps, one per loop, that saves after 4, 8 and 12 and evaluates after 6 and 12.
+    """Flags of a job of 12 steps, one per loop, that saves after 4, 8 and 12 and evaluates after 6
+    and 12.
 
     Args:
         data: a prepared data set.

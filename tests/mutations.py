@@ -1,8 +1,10 @@
-"""Breaks each guard (tests/mutants/) in a copy of the project and runs the test that must fail then: `make mutations`.
+"""Breaks each guard (tests/mutants/) in a copy of the project and runs the test that must fail
+then: `make mutations`.
 
-A mutant that survives its test is a failure. First the tests run in an unchanged copy, where they must pass. Each mutant runs in
-a process that is forked from one which has imported TensorFlow (tests/zygote.py), as many at a time as there are cores.
-`tests/mutations.py TEXT` runs the mutants whose guard contains the text.
+A mutant that survives its test is a failure. First the tests run in an unchanged copy, where they
+must pass. Each mutant runs in a process that is forked from one which has imported TensorFlow
+(tests/zygote.py), as many at a time as there are cores. `tests/mutations.py TEXT` runs the mutants
+whose guard contains the text.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ def copy_project(folder: pathlib.Path) -> None:
 
 
 def run_pytest(folder: str, tests: list[str]) -> int:
-    """Runs tests of the copy in `folder`, in this process, which is a child of the zygote; returns pytest's exit code."""
+    """Runs tests of the copy in `folder`, in this process, which is a child of the zygote; returns
+    pytest's exit code.
+    """
     os.chdir(folder)
     # Neither modules nor paths of ROOT may be left: the copy's are imported instead.
     sys.path[:] = [folder, f"{folder}/tests", *(p for p in sys.path if p not in (str(ROOT), str(ROOT / "tests")))]
@@ -73,7 +77,9 @@ def run_pytest(folder: str, tests: list[str]) -> int:
 
 
 def run_tests(zygote: Zygote, folder: pathlib.Path, tests: list[str], limit: float) -> tuple[int, str]:
-    """Runs tests of the copy in `folder` for at most `limit` seconds: pytest's exit code and the end of its output."""
+    """Runs tests of the copy in `folder` for at most `limit` seconds: pytest's exit code and the
+    end of its output.
+    """
     output = folder / "output.txt"
     child = zygote.start("mutations", "run_pytest", output, folder=str(folder), tests=tests)
     try:
@@ -87,7 +93,8 @@ def try_mutant(zygote: Zygote, mutant: Mutant, pristine: pathlib.Path) -> tuple[
     """Runs a mutant's test in a copy of the project.
 
     Returns:
-        Whether it was killed, and what shows that: the line on the failed test; else why it counts as a survivor.
+        Whether it was killed, and what shows that: the line on the failed test; else why it counts
+            as a survivor.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name) / "copy"
@@ -105,7 +112,9 @@ def try_mutant(zygote: Zygote, mutant: Mutant, pristine: pathlib.Path) -> tuple[
 
 
 def check_unchanged(zygote: Zygote, pristine: pathlib.Path, chosen: list[Mutant]) -> str:
-    """Runs the mutants' tests in unchanged copies, in two processes; returns pytest's output if one fails."""
+    """Runs the mutants' tests in unchanged copies, in two processes; returns pytest's output if one
+    fails.
+    """
     modules: dict[str, set[str]] = {}
     for mutant in chosen:
         modules.setdefault(mutant.test.partition("::")[0], set()).add(mutant.test)
@@ -130,7 +139,8 @@ def main() -> int:
     chosen = [mutant for mutant in mutants.load() if arguments.text in mutant.guard]
     if not chosen:
         parser.error(f"no mutant's guard contains {arguments.text!r}")
-    # TensorFlow's gs:// client reads these once, when the zygote imports it, which is before any conftest.py.
+    # TensorFlow's gs:// client reads these once, when the zygote imports it, which is before any
+    # conftest.py.
     os.environ.update(fake_gcs.KNOBS)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name, Zygote(*PRELOAD) as zygote:

@@ -1,7 +1,9 @@
-"""Kills jobs at random moments and compares their results to the bit: `make soak`, `make soak SOAK=20`.
+"""Kills jobs at random moments and compares their results to the bit: `make soak`, `make soak
+SOAK=20`.
 
-Each try starts a job, kills it after a random time (SIGKILL, in a quarter of the cases SIGTERM) and gives the same command
-again. In a third of the tries that job is killed too. The last one ends by itself. The seed is printed; `--seed=N` repeats it.
+Each try starts a job, kills it after a random time (SIGKILL, in a quarter of the cases SIGTERM) and
+gives the same command again. In a third of the tries that job is killed too. The last one ends by
+itself. The seed is printed; `--seed=N` repeats it.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ def soak(zygote: Zygote, folder: pathlib.Path, count: int, seed: int) -> int:
 
         for kill in (True, rng.random() < 1 / 3, False):
             code = run_job(kill)
-            # SIGTERM before Python has set its handler, in the first milliseconds, ends the process as it ends any other.
+            # SIGTERM before Python has set its handler, in the first milliseconds, ends the process
+            # as it ends any other.
             if code not in ((0, 75, -signal.SIGKILL, -signal.SIGTERM) if kill else (0,)):
                 return f"try {number} ended with {code}: {output.read_text()[-2000:]}"
         if parts := matrix.differences(whole, workdir):

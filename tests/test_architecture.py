@@ -1,4 +1,6 @@
-"""The shape of the package: imports go one way, hardware is known in one place, flags are read in one place."""
+"""The shape of the package: imports go one way, hardware is known in one place, flags are read in
+one place.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import mutants
 import pytest
 from conftest import ROOT
 
-# A package imports only from itself and from packages of lower rank. The verbs, directly in trainer/, are on top.
+# A package imports only from itself and from packages of lower rank. The verbs, directly in
+# trainer/, are on top.
 RANKS = {"core": 0, "io": 1, "data": 2, "ingest": 3, "models": 3, "method": 4, "run": 5, "output": 6, "": 7}
 
 
@@ -90,7 +93,9 @@ def test_core_and_verbs_import_no_tensorflow(names: str) -> None:
 
 
 def test_mutants_fit_the_code() -> None:
-    """Each pattern matches once and each test exists: found here in a second, by `make mutations` after minutes."""
+    """Each pattern matches once and each test exists: found here in a second, by `make mutations`
+    after minutes.
+    """
     wrong = [f"{mutant.guard}: {problem}" for mutant in mutants.load() if (problem := mutant.misfit(ROOT))]
     assert not wrong, "\n".join(wrong)
 

@@ -32,7 +32,7 @@ def miniature(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_rates_are_chosen_on_validation_with_a_seed_of_their_own(
     miniature: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Test accuracy, which points to another rate here, does not count; and no run is made twice."""
+    """Test accuracy, which points to another rate, does not count; no run is made twice."""
     calls = []
 
     def train(way: object, steps: int, seed: int, rate: float, **_: object) -> dict:
@@ -115,7 +115,9 @@ def data_path(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_each_part_of_the_data_path_is_measured(
     data_path: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With sets of a hundredth of the size; every part gives what its table needs, and the sets are what they are said to be."""
+    """With sets of a hundredth of the size; every part gives what its table needs, and the sets are
+    what they are said to be.
+    """
     allowed: list[list[int]] = []
     monkeypatch.setattr(data_path.os, "sched_setaffinity", lambda _, cores: allowed.append(cores))
     monkeypatch.setattr(data_path, "SHARD", 50)
@@ -158,7 +160,7 @@ def test_the_data_paths_tables_are_of_its_results(data_path: types.ModuleType) -
 
 
 def test_saving_holds_the_loop_no_longer_than_the_copy(tmp_path: pathlib.Path) -> None:
-    """Of a state of 60 MB. What the thread does (hash, checksum, write, flush) is most of a save."""
+    """For a state of 60 MB. The thread's part (hash, checksum, write) is most of a save."""
     spec = importlib.util.spec_from_file_location("checkpoint_stall", ROOT / "benchmarks" / "checkpoint_stall.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,8 +1,9 @@
 """A server that imports TensorFlow once and forks a child process for each call.
 
-Importing TensorFlow takes seconds, and the kill matrix starts hundreds of jobs. The server runs no operation of TensorFlow, so
-it has none of its threads, and a child behaves as a process that a shell started: it has its own process id and dies of real
-signals. As a script this file is the server; tests use the class `Zygote`.
+Importing TensorFlow takes seconds, and the kill matrix starts hundreds of jobs. The server runs no
+operation of TensorFlow, so it has none of its threads, and a child behaves as a process that a
+shell started: it has its own process id and dies of real signals. As a script this file is the
+server; tests use the class `Zygote`.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ class Zygote:
 
 
 def main() -> int:
-    """The server: reads a line of JSON for each child, and writes one when the child starts and one when it has ended."""
+    """The server: reads a line of JSON for each child, and writes one when the child starts and one
+    when it has ended.
+    """
     for name in sys.argv[1:]:
         importlib.import_module(name)
     answers = os.dup(1)

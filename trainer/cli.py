@@ -48,7 +48,8 @@ def run(
         tensorflow: import TensorFlow, without its start-up messages, before `body`.
 
     Returns:
-        The exit code (trainer.core.errors). Anything that is not a `FunmatchError` is a bug and passes through.
+        The exit code (trainer.core.errors). Anything that is not a `FunmatchError` is a bug and
+        passes through.
     """
     values = flags.FlagValues()
     define(values)
@@ -97,8 +98,8 @@ def _print_error(text: str, code: int) -> None:
 def _import_tensorflow() -> None:
     """Imports TensorFlow without its start-up messages; setting TF_CPP_MIN_LOG_LEVEL keeps them.
 
-    They come from C++ before any log level applies, so the file descriptor itself is redirected. If the
-    import fails, they are printed.
+    They come from C++ before any log level applies, so the file descriptor itself is redirected. If
+    the import fails, they are printed.
     """
     gcs_client.set_defaults()
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ or "tensorflow" in sys.modules:

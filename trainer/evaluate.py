@@ -1,9 +1,12 @@
-"""Measure any classifier on a split: top-1, top-5, each class; with --teacher also how far the two agree.
+"""Measure any classifier on a split: top-1, top-5, each class; with --teacher also how far the two
+agree.
 
     python -m trainer.evaluate --model=saved_model:RUN/export/saved_model --data=DATA --split=test
 
---model takes whatever --teacher of trainer.task takes, and SavedModels from encoded images, as the job exports them,
-which do their own preprocessing. Every image counts once. JSON goes to standard output, progress to standard error.
+--model takes whatever --teacher of trainer.task takes, and SavedModels from encoded images, as the
+job exports them, which do their own preprocessing. Every image counts once. JSON goes to standard
+output, progress to standard error.
+
 Exit codes: 0 done; 2 bad flags; 3 bad data or model.
 """
 

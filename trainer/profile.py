@@ -1,10 +1,13 @@
-"""Profile a teacher in each precision: size, operations, speed on this machine, accuracy, agreement with float32.
+"""Profile a teacher in each precision: size, operations, speed on this machine, accuracy, agreement
+with float32.
 
     python -m trainer.profile --teacher=keras:teacher.keras --data=DATA --split=test
 
-For each precision (--teacher_precision of the main job): memory, images a second on this machine, top-1 on a split,
-and agreement with the float32 original on views of the training split, which decides whether the main job accepts
-that precision. JSON goes to standard output, a table to standard error.
+For each precision (--teacher_precision of the main job): memory, images a second on this machine,
+top-1 on a split, and agreement with the float32 original on views of the training split, which
+decides whether the main job accepts that precision. JSON goes to standard output, a table to
+standard error.
+
 Exit codes: 0 done; 2 bad flags; 3 bad data or teacher.
 """
 
@@ -74,8 +77,9 @@ def run(config: Config, split: str, precisions: tuple[str, ...], console: Consol
         console: shows progress.
 
     Returns:
-        teacher, parameters, image_size, macs and gflops of one image (None: not known), and for each of
-        `forms` (precisions) its bytes, images_per_second, top1, and against float32 agreement_top1 and kl.
+        teacher, parameters, image_size, macs and gflops of one image (None: not known), and for
+        each of `forms` (precisions) its bytes, images_per_second, top1, and against float32
+        agreement_top1 and kl.
 
     Raises:
         ConfigError, DataError: as the main job does.

@@ -1,10 +1,11 @@
-"""List published settings: the paper's Table 4, its ImageNet run, the Keras example and its notebook.
+"""List published settings: the paper's Table 4, its ImageNet run, the Keras example and its
+notebook.
 
     python -m trainer.recipes                    # the table
     python -m trainer.recipes --out=recipes      # the flagfiles, one for each row
 
-A recipe is a set of flags. `--recipe=flowers102_fast` uses them, and a flag beside it overrides one of
-them. A recipe does not choose data or teacher; it names those its accuracy was published with.
+A recipe is a set of flags. `--recipe=flowers102_fast` uses them, and a flag beside it overrides one
+of them. A recipe does not choose data or teacher; it names those its accuracy was published with.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Recipe:
         flags: values by the name of their flag.
         source: where the settings were published.
         teacher: the teacher of the published run.
-        accuracy: published top-1 of the student on the test split (ImageNet: validation), in percent.
+        accuracy: published top-1 of the student on the test split (ImageNet: validation), in
+            percent.
         teacher_accuracy: the teacher's, in percent; None where it was not published.
         note: a remark for the flagfile; may be empty.
     """

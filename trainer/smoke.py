@@ -2,8 +2,9 @@
 
     python -m trainer.smoke --workdir=smoke
 
-It prints and runs four commands: prepare, teacher, task, and task from labels. The two students have the
-same network, images and steps, so they can be compared. The same command resumes a stopped run.
+It prints and runs four commands: prepare, teacher, task, and task from labels. The two students
+have the same network, images and steps, so they can be compared. The same command resumes a stopped
+run.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Preset:
 
 
 PRESETS = {
-    # Chosen by trial, so that teacher, student and the student from labels together take five minutes on two cores.
+    # Chosen by trial, so that teacher, student and the student from labels together take five
+    # minutes on two cores.
     "default": Preset(
         classes=12,
         teacher_images=6000,

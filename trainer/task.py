@@ -1,10 +1,14 @@
-"""Distil a big frozen image classifier into a small one by function matching (Beyer et al. 2021, arXiv 2106.05237).
+"""Distil a big frozen image classifier into a small one by function matching (Beyer et al. 2021,
+arXiv 2106.05237).
 
-    python -m trainer.task --data=DATA --teacher=keras:teacher.keras --student=bit-r50x1 --epochs=1000 --workdir=RUN
+    python -m trainer.task --data=DATA --teacher=keras:teacher.keras --student=bit-r50x1 \\
+        --epochs=1000 --workdir=RUN
 
 The same command resumes a run that was stopped, and changes nothing about a finished one. A file of
 flags: --flagfile=FILE.
-Exit codes: 0 done; 2 bad flags; 3 bad data, teacher or checkpoint; 4 training diverged; 75 stopped early, resumable.
+
+Exit codes: 0 done; 2 bad flags; 3 bad data, teacher or checkpoint; 4 training diverged; 75 stopped
+early, resumable.
 """
 
 from __future__ import annotations
@@ -37,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def on_vertex(config: Config) -> Config:
-    """The configuration with the folders that Vertex AI gives by variables, where flags do not say otherwise."""
+    """The configuration with the folders that Vertex AI gives by variables, where flags do not say
+    otherwise.
+    """
     return dataclasses.replace(
         config,
         workdir=environment.workdir(config.workdir),

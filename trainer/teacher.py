@@ -3,7 +3,8 @@
 Loop, checkpoints and resume are those of the main job.
 
     python -m trainer.teacher --data=DATA --hyperrule --model=bit:BiT-M-R101x3 --out=teacher.keras
-    python -m trainer.teacher --data=DATA --train_split=pretrain --model=bit-small --epochs=20 --out=teacher.keras
+    python -m trainer.teacher --data=DATA --train_split=pretrain --model=bit-small \\
+        --epochs=20 --out=teacher.keras
 
 --hyperrule takes resolution, mixup, schedule and optimizer from the size of the data set
 (BiT-HyperRule); a flag on the command line takes precedence.

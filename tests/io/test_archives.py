@@ -1,4 +1,6 @@
-"""Archives: what is good comes out whole; what is hostile or damaged is refused, and nothing of it stays or goes astray."""
+"""Archives: what is good comes out whole; what is hostile or damaged is refused, and nothing of it
+stays or goes astray.
+"""
 
 from __future__ import annotations
 

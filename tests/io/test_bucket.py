@@ -82,7 +82,7 @@ def test_uploads_are_listed_with_their_checksums(gcs_bucket: GcsBucket) -> None:
 
 @pytest.mark.parametrize("size", [5, 9 << 20])
 def test_content_that_differs_from_its_checksum_is_refused(gcs_bucket: GcsBucket, size: int) -> None:
-    """In one request, and in a resumable upload. As when a file was damaged after it was written."""
+    """In one request, and in a resumable upload. As if a file was damaged after it was written."""
     with pytest.raises(Unavailable, match="crc32c"):
         gcs_bucket.upload("x", io.BytesIO(bytes(size)), size, google_crc32c.value(b"other"), 0)
     assert gcs_bucket.list("") == {}

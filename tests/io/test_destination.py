@@ -1,4 +1,4 @@
-"""Writing a data set to a bucket: whole, checked, resumable, and never mixed with another writer's."""
+"""Writing a data set to a bucket: whole, checked, resumable, not mixed with another writer's."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_rerun_sends_what_is_missing_or_different(
 
 @pytest.mark.parametrize("failure", ["503", "reset", "lost"])
 def test_what_fails_once_is_tried_again(gcs_here: fake_gcs.Server, local: dict[str, bytes], failure: str) -> None:
-    """Each kind of request that writing makes: small objects, shards, lists, reads and deletions."""
+    """Each kind of request of a writer: small objects, shards, lists, reads and deletions."""
     faults = [gcs_here.fail(failure, kind, after=after) for kind, after in (("list", 0), ("delete", 1), ("read", 1))]
     faults += [gcs_here.fail(failure, "upload", after=after) for after in (1, 4)]
     assert not garden(OUT).startswith("exit")
@@ -127,7 +127,9 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_killed_on_the_way_the_same_command_goes_on_and_leaves_nothing(
     gcs_here: fake_gcs.Server, local: dict[str, bytes], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a real SIGKILL after some uploads. What it had on this disk is removed too, and what a living process has is not."""
+    """By a real SIGKILL after some uploads. What it had on this disk is removed too, and what a
+    living process has is not.
+    """
     flags = ["--classes=3", "--size=24", "--train=30", "--validation=0", "--test=12", "--pretrain=0"]
     argv = ["prepare", "--dataset=synthetic", f"--out={OUT}", *flags]
     environment = os.environ | gcs_here.env | {"TMPDIR": str(tmp_path)}
@@ -175,7 +177,7 @@ def test_an_upload_broken_midway_goes_on(gcs_here: fake_gcs.Server, failure: str
 
 @pytest.mark.parametrize("size", [1000, 20 << 20])
 def test_a_damaged_upload_is_caught(gcs_here: fake_gcs.Server, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """What changes on the way to the server never becomes an object, whoever looks at the checksum."""
+    """Bytes that change on the way to the server never become an object."""
     place, shard, content = place_and_file(size)
     finish = fake_gcs.Server._finish
 
@@ -209,7 +211,9 @@ def test_a_server_that_has_other_bytes_is_noticed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_two_writers_do_not_mix(gcs_here: fake_gcs.Server) -> None:
-    """An object that came, or changed, after the place was opened is not replaced, unless it is the same."""
+    """An object that came, or changed, after the place was opened is not replaced, unless it is the
+    same.
+    """
     gcs_here.put("bucket", "sets/flowers/y.tfrecord", b"before")
     place, shard, content = place_and_file(1000)
     gcs_here.put("bucket", "sets/flowers/x.tfrecord", b"another's")

@@ -1,6 +1,8 @@
-"""The fake of Google Cloud Storage, before anything is tested with it: against the known traps of such fakes, one by one.
+"""The fake of Google Cloud Storage, before anything is tested with it: against the known traps of
+such fakes, one by one.
 
-Three clients: raw HTTP for what the protocol says, TensorFlow's own gs:// client, and google-cloud-storage.
+Three clients: raw HTTP for what the protocol says, TensorFlow's own gs:// client, and
+google-cloud-storage.
 """
 
 from __future__ import annotations
@@ -191,7 +193,9 @@ def test_the_proxy_leads_to_google_alone(gcs: fake_gcs.Server) -> None:
 
 
 def test_tls_location_and_expect_100(gcs: fake_gcs.Server) -> None:
-    """As TensorFlow's curl uploads: chunked, a Content-Length besides, and no body before the server said 100."""
+    """As TensorFlow's curl uploads: chunked, a Content-Length besides, and no body before the
+    server said 100.
+    """
     context = ssl.create_default_context(cafile=gcs.ca)
     with socket.create_connection(("127.0.0.1", gcs.port), timeout=10) as plain:
         plain.sendall(b"CONNECT www.googleapis.com:443 HTTP/1.1\r\n\r\n")
@@ -303,7 +307,9 @@ assert len(list(tf.data.TFRecordDataset(name))) == 2
 
 
 def test_tensorflow_records_checkpoints_and_summaries(gcs: fake_gcs.Server) -> None:
-    """In a process of its own: some of these calls let no other Python thread run while they wait for the server."""
+    """In a process of its own: some of these calls let no other Python thread run while they wait
+    for the server.
+    """
     subprocess.run([sys.executable, "-c", WORK], env=os.environ | gcs.env, check=True)
     mark = gcs.requests(match="mark")[-1].number
     changes = [r.kind for r in gcs.log if r.kind in fake_gcs.MUTATING and r.number > mark and "tb/" not in r.object]

@@ -148,8 +148,9 @@ def test_a_stall_that_lasts(gcs_here: fake_gcs.Server, kind: str) -> None:
 
 @pytest.mark.parametrize("failure", ["403", "503", "reset"])
 def test_a_folder_that_cannot_be_looked_at_is_not_empty(gcs_here: fake_gcs.Server, failure: str) -> None:
-    """listdir raises "not found": a run would conclude that it has no checkpoints and start again."""
-    # A new name: TensorFlow caches for some seconds that a folder exists, and then raises the right error.
+    """listdir raises "not found": a run would find no checkpoints and start again."""
+    # A new name: TensorFlow caches for some seconds that a folder exists, and then raises the right
+    # error.
     gcs_here.reset("bucket")
     folder = f"seldom-{failure}"
     for name in ("x", "y"):
@@ -271,7 +272,9 @@ def test_what_lasts_ends_within_a_minute(gcs: fake_gcs.Server, failure: str) -> 
 
 
 def test_no_credentials_are_said_at_once(gcs: fake_gcs.Server, tmp_path: Any) -> None:
-    """The client falls back to an empty token and keeps it as long as the process runs: it must stop."""
+    """The client falls back to an empty token and keeps it as long as the process runs: it must
+    stop.
+    """
     gcs.token = "real"
     began = time.monotonic()
     done = child(

@@ -1,4 +1,6 @@
-"""Teachers from Kaggle: the real client against a server that speaks its API; credentials, breaks, hostile archives, offline."""
+"""Teachers from Kaggle: the real client against a server that speaks its API; credentials, breaks,
+hostile archives, offline.
+"""
 
 from __future__ import annotations
 

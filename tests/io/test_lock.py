@@ -1,4 +1,6 @@
-"""One writer for a workdir: a second is refused, a dead one is succeeded, and one that lost the workdir stops."""
+"""One writer for a workdir: a second is refused, a dead one is succeeded, and one that lost the
+workdir stops.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def test_a_job_whose_lock_file_was_removed_stops(tmp_path: pathlib.Path) -> None
 
 
 class Store:
-    """A bucket with one object in memory: generations, preconditions, and requests that fail on demand."""
+    """A bucket with one object in memory: generations, preconditions, and requests that fail on
+    demand.
+    """
 
     def __init__(self) -> None:
         self.generation, self.content, self.count = 0, b"", 0
@@ -220,7 +224,9 @@ def test_renewals_may_fail_for_as_long_as_the_lease() -> None:
 
 
 def test_release_sends_no_request_to_a_bucket_that_does_not_answer() -> None:
-    """Each request may take half a minute. Once renewals succeed again, the object is deleted as usual."""
+    """Each request may take half a minute. Once renewals succeed again, the object is deleted as
+    usual.
+    """
     store = Store()
     owner = lease(store).acquire(console)
     store.down = True

@@ -1,8 +1,10 @@
-"""Writes a SavedModel as the Keras example's teachers were made: Keras 2, a subclassed model of hub.KerasLayer and Dense.
+"""Writes a SavedModel as the Keras example's teachers were made: Keras 2, a subclassed model of
+hub.KerasLayer and Dense.
 
-Run in an environment with `requirements.txt` of this folder: make_teacher.py FOLDER CLASSES SIDE. Beside the folder, FOLDER.npz
-has pictures in [0, 1] and what the model says of them. The feature vector inside has the structure, the names and the input range
-of google/bit/m-r101x3/1, at the size of our smallest BiT.
+Run in an environment with `requirements.txt` of this folder: make_teacher.py FOLDER CLASSES SIDE.
+Beside the folder, FOLDER.npz has pictures in [0, 1] and what the model says of them. The feature
+vector inside has the structure, the names and the input range of google/bit/m-r101x3/1, at the size
+of our smallest BiT.
 """
 
 from __future__ import annotations

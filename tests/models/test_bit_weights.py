@@ -217,7 +217,9 @@ def self_signed(path: pathlib.Path) -> pathlib.Path:
 
 @pytest.fixture
 def server(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict]]:
-    """An https server of `tmp_path/www` that this process trusts; its state counts and cuts downloads."""
+    """An https server of `tmp_path/www` that this process trusts; its state counts and cuts
+    downloads.
+    """
     certificate = self_signed(tmp_path / "cert.pem")
     (tmp_path / "www").mkdir()
     state: dict = {"gets": 0, "cut": False}

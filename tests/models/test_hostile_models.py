@@ -1,4 +1,4 @@
-"""Hostile model files run no code, write nothing outside their folder, and are refused in a line."""
+"""Hostile model files run no code, write nothing outside their folder, and are refused."""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
-"""Mutants: guards of the code, how each is broken, and the test that must fail then. `tests/mutations.py` runs them.
+"""Mutants: guards of the code, how each is broken, and the test that must fail then.
+`tests/mutations.py` runs them.
 
-A mutant names a definition by its qualified name and the change by a pattern of Python, which must match once inside that
-definition. Both are compared as syntax trees: formatting, comments and moved lines do not matter.
+A mutant names a definition by its qualified name and the change by a pattern of Python, which must
+match once inside that definition. Both are compared as syntax trees: formatting, comments and moved
+lines do not matter.
 
-In a pattern `_` stands for any expression or name, `_1` .. `_9` for an expression that the replacement can use again, and
-`...` for all remaining arguments of a call or for any body of a block.
+In a pattern `_` stands for any expression or name, `_1` .. `_9` for an expression that the
+replacement can use again, and `...` for all remaining arguments of a call or for any body of a
+block.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ _WILDCARD = re.compile("_[1-9]?")
 
 
 class Misfit(Exception):
-    """A mutant does not fit the code: its definition is missing, or its pattern does not match exactly once."""
+    """A mutant does not fit the code: its definition is missing, or its pattern does not match
+    exactly once.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,9 @@ class Replace:
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """Replaces a statement by `pass`: the one given, or the one that calls or assigns the expression given."""
+    """Replaces a statement by `pass`: the one given, or the one that calls or assigns the
+    expression given.
+    """
 
     old: str
 
@@ -125,7 +132,8 @@ class Mutant:
 
     Attributes:
         guard: what is broken, in words; unique.
-        place: qualified name of a function, class, method or module constant: "trainer.method.optim.build".
+        place: qualified name of a function, class, method or module constant:
+            "trainer.method.optim.build".
         change: what happens to it.
         test: below tests/, as pytest takes it; it must fail.
     """
@@ -216,7 +224,9 @@ def _parse(text: str) -> Any:
 
 
 def _check_names(definition: ast.AST, replacement: Any) -> None:
-    """Raises `Misfit` if the replacement uses a name that the definition does not: it would kill any test, by NameError."""
+    """Raises `Misfit` if the replacement uses a name that the definition does not: it would kill
+    any test, by NameError.
+    """
     known = set(dir(builtins))
     for node in ast.walk(definition):
         known |= {node.id} if isinstance(node, ast.Name) else {node.arg} if isinstance(node, ast.arg) else set()
@@ -281,7 +291,9 @@ def _is_ellipsis(node: Any) -> bool:
 
 
 def _matches(pattern: Any, node: Any, values: dict[str, ast.AST]) -> bool:
-    """Whether a node (a field's value, a list) is what the pattern says; fills `values` with what was captured."""
+    """Whether a node (a field's value, a list) is what the pattern says; fills `values` with what
+    was captured.
+    """
     if isinstance(pattern, ast.Name) and _WILDCARD.fullmatch(pattern.id):
         if not isinstance(node, ast.expr):
             return False

@@ -342,7 +342,8 @@ def lasted(world: World, request: pytest.FixtureRequest) -> dict[str, str]:
             job = here.begin(*hooks, zygote=zygote)
             if from_the_middle:
                 wait_for(lambda: reached.exists() and committed(here.server) == [4], 120)
-                # The save of step 4 then deletes old checkpoints, where a failure is only a warning.
+                # The save of step 4 then deletes old checkpoints, where a failure is only a
+                # warning.
                 time.sleep(2)
             faults = [here.server.fail(failure, kind, match=match, after=n, times=None) for kind, match, n in requests]
             wait_for(lambda: any(fault.consumed for fault in faults), 120)

@@ -176,7 +176,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def run_with_signal(flags: list[str], workdir: str, where: str, count: int, number: str, after: bool = True) -> int:
-    """Runs the job, which sends itself a signal at call `count` of `where`; returns the exit status."""
+    """Runs the job, which sends itself a signal at call `count` of `where`; returns the exit
+    status.
+    """
     module, _, rest = where.partition(":")
     owner, _, name = rest.rpartition(".")
     code = KILLER.format(module=module, owner=owner, name=name, count=count, after=after, signal=number)
@@ -350,7 +352,9 @@ def test_tensorboard_errors_are_warnings(tmp_path: pathlib.Path) -> None:
 def test_best_checkpoint_is_kept_and_exported(
     built: Job, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Evaluations after steps 2, 4, ..., 12 give the listed values; of equal ones the first is kept."""
+    """Evaluations after steps 2, 4, ..., 12 give the listed values; of equal ones the first is
+    kept.
+    """
     values = {
         "student_top1": iter([0.1, 0.6, 0.6, 0.5, float("nan"), 0.2]),
         "kl": iter([3.0, 1.0, 1.0, 2.0, 5.0, 1.5]),
@@ -438,7 +442,7 @@ def test_metrics_are_truncated_to_the_checkpoint(tmp_path: pathlib.Path) -> None
 
 @pytest.mark.slow
 def test_bring_your_own_images_and_teacher(tmp_path: pathlib.Path) -> None:
-    """Grey, transparent, CMYK and odd-sized images; a softmax teacher for 0..255 of another size."""
+    """Grey, transparent, CMYK and odd-sized images; a softmax teacher of another size."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("valid", 3)):
         for name, level in (("dark", 60), ("light", 190)):

@@ -24,7 +24,8 @@ from zygote import Zygote, side_by_side, wait_for
 
 KILLED = -signal.SIGKILL
 
-# A call in each phase of a job: function, number of the call, and whether the signal comes after it.
+# A call in each phase of a job: function, number of the call, and whether the signal comes after
+# it.
 PHASES = {
     "start": ("trainer.run.plan:make_plan", 0, True),
     "lock": ("trainer.io.lock:hold_workdir", 0, True),
@@ -328,7 +329,7 @@ def test_changed_teacher_is_one_line_and_the_run_resumes(run: Run) -> None:
 
 @pytest.mark.kills
 def test_second_job_on_a_workdir_is_refused(run: Run) -> None:
-    """The first job waits until the second is refused; then it is killed, and a third takes over."""
+    """The first job waits until the second is refused, is then killed, and a third takes over."""
     reached, workdir = run.folder / "reached", run.folder / "two"
     argv = [*run.flags, f"--workdir={workdir}"]
     hook = after(1, touch=str(reached), sleep=600)

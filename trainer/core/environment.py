@@ -58,7 +58,8 @@ def for_tensorflow(tpu: str) -> None:
     """Sets the variables that TensorFlow's TPU wheel reads at import, unless the user has set them.
 
     A local TPU needs the PJRT interface of libtpu. Without one, libtpu must not be loaded: it would
-    query a missing metadata server for more than a minute, and lock the TPU against other processes.
+    query a missing metadata server for more than a minute, and lock the TPU against other
+    processes.
 
     Args:
         tpu: the flag `--tpu`; "none" for a verb without it.
@@ -152,8 +153,8 @@ def trial() -> str:
 def cluster() -> tuple[dict[str, Any], int]:
     """The machines of a distributed job.
 
-    TF_CONFIG takes precedence. If only Vertex AI's CLUSTER_SPEC is set, its worker pools 0 and 1 are
-    the chief and the workers.
+    TF_CONFIG takes precedence. If only Vertex AI's CLUSTER_SPEC is set, its worker pools 0 and 1
+    are the chief and the workers.
 
     Returns:
         The value of TF_CONFIG and the number of machines; ({}, 1) for a single machine.
@@ -198,9 +199,9 @@ def is_chief() -> bool:
 def workdir(flag: str) -> str:
     """The run's folder.
 
-    Without the flag it is the BASE of Vertex AI's AIP_CHECKPOINT_DIR, which is BASE/checkpoints/, so
-    that the workdir's checkpoints are there. With the flag, each trial of a study gets a subfolder,
-    because all trials have the same command line.
+    Without the flag it is the BASE of Vertex AI's AIP_CHECKPOINT_DIR, which is BASE/checkpoints/,
+    so that the workdir's checkpoints are there. With the flag, each trial of a study gets a
+    subfolder, because all trials have the same command line.
 
     Args:
         flag: the value of `--workdir`.

@@ -6,9 +6,9 @@ A copy is keyed by the shard's CRC32C and length, so splits and data sets that s
 its copy. The folder:
 
     shards/CRC32C-BYTES.tfrecord    the copies; shards on a local disk are read in place
-    index/SPLIT-CLASSES.npy         where a split's records are (`records.INDEX_DTYPE`), memory-mapped
-    leases/ID.json                  the copies in use by a living process, which holds a lock on the
-                                    file; the kernel releases it when the process ends, however it ends
+    index/SPLIT-CLASSES.npy         where a split's records are, memory-mapped
+    leases/ID.json                  the copies in use by a living process, which locks the file; the
+                                    kernel releases the lock when the process ends, however it ends
     lock                            held while space is allocated
 
 Safe for any number of processes on one machine, on a file system with flock.

@@ -62,7 +62,8 @@ class Checkpoints:
         """
         Args:
             folder: on a disk or gs://.
-            identity: JSON value of all that decides the weights. A checkpoint with another is refused.
+            identity: JSON value of all that decides the weights. A checkpoint with another is
+                refused.
             keep: number of newest checkpoints that are kept, >= 1.
             before_commit: raises where this process must not commit any more.
         """
@@ -117,7 +118,8 @@ class Checkpoints:
         """Checks the newest readable commit only, before hours of work in a folder of another run.
 
         Raises:
-            DataError: it belongs to another run (the differing fields are listed), or cannot be read now.
+            DataError: it belongs to another run (the differing fields are listed), or cannot be
+                read now.
         """
         for step in sorted(self._commits(files.names(self._folder)), reverse=True):
             try:
@@ -227,8 +229,8 @@ class Checkpoints:
 
         Args:
             protected: steps whose commits are kept.
-            newest: commits of later steps are deleted too: they are damaged, else the run would have
-                resumed from them. None: no step counts as later.
+            newest: commits of later steps are deleted too: they are damaged, else the run would
+                have resumed from them. None: no step counts as later.
         """
         try:
             present = files.names(self._folder)

@@ -33,8 +33,8 @@ class EvalResult:
     def metrics(self) -> dict[str, float]:
         """student_top1, student_top5, teacher_top1, teacher_top5, agreement_top1 (0..1) and kl.
 
-        kl is in nats at T = 1. Accuracies are over labelled examples, and missing if there are none.
-        Metrics of the teacher are missing without a teacher.
+        kl is in nats at T = 1. Accuracies are over labelled examples, and missing if there are
+        none. Metrics of the teacher are missing without a teacher.
         """
         metrics: dict[str, float] = {}
         student, teacher = self.student_logits, self.teacher_logits
@@ -137,8 +137,8 @@ class Evaluator:
         """The teachers' logits on the fixed views (`--views=fix/...`).
 
         Returns:
-            A function of the crop's number (0 where there is only one) to float32 [examples, teachers,
-            classes].
+            A function of the crop's number (0 where there is only one) to float32 [examples,
+            teachers, classes].
         """
         config = self._config
 
@@ -174,7 +174,7 @@ class Evaluator:
         return tf.function(run, autograph=False)
 
     def _run_over_split(self, run: Callable) -> np.ndarray:
-        """Concatenates the results of a function of images, original sizes and ids for all batches."""
+        """Concatenates a function's results on images, original sizes and ids of all batches."""
         store, strategy = self._store, self._strategy
         batch = self._replica_batch * strategy.num_replicas_in_sync
 

@@ -44,8 +44,8 @@ class Job:
         step: updates made so far.
         seconds: wall time of training so far, over all processes of this run.
         pending_metrics: steps and mean metrics of the device's loops since the last logged row.
-        best: with `--keep_best`, the metric's name ("by"), its best "value" so far and the "step" of
-            that evaluation; else empty.
+        best: with `--keep_best`, the metric's name ("by"), its best "value" so far and the "step"
+            of that evaluation; else empty.
     """
 
     plan: RunPlan
@@ -87,7 +87,9 @@ class Job:
         return self.step == self.config.steps or self.step % every == 0
 
     def steps_to_next_event(self, step: int) -> int:
-        """Steps until the next log, evaluation or checkpoint, at most `steps_per_loop`; 0 at the end."""
+        """Steps until the next log, evaluation or checkpoint, at most `steps_per_loop`; 0 at the
+        end.
+        """
         config = self.config
         intervals = (config.log_every, config.eval_every, config.checkpoint_every)
         cap = min(config.steps_per_loop, self.prefetcher.max_steps or config.steps_per_loop)
@@ -131,8 +133,8 @@ class Job:
     def state(self) -> dict[str, np.ndarray]:
         """The state that changes from step to step, copied to host memory.
 
-        Keras numbers layers and optimizers per process. So a name holds the variable's position in its
-        model and the end of its own name, which are equal in every process.
+        Keras numbers layers and optimizers per process. So a name holds the variable's position in
+        its model and the end of its own name, which are equal in every process.
         """
         student = {
             f"student/{number:04d}/{variable.path.rsplit('/', 1)[-1]}": variable

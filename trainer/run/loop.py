@@ -64,7 +64,8 @@ def train(job: Job, writer: MetricWriter, checkpoints: Checkpoints, console: Con
         saving.wait()
     _print_warnings(writer, checkpoints, console)
     console.close()
-    # A barrier: no worker continues before the chief's last checkpoint, or alone after a late signal.
+    # A barrier: no worker continues before the chief's last checkpoint, or alone after a late
+    # signal.
     if accelerator.any_worker(stopping or bool(signal.name)):
         raise Stopped(
             f"stopped by {signal.name or OTHER_MACHINE} at step {job.step} of {config.steps}; saved: "

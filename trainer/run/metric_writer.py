@@ -21,10 +21,10 @@ class MetricWriter:
     `write` writes the whole file before each checkpoint commits. A resumed run drops the rows after
     its checkpoint and writes them again, so there are no gaps and no repeats.
 
-    TensorBoard's files are a convenience: where they cannot be written, a warning says so and the run
-    continues. For a bucket they are made on this machine and uploaded when the rows are written:
-    TensorFlow's own writer uploads from the training thread, and at its end waits minutes for a
-    bucket that does not answer.
+    TensorBoard's files are a convenience: where they cannot be written, a warning says so and the
+    run continues. For a bucket they are made on this machine and uploaded when the rows are
+    written: TensorFlow's own writer uploads from the training thread, and at its end waits minutes
+    for a bucket that does not answer.
 
     Attributes:
         rows: all rows so far, with `kind` ("train", "eval", "final"), `step` and the metrics.

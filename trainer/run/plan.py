@@ -25,7 +25,8 @@ class RunPlan:
         config: resolved: nothing in it depends on the data any more.
         train_sets: data sets to train on, in the order of `--data`.
         eval_set: data set to evaluate on; its classes are the student's.
-        identity: JSON value of all that decides the weights: configuration, data, teachers' checksums.
+        identity: JSON value of all that decides the weights: configuration, data, teachers'
+            checksums.
         run_id: SHA-256 (hex) of `identity`; a checkpoint or result of another run is refused.
     """
 
@@ -79,8 +80,8 @@ def check_data(config: Config, train_sets: Sequence[Dataset], eval_set: Dataset)
         eval_set: data set to evaluate on.
 
     Raises:
-        DataError: a split is missing or empty, there are no classes to evaluate on, or the data sets
-            of `--distance=labels` do not name the same classes.
+        DataError: a split is missing or empty, there are no classes to evaluate on, or the data
+            sets of `--distance=labels` do not name the same classes.
     """
     for dataset in train_sets:
         dataset.split(config.train_split, "train_split")
