@@ -39,7 +39,6 @@ EXTRAS = {
     "deploy": ["pyyaml>=6"],
     "dev": [
         "cryptography>=42",
-        "hypothesis",
         "mypy",
         "pip-tools",
         "pytest>=8",

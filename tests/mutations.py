@@ -31,7 +31,6 @@ PRELOAD = (
     "keras",
     "keras.src.trainers.trainer",
     "pytest",
-    "hypothesis",
     "rich.console",
     "google.cloud.storage",
     "matplotlib.pyplot",
