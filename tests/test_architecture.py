@@ -1,13 +1,15 @@
-"""The shape of the package: imports go one way, hardware is known in one place, flags are read in
-one place.
+"""The shape of the project: imports go one way, one module names hardware, public functions explain
+their arguments, documents name files that exist.
 """
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import mutants
 import pytest
@@ -103,3 +105,42 @@ def test_mutants_fit_the_code() -> None:
 def test_guards_of_mutants_have_names_of_their_own() -> None:
     names = [mutant.guard for mutant in mutants.load()]
     assert len(names) == len(set(names))
+
+
+def _public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Public functions of a module and public methods of its public classes."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            if isinstance(node, ast.FunctionDef):
+                yield node
+            else:
+                yield from _public(node.body)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_functions_of_three_parameters_and_more_explain_them(name: str) -> None:
+    """With a block `Args:`, or by reference to the method that they implement (``See `...` ``)."""
+    with open(modules()[name], encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    missing = []
+    for function in _public(tree.body):
+        arguments = function.args
+        parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        count = sum(parameter.arg not in ("self", "cls") for parameter in parameters)
+        text = ast.get_docstring(function) or ""
+        if count >= 3 and "Args:" not in text and not text.startswith("See `"):
+            missing.append(function.name)
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    "document", sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+)
+def test_documents_name_files_that_exist(document: str) -> None:
+    """Paths of the project after a backtick; not patterns such as tests/PACKAGE or NAME_source.py."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:trainer|tests|deploy|docs|benchmarks|requirements|recipes)/[\w./-]+)", text)
+    missing = [
+        path for path in paths if not (ROOT / path.rstrip("/.")).exists() and not re.search("NAME|PACKAGE", path)
+    ]
+    assert not missing

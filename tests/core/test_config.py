@@ -11,6 +11,7 @@ from absl import flags
 from trainer.core.config import Config, fingerprint
 from trainer.core.errors import ConfigError
 from trainer.core.flags import define_flags, from_flags
+from trainer.core.options import option
 
 # Job specs, recipes and scripts rely on these names.
 FLAGS = frozenset(
@@ -337,3 +338,32 @@ def test_one_or_several_data_sets_with_weights() -> None:
 def test_invalid_data_sets_are_config_errors(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parsed(*arguments)
+
+
+# The options of version 0.1 that decide the weights.
+IDENTITY_0_1 = """
+batch_size boundaries central_fraction clip_norm compat distance ensemble epochs fixed_crops
+image_size label_smoothing learning_rate max_bad_fraction min_crop_area mixup mixup_alpha
+optimizer precision resize_size root_pool schedule schedule_steps seed steps store_size student
+student_range teacher_image_size teacher_outputs teacher_precision teacher_range temperature
+train_split views warmup_steps weight_decay
+"""
+
+
+def test_options_added_since_0_1_are_left_out_of_the_identity_at_their_default() -> None:
+    """Else each of them would make all earlier checkpoints and results those of another run."""
+    added = [
+        field
+        for field in dataclasses.fields(Config)
+        if field.metadata["affects_weights"] and field.name not in IDENTITY_0_1.split()
+    ]
+    assert all(field.metadata["omit_default"] for field in added)
+
+
+def test_omit_default_leaves_an_identity_as_it_was() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Later(Config):
+        extra: int = option(3, "An option of a later version.", omit_default=True)
+
+    assert Later(steps=5).identity() == Later(steps=5, extra=3).identity() == Config(steps=5).identity()
+    assert Later(steps=5, extra=4).identity() == Config(steps=5).identity() | {"extra": 4}

@@ -93,4 +93,4 @@ class SilentConsole(Console):
         """Prints nothing."""
 
     def progress(self, task: str, done: int, total: int, note: str = "") -> None:
-        """Prints nothing."""
+        """See `Console.progress`."""

@@ -152,7 +152,7 @@ class LocalDestination(Destination):
         return checksum == crc32c
 
     def send(self, name: str, size: int, crc32c: int) -> None:
-        """Does nothing: `local` is the destination."""
+        """See `Destination.send`; does nothing, since `local` is the destination."""
 
     def read(self, name: str) -> bytes | None:
         """See `Destination`."""

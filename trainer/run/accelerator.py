@@ -11,7 +11,6 @@ import json
 import os
 import time
 import urllib.error
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -48,9 +47,6 @@ class Accelerator:
     steps_per_loop: int
     workers: int = 1
     chief: bool = True
-    _compiled: dict[str, Callable[[tf.Tensor], Any]] = dataclasses.field(
-        default_factory=dict, repr=False, compare=False
-    )
 
     @property
     def description(self) -> str:
