@@ -137,7 +137,7 @@ def test_functions_of_three_parameters_and_more_explain_them(name: str) -> None:
     "document", sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 )
 def test_documents_name_files_that_exist(document: str) -> None:
-    """Paths of the project after a backtick; not patterns such as tests/PACKAGE or NAME_source.py."""
+    """Paths of the project after a backtick, but for patterns such as tests/PACKAGE."""
     text = (ROOT / document).read_text(encoding="utf-8")
     paths = re.findall(r"`((?:trainer|tests|deploy|docs|benchmarks|requirements|recipes)/[\w./-]+)", text)
     missing = [

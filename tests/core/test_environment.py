@@ -32,7 +32,9 @@ def clear_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
         if name.startswith(("AIP_", "CLOUD_ML_", "CLUSTER_SPEC", "TF_CONFIG", "TPU_", "PJRT_", "KUBE", "NEXT_PLUGG")):
             monkeypatch.delenv(name)
-    monkeypatch.setattr(environment, "_metrics", type(environment._metrics)(maxlen=environment._MAX_REPORTED))
+    monkeypatch.setattr(
+        environment, "reported_metrics", type(environment.reported_metrics)(maxlen=environment.MAX_REPORTED)
+    )
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "libtpu", module)
     monkeypatch.setattr(environment, "reachable", lambda *_: False)
     monkeypatch.setattr(environment, "has_tpu", lambda: False)
-    monkeypatch.setattr(environment, "_LOCKFILE", "/nowhere/libtpu_lockfile")
+    monkeypatch.setattr(environment, "LIBTPU_LOCKFILE", "/nowhere/libtpu_lockfile")
     monkeypatch.setattr(os, "environ", dict(os.environ))
 
 
@@ -96,7 +98,7 @@ def test_user_variable_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("libtpu")
 def test_lock_of_another_user_is_an_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lock").touch()
-    monkeypatch.setattr(environment, "_LOCKFILE", str(tmp_path / "lock"))
+    monkeypatch.setattr(environment, "LIBTPU_LOCKFILE", str(tmp_path / "lock"))
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may read anything
     with pytest.raises(ConfigError, match="belongs to another user"):
         environment.for_tensorflow("local")

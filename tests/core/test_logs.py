@@ -19,11 +19,11 @@ from trainer.run.metric_writer import MetricWriter
 
 @pytest.fixture
 def as_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_format", "json")
+    monkeypatch.setattr(logs, "current_format", "json")
 
 
 def test_auto_is_json_only_in_a_cloud_container(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_format", "auto")
+    monkeypatch.setattr(logs, "current_format", "auto")
     for name in logs.environment._CLOUD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert not logs.as_json()

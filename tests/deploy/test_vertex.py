@@ -38,8 +38,10 @@ def run(
     (home / ".kaggle").mkdir()
     (home / ".kaggle" / "kaggle.json").write_text(json.dumps({"username": "someone", "key": CANARY}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logs, "_format", "auto")
-        patch.setattr(environment, "_metrics", type(environment._metrics)(maxlen=environment._MAX_REPORTED))
+        patch.setattr(logs, "current_format", "auto")
+        patch.setattr(
+            environment, "reported_metrics", type(environment.reported_metrics)(maxlen=environment.MAX_REPORTED)
+        )
         patch.setenv("HOME", str(home))
         for name in SECRETS:
             patch.setenv(name, CANARY)

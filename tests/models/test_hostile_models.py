@@ -222,7 +222,7 @@ def test_hostile_npz_files(canary: pathlib.Path, tmp_path: pathlib.Path) -> None
 def test_an_npz_larger_than_any_bit(
     canary: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bit_weights, "_LARGEST", 1 << 20)
+    monkeypatch.setattr(bit_weights, "MAX_BYTES", 1 << 20)
     np.savez_compressed(tmp_path / "bomb.npz", **{"head/kernel": np.zeros(1 << 20, np.float32)})
     assert "more than any BiT" in npz_refused(tmp_path / "bomb.npz", canary)
 

@@ -39,9 +39,9 @@ def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Clears environment and cached strategies; records sleeps, in seconds, instead of waiting."""
     for name in ("TPU_NAME", "TPU_CONFIG", "KUBE_GOOGLE_CLOUD_TPU_ENDPOINTS", "TF_CONFIG", "CLUSTER_SPEC"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(accelerator, "_strategies", {})
+    monkeypatch.setattr(accelerator, "strategies", {})
     seconds: list[float] = []
-    monkeypatch.setattr(accelerator, "_sleep", seconds.append)
+    monkeypatch.setattr(accelerator, "sleep", seconds.append)
     return seconds
 
 
@@ -153,7 +153,7 @@ def client(monkeypatch: pytest.MonkeyPatch, outcome: Exception | None) -> list[t
 
 def test_job_waits_for_a_named_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     requests = client(monkeypatch, None)
-    monkeypatch.setattr(accelerator, "_connect", lambda _: tf.distribute.OneDeviceStrategy("CPU:0"))
+    monkeypatch.setattr(accelerator, "connect", lambda _: tf.distribute.OneDeviceStrategy("CPU:0"))
     console = RecordingConsole()
     assert accelerator.resolve("my-tpu", console).kind == "TPU"
     assert requests == [("my-tpu", 1200)]
@@ -177,7 +177,7 @@ def test_transient_errors_are_retried(sleeps: list[float], monkeypatch: pytest.M
             raise error
         return strategy
 
-    monkeypatch.setattr(accelerator, "_connect", connect)
+    monkeypatch.setattr(accelerator, "connect", connect)
     console = RecordingConsole()
     outcomes[:] = [
         tf.errors.UnavailableError(None, None, "Socket closed"),

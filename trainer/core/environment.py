@@ -31,8 +31,8 @@ _CLOUD_VARIABLES = (
 # PCI devices: TPU v2 or v3, v4, v5p, v5e, v6e, 7x. Google's network cards have the same vendor.
 _PCI_VENDOR = "0x1ae0"
 _TPU_DEVICES = {"0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
-_LOCKFILE = "/tmp/libtpu_lockfile"
-_MAX_REPORTED = 100  # metrics kept in the file, as Vertex AI's own library does
+LIBTPU_LOCKFILE = "/tmp/libtpu_lockfile"
+MAX_REPORTED = 100  # metrics kept in the file, as Vertex AI's own library does
 
 
 def in_cloud() -> bool:
@@ -72,9 +72,9 @@ def for_tensorflow(tpu: str) -> None:
     if tpu_address(tpu) != "local":
         os.environ.setdefault("TPU_LOAD_LIBRARY", "0")
         return
-    if os.path.exists(_LOCKFILE) and not os.access(_LOCKFILE, os.R_OK | os.W_OK):
+    if os.path.exists(LIBTPU_LOCKFILE) and not os.access(LIBTPU_LOCKFILE, os.R_OK | os.W_OK):
         raise ConfigError(
-            f"--tpu={tpu}: {_LOCKFILE} belongs to another user, so libtpu cannot start: end the process that uses the TPU, "
+            f"--tpu={tpu}: {LIBTPU_LOCKFILE} belongs to another user, so libtpu cannot start: end the process that uses the TPU, "
             "then delete the file"
         )
     import libtpu
@@ -224,7 +224,7 @@ def tensorboard_dir(flag: str) -> str:
     return (flag or os.environ.get("AIP_TENSORBOARD_LOG_DIR", "")).rstrip("/")
 
 
-_metrics: deque[dict[str, str | float]] = deque(maxlen=_MAX_REPORTED)
+reported_metrics: deque[dict[str, str | float]] = deque(maxlen=MAX_REPORTED)
 
 
 def report_metric(name: str, value: float, step: int) -> None:
@@ -247,7 +247,7 @@ def report_metric(name: str, value: float, step: int) -> None:
             return
         path = "/tmp/hypertune/output.metrics"
     number = os.environ.get("CLOUD_ML_TRIAL_ID", "") or trial() or "0"
-    _metrics.append(
+    reported_metrics.append(
         {
             "timestamp": time.time(),
             "trial": number,
@@ -259,7 +259,7 @@ def report_metric(name: str, value: float, step: int) -> None:
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in _metrics)
+            file.writelines(json.dumps(entry, sort_keys=True) + "\n" for entry in reported_metrics)
     except OSError as error:
         raise DataError(
             f"cannot write the study's metric to {path}: {error.strerror}; mount a writable /tmp or set CLOUD_ML_HP_METRIC_FILE"

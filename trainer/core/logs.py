@@ -18,7 +18,7 @@ from trainer.core import environment
 
 FORMATS = ("auto", "text", "json")
 
-_format = "auto"
+current_format = "auto"
 
 
 def set_format(log_format: str) -> None:
@@ -26,17 +26,17 @@ def set_format(log_format: str) -> None:
 
     With JSON, the traceback of an uncaught exception becomes one line too.
     """
-    global _format
-    _format = log_format
+    global current_format
+    current_format = log_format
     if as_json():
         sys.excepthook = _report_bug
 
 
 def as_json() -> bool:
     """Whether lines are JSON; with "auto", in a cloud's container unless on a terminal."""
-    if _format == "auto":
+    if current_format == "auto":
         return environment.in_cloud() and not sys.stderr.isatty()
-    return _format == "json"
+    return current_format == "json"
 
 
 def write(severity: str, message: str, **fields: Any) -> None:

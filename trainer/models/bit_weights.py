@@ -174,7 +174,7 @@ def infer_arch(shapes: dict[str, tuple[int, ...]]) -> bit.Arch | None:
 
 
 # Bytes. The largest BiT, R152x4, has 3.7 GB of weights; a training checkpoint has a few times that.
-_LARGEST = 1 << 34
+MAX_BYTES = 1 << 34
 
 
 def read(path: str, role: str) -> dict[str, np.ndarray]:
@@ -195,7 +195,7 @@ def read(path: str, role: str) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(local) as archive:
             names = [info.filename for info in archive.infolist()]
-            if (total := sum(info.file_size for info in archive.infolist())) > _LARGEST:
+            if (total := sum(info.file_size for info in archive.infolist())) > MAX_BYTES:
                 raise DataError(f"--{role}={path} claims to hold {total:,} bytes, more than any BiT with its optimizer")
             prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in names)), "")
             for info in archive.infolist():

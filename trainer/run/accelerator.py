@@ -23,10 +23,10 @@ from trainer.io import files
 # Seconds between attempts to reach a TPU, which a previous container may still hold.
 _PAUSES = (5.0, 15.0, 45.0)
 _HEALTHY_SECONDS = 1200  # a new TPU node takes minutes
-_sleep = time.sleep
+sleep = time.sleep
 
 # Strategies of this process: initialising a TPU a second time would wipe the first one's variables.
-_strategies: dict[str, tf.distribute.Strategy] = {}
+strategies: dict[str, tf.distribute.Strategy] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +146,9 @@ def resolve(tpu: str, console: Console | None = None) -> Accelerator:
                 f"--tpu={tpu}: {workers} machines are in TF_CONFIG, and a TPU job runs on one; choose a machine with "
                 "more chips"
             )
-        if tpu not in _strategies:
-            _strategies[tpu] = _tpu(tpu, console)
-        return Accelerator(_strategies[tpu], "TPU", 100)
+        if tpu not in strategies:
+            strategies[tpu] = _tpu(tpu, console)
+        return Accelerator(strategies[tpu], "TPU", 100)
     gpus = tf.config.list_physical_devices("GPU")
     if workers > 1:
         return _many_machines(cluster, workers, "GPU" if gpus else "CPU", console)
@@ -166,7 +166,7 @@ def resolve(tpu: str, console: Console | None = None) -> Accelerator:
 def _many_machines(cluster: dict[str, Any], workers: int, kind: str, console: Console) -> Accelerator:
     """One strategy over the machines of TF_CONFIG, each of which runs this same command."""
     chief = environment.is_chief()
-    if "many" not in _strategies:
+    if "many" not in strategies:
         task = cluster["task"]
         console.info(f"{task['type']} {task['index']} of {workers} machines; waiting for the others")
         os.environ["TF_CONFIG"] = json.dumps(cluster)
@@ -177,13 +177,13 @@ def _many_machines(cluster: dict[str, Any], workers: int, kind: str, console: Co
             implementation=how.NCCL if kind == "GPU" else how.RING
         )
         try:
-            _strategies["many"] = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+            strategies["many"] = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
         except (ValueError, RuntimeError, tf.errors.OpError) as error:
             raise ConfigError(
                 f"the {workers} machines of TF_CONFIG did not come together: {files.reason(error)}; see that each is up, "
                 "runs the same command and can reach the others' ports"
             ) from error
-    return Accelerator(_strategies["many"], kind, 50 if kind == "GPU" else 10, workers, chief)
+    return Accelerator(strategies["many"], kind, 50 if kind == "GPU" else 10, workers, chief)
 
 
 def _tpu(tpu: str, console: Console) -> tf.distribute.Strategy:
@@ -193,16 +193,16 @@ def _tpu(tpu: str, console: Console) -> tf.distribute.Strategy:
         _wait_until_healthy(address, console)
     for pause in (*_PAUSES, None):
         try:
-            return _connect(address)
+            return connect(address)
         except (ValueError, RuntimeError, OSError, IndexError, tf.errors.OpError) as error:
             if pause is None or not _is_transient(error):
                 raise ConfigError(f"--tpu={tpu}: no TPU could be initialised: {_advice(error)}") from error
             console.warning(f"the TPU is not available yet ({files.reason(error)}); trying again in {pause:.0f} s")
-            _sleep(pause)
+            sleep(pause)
     raise AssertionError("unreachable")
 
 
-def _connect(address: str) -> tf.distribute.Strategy:
+def connect(address: str) -> tf.distribute.Strategy:
     """Initialises the TPU, which clears its memory: call it before variables are created."""
     resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=address)
     if resolver.master() not in ("", "local"):
