@@ -379,8 +379,8 @@ def test_corrupt_records_are_left_out_counted_and_reported(
         left_out = result["left_out"].get("train", [])
         assert [record["record"] for record in left_out] == ([4, 17, 39] if name == "damaged" else [])
         assert json.loads((run / "left_out.json").read_text()) == result["left_out"]
-        assert ("3 of 40 records of 'train' are bad and left out" in process.stderr) == (name == "damaged")
-        assert process.stderr.count("warning: left out: ") == len(left_out)
+        assert ("3 of 40 records of 'train' are corrupt and skipped" in process.stderr) == (name == "damaged")
+        assert process.stderr.count("warning: skipped: ") == len(left_out)
         weights[name] = keras.saving.load_model(run / "export/model.keras").get_weights()
     for ours, theirs in zip(weights["damaged"], weights["rest"], strict=True):
         np.testing.assert_array_equal(ours, theirs)

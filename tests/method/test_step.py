@@ -316,23 +316,29 @@ def test_one_two_and_four_replicas_give_the_same_weights(make_config: Callable[.
     """All-reduce, then clip: clipping on each replica, or dividing by its rows, would differ."""
     # The clip binds (norms above 0.05). Adam's epsilon does not hide the size of the gradients.
     config = make_config(clip_norm=0.05, steps=6, warmup_steps=0, **changes)
-    metrics, updated = {}, {}
+    first, metrics, once, updated = {}, {}, {}, {}
     for replicas in (1, 2, 4):
         # A workdir each, or the second would take the first one's fixed targets.
         job = build_job(dataclasses.replace(config, workdir=f"{config.workdir}{replicas}"), replicas)
-        start = weights(job.student)
-        metrics[replicas] = job.run_steps(6, ExampleSampler(0, len(job.train_store), 8))
+        start, sampler = weights(job.student), ExampleSampler(0, len(job.train_store), 8)
+        first[replicas], once[replicas] = job.run_steps(1, sampler), weights(job.student)
+        metrics[replicas], updated[replicas] = job.run_steps(5, sampler), weights(job.student)
         assert metrics[replicas]["grad_norm"] > 0.05
-        updated[replicas] = weights(job.student)
-    update = difference(updated[1], start)
+
+    def relative(weights: dict[int, list[np.ndarray]], replicas: int) -> float:
+        """The difference from one replica's weights as a share of its whole update."""
+        return np.linalg.norm(difference(weights[1], weights[replicas])) / np.linalg.norm(difference(weights[1], start))
+
     for replicas in (2, 4):
-        for name, value in metrics[1].items():
-            assert metrics[replicas][name] == pytest.approx(value, rel=2e-3), name
-        # Adam turns rounding of a gradient near zero into a whole step of that one weight: compare
-        # the update as a whole. The example's clip, of each variable, amplifies the smallest
-        # gradients. test_optim.py is exact about both.
-        tolerance = 0.1 if config.compat else 0.03
-        assert np.linalg.norm(difference(updated[1], updated[replicas])) < tolerance * np.linalg.norm(update)
+        # The first update differs in the order of sums only.
+        assert first[replicas] == pytest.approx(first[1], rel=2e-5)
+        assert relative(once, replicas) < 1e-3
+        # Then Adam turns rounding of a gradient near zero into a whole step of that one weight. With
+        # four replicas of two rows the share depends on the CPU: below 3 % on an AMD EPYC, 5.5 %
+        # on an Intel Xeon with AMX (from labels). The example's clip, of each variable, amplifies
+        # the smallest gradients. test_optim.py is exact about both.
+        assert metrics[replicas] == pytest.approx(metrics[1], rel=2e-3 if replicas == 2 else 1e-2)
+        assert relative(updated, replicas) < (0.1 if config.compat or replicas == 4 else 0.03)
 
 
 def difference(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:

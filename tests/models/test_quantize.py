@@ -180,8 +180,8 @@ def test_a_job_uses_the_quantized_teacher(make_config: Callable[..., Config]) ->
     assert any(isinstance(layer, quantize.Int8Conv2D) for layer in job.teachers[0].model.layers)
     plain = build_job(dataclasses.replace(config, teacher_precision=("float32",), workdir=f"{config.workdir}p"))
     # The precision is part of a run's identity.
-    assert plain.identity["teacher_precision"] != job.identity["teacher_precision"]
-    losses = [each.run_steps(2, ExampleSampler(0, len(each.train), 8))["loss"] for each in (job, plain)]
+    assert plain.plan.identity["teacher_precision"] != job.plan.identity["teacher_precision"]
+    losses = [each.run_steps(2, ExampleSampler(0, len(each.train_store), 8))["loss"] for each in (job, plain)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
 

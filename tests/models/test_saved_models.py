@@ -13,16 +13,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, IMAGE, ROOT, here, opinionated, strategy
+from conftest import CLASSES, IMAGE, ROOT, build_job, here, opinionated
 
 from trainer.core.config import Config
-from trainer.core.console import Console
 from trainer.core.errors import DataError
 from trainer.data.order import ExampleSampler
 from trainer.models import bit, teachers
 from trainer.models.saved_models import SavedServable
-from trainer.run import build
-from trainer.run.accelerator import Accelerator
 
 
 def network() -> keras.Model:
@@ -138,9 +135,7 @@ def test_the_job_trains_alike_at_one_and_two_replicas(
     network().save(tmp_path / "same.keras")
     metrics = {}
     for replicas, teacher in ((1, name), (2, name), (0, f"keras:{tmp_path}/same.keras")):
-        job = build.build(
-            make_config(teacher=(teacher,)), Accelerator(strategy(max(1, replicas)), "CPU", 10), Console()
-        )
+        job = build_job(make_config(teacher=(teacher,)), max(1, replicas))
         metrics[replicas] = job.run_steps(2, ExampleSampler(0, len(job.train_store), 8))
     for variant in (2, 0):
         assert metrics[variant] == pytest.approx(metrics[1], rel=2e-3)
