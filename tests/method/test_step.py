@@ -333,10 +333,10 @@ def test_one_two_and_four_replicas_give_the_same_weights(make_config: Callable[.
         # The first update differs in the order of sums only.
         assert first[replicas] == pytest.approx(first[1], rel=2e-5)
         assert relative(once, replicas) < 1e-3
-        # Then Adam turns rounding of a gradient near zero into a whole step of that one weight. With
-        # four replicas of two rows the share depends on the CPU: below 3 % on an AMD EPYC, 5.5 %
-        # on an Intel Xeon with AMX (from labels). The example's clip, of each variable, amplifies
-        # the smallest gradients. test_optim.py is exact about both.
+        # Then Adam turns rounding of a gradient near zero into a whole step of that one weight.
+        # With four replicas of two rows the share depends on the CPU: below 3 % on an AMD EPYC,
+        # 5.5 % on an Intel Xeon with AMX (from labels). The example's clip, of each variable,
+        # amplifies the smallest gradients. test_optim.py is exact about both.
         assert metrics[replicas] == pytest.approx(metrics[1], rel=2e-3 if replicas == 2 else 1e-2)
         assert relative(updated, replicas) < (0.1 if config.compat or replicas == 4 else 0.03)
 

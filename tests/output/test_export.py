@@ -127,7 +127,7 @@ def test_small_students_load_without_this_package(tmp_path: pathlib.Path) -> Non
 def test_every_student_loads_without_this_package(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """BiTs with few filters and at most two units a block: the released ones repeat the second unit."""
+    """BiTs with few filters and at most two units a block: the released ones repeat the second."""
     narrow = {
         key: dataclasses.replace(arch, filters=8, groups=8, units=tuple(min(2, units) for units in arch.units))
         for key, arch in bit.ARCHS.items()
