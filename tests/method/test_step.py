@@ -334,11 +334,12 @@ def test_one_two_and_four_replicas_give_the_same_weights(make_config: Callable[.
         assert first[replicas] == pytest.approx(first[1], rel=2e-5)
         assert relative(once, replicas) < 1e-3
         # Then Adam turns rounding of a gradient near zero into a whole step of that one weight.
-        # With four replicas of two rows the share depends on the CPU: below 3 % on an AMD EPYC,
-        # 5.5 % on an Intel Xeon with AMX (from labels). The example's clip, of each variable,
-        # amplifies the smallest gradients. test_optim.py is exact about both.
-        assert metrics[replicas] == pytest.approx(metrics[1], rel=2e-3 if replicas == 2 else 1e-2)
-        assert relative(updated, replicas) < (0.1 if config.compat or replicas == 4 else 0.03)
+        # From labels, four replicas of two rows depend on the CPU: below 3 % on an AMD EPYC, 5.5 %
+        # on an Intel Xeon with AMX. The example's clip, of each variable, amplifies the smallest
+        # gradients. test_optim.py is exact about both.
+        varies = replicas == 4 and config.distance == "labels"
+        assert metrics[replicas] == pytest.approx(metrics[1], rel=1e-2 if varies else 2e-3)
+        assert relative(updated, replicas) < (0.1 if varies or config.compat else 0.03)
 
 
 def difference(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:

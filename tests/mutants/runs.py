@@ -79,7 +79,7 @@ MUTANTS = [
         "an exported model loads without this project",
         "trainer.output.export.single_device_copy",
         Replace("bit.fold(_1)", "_1"),
-        "data/test_load_alone.py",
+        "output/test_export.py::test_small_students_load_without_this_package",
     ),
     Mutant(
         "what a crash left of an export is deleted",
