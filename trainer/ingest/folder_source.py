@@ -162,10 +162,10 @@ def _has_splits(flag: str, listing: Listing, options: SourceOptions, warnings: l
     if not others or set(options.splits.values()) & {clean(top) for top in tops}:
         return True
     if len(meaning) > 1 and not options.shares:
-        items = ",".join(f"{top}={top}" for top in meaning)
+        items, example = ",".join(f"{top}={top}" for top in meaning), "train" if "train" in meaning else meaning[0]
         raise DataError(
             f"{flag} has folders that are named as splits ({_first(meaning)}) beside others ({_first(others)}): put all "
-            f"images into a split, as {meaning[0]}/{others[0]}/NAME, or take some folders as unlabelled splits with "
+            f"images into a split, as {example}/{others[0]}/NAME, or take some folders as unlabelled splits with "
             f"--splits={items}"
         )
     if meaning:

@@ -154,8 +154,8 @@ def list_images(folder: str, progress: Progress) -> Listing:
             progress("look at files of unknown kind", number, len(unknown))
     if broken := ["/".join(parts) for parts, _ in found if not _is_utf8("/".join(parts))]:
         raise DataError(
-            f"{folder}: {len(broken):,} names are not UTF-8, so classes could be mistaken: {printable(broken[0])}; rename them "
-            "(convmv does it for whole folders)"
+            f"{folder} has images with names that are not UTF-8, so classes could be mistaken: {printable(broken[0])}"
+            f"{f' and {len(broken) - 1:,} more' if len(broken) > 1 else ''}; rename them (convmv does it for whole folders)"
         )
     return Listing(sorted(found), folders, left_out)
 
@@ -190,8 +190,11 @@ def _kind(name: str) -> str:
 def _format(path: str) -> str | None:
     """Returns the format of an image, "" for another file, or None if it cannot be read."""
     try:
-        return image_header.sniff(files.read(path, "a file", image_header.SNIFF_BYTES))
-    except DataError:
+        if files.is_remote(path):
+            return image_header.sniff(files.read(path, "a file", image_header.SNIFF_BYTES))
+        with open(path, "rb") as file:  # TensorFlow refuses names that are not UTF-8
+            return image_header.sniff(file.read(image_header.SNIFF_BYTES))
+    except (DataError, OSError):
         return None
 
 

@@ -54,6 +54,17 @@ _COLUMN_NAMES = {
     "split": ("split", "subset", "partition"),
 }
 _SEPARATORS = ",;\t|"
+# A line of a list such as those of ImageNet: path, blank, label.
+_LISTED = re.compile(rf"(.+(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))\s+(\S.*)", re.IGNORECASE)
+# First bytes of files that are taken for tables.
+_NOT_CSV = {
+    b"PK\x03\x04": "a workbook or a zip file",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "compressed",
+    b"{": "JSON",
+    b"[": "JSON",
+}
 _SAMPLE_ROWS, _SAMPLE_CHARACTERS = 20, 1 << 16  # of the text, by which the separator is found
 
 
@@ -103,7 +114,10 @@ def read_table(path: str, flag: str, columns: dict[str, str], encoding: str, spl
         ConfigError: a column in `columns` does not exist, or two are the same.
         DataError: not such a table; the message has the line.
     """
-    content = text.decode(files.read(path, "a table"), path, encoding)
+    encoded = files.read(path, "a table")
+    if kind := next((kind for magic, kind in _NOT_CSV.items() if encoded.startswith(magic)), ""):
+        raise DataError(f"{flag} is {kind}: save it as CSV")
+    content = text.decode(encoded, path, encoding)
     rows = _without_comments(_cells(content, flag))
     if not rows:
         raise DataError(f"{flag} is empty")
@@ -130,7 +144,11 @@ def _cells(content: str, flag: str) -> Iterator[Cells]:
     if declared := re.match(r"sep=(.)\r?\n", content):  # as Excel writes it
         separator, content, lines_before = declared[1], content[declared.end() :], 1
     else:
-        separator = max(_SEPARATORS, key=lambda separator: _fit(content[:_SAMPLE_CHARACTERS], separator))
+        fits = {separator: _fit(content[:_SAMPLE_CHARACTERS], separator) for separator in _SEPARATORS}
+        separator = max(fits, key=lambda separator: fits[separator])
+        if not fits[separator][0] and (listed := _listed(content)):
+            yield from listed
+            return
     reader = csv.reader(io.StringIO(content, newline=None), delimiter=separator, skipinitialspace=True)
     line = lines_before + 1
     try:
@@ -148,6 +166,15 @@ def _cells(content: str, flag: str) -> Iterator[Cells]:
         raise DataError(f"{flag}: line {line} is not CSV: {error}") from error
 
 
+def _listed(content: str) -> list[Cells]:
+    """Returns path and label of each line, if all lines have the form of `_LISTED`."""
+    lines = [(number, line.strip()) for number, line in enumerate(io.StringIO(content, newline=None), 1)]
+    matches = [(number, _LISTED.fullmatch(line)) for number, line in lines if line and not line.startswith("#")]
+    if not all(match for _, match in matches):
+        return []
+    return [(number, [match[1], match[2]]) for number, match in matches if match]
+
+
 def _fit(content: str, separator: str) -> tuple[bool, int, int]:
     """Rates a separator: whether it cuts the first row, and how many rows it cuts alike."""
     reader = csv.reader(io.StringIO(content, newline=None), delimiter=separator, skipinitialspace=True)
@@ -155,6 +182,7 @@ def _fit(content: str, separator: str) -> tuple[bool, int, int]:
         rows = list(itertools.islice(filter(None, map(_stripped, reader)), _SAMPLE_ROWS))
     except csv.Error:
         return False, 0, 0
+    rows = [row for row in rows if not row[0].startswith("#")] or rows
     width = len(rows[0]) if rows else 0
     return width > 1, sum(len(row) == width for row in rows), width
 
