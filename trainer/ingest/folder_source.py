@@ -74,7 +74,9 @@ def folder_source(path: str, options: SourceOptions, progress: Progress) -> Sour
     _require_folder(flag, path)
     listing = list_images(path, progress)
     depth = _depth(flag, path, listing)
-    notes, warnings = [listing.left_out.line()] if listing.left_out.counts else [], list[str]()
+    notes, warnings = list[str](), list[str]()
+    if line := listing.left_out.line():
+        (warnings if "unreadable" in listing.left_out.counts else notes).append(line)
     split_level = depth == 3 or (depth == 2 and _has_splits(flag, listing, options, warnings))
     class_level = depth - split_level > 1
     by_split: dict[str, list[_File]] = {}
@@ -97,7 +99,7 @@ def folder_source(path: str, options: SourceOptions, progress: Progress) -> Sour
             + ("; a class needs at least one" if lacking else "")
         )
     metadata = {"not_taken": dict(sorted(listing.left_out.counts.items()))} if listing.left_out.counts else {}
-    name = f"folder {posixpath.basename(path.rstrip('/'))}"
+    name = f"folder {printable(posixpath.basename(path.rstrip('/')))}"
     return _source_of_files(name, flag, by_split, classes, options, progress, metadata, notes, warnings)
 
 
@@ -169,9 +171,8 @@ def _has_splits(flag: str, listing: Listing, options: SourceOptions, warnings: l
             f"--splits={items}"
         )
     if meaning:
-        warnings.append(
-            f"{_first(meaning)} is taken as a class, since {_first(others)} beside it is not the name of a split"
-        )
+        taken = f"{meaning[0]} is taken as a class" if len(meaning) == 1 else f"{_first(meaning)} are taken as classes"
+        warnings.append(f"{taken}, since folders beside are not named as splits: {_first(others)}")
     return False
 
 
@@ -207,7 +208,7 @@ def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progr
     classes = number_classes(flag, found, options, numeric=True)
     notes, warnings = list(table.notes), list(table.warnings) if options.labelled else []
     _check_repetitions(flag, table.rows, paths, classes if options.labelled else None, notes, warnings)
-    name = f"csv {posixpath.basename(path)}"
+    name = f"csv {printable(posixpath.basename(path))}"
     return _source_of_files(name, flag, by_split, classes, options, progress, {}, notes, warnings)
 
 
@@ -317,6 +318,10 @@ def _source_of_files(
     if alike := [split for split in by_split if folded[split.casefold()] > 1]:
         raise DataError(
             f"{flag} has the splits {_first(alike)}, which differ only in case: make them one, or rename one"
+        )
+    if unfit := [split for split in by_split if "/" in split or split.startswith(".")]:
+        raise DataError(
+            f"{flag} has the split {unfit[0]!r}: names of files begin with it, so it cannot have / or begin with ."
         )
     all_files = [file for members in by_split.values() for file in members]
     numbers = classes.number

@@ -122,7 +122,9 @@ def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions
             f"{flag}: the label {broken[0]!r} ({found[broken[0]].where}) has U+FFFD where a letter was lost when text was "
             "converted: write it again from the original"
         )
-    values = {label: number for label in found if (number := _number(label)) is not None} if numeric else {}
+    # Names that are numbers stay names, unless --classes gives other names.
+    read_numbers = numeric or options.classes
+    values = {label: number for label in found if (number := _number(label)) is not None} if read_numbers else {}
     missing = [label for label in found if numeric and (label.lower() in _MISSING or values.get(label) == NO_LABEL)]
     if options.classes:
         matched, notes = _match(flag, found, values, set(missing), options.classes)
@@ -247,11 +249,11 @@ def _match(
             f"{flag} has label {largest} ({found[largest].where}); --classes has {len(classes)} classes, from 0 to "
             f"{len(classes) - 1}"
         )
-    notes = []
-    if first:
-        notes.append(
-            f"labels go up to {len(classes)}, the number of names in --classes, and none is 0: label 1 is the first name"
-        )
+    smallest = min(numbers.values())
+    notes = [
+        f"labels are taken as numbers of the names in --classes, from {first}: {smallest} is {classes[smallest - first]}, "
+        f"{largest} is {classes[numbers[largest] - first]}"
+    ]
     return {label: number - first for label, number in numbers.items()}, notes
 
 

@@ -188,13 +188,18 @@ def _kind(name: str) -> str:
 
 
 def _format(path: str) -> str | None:
-    """Returns the format of an image, "" for another file, or None if it cannot be read."""
+    """Returns the format of an image, "" for another file, or None for a local one out of reach.
+
+    Raises:
+        DataError: a bucket does not give it, which may pass: what is an image must not depend on
+            that.
+    """
+    if files.is_remote(path):
+        return image_header.sniff(files.read(path, "a file", image_header.SNIFF_BYTES))
     try:
-        if files.is_remote(path):
-            return image_header.sniff(files.read(path, "a file", image_header.SNIFF_BYTES))
         with open(path, "rb") as file:  # TensorFlow refuses names that are not UTF-8
             return image_header.sniff(file.read(image_header.SNIFF_BYTES))
-    except (DataError, OSError):
+    except OSError:
         return None
 
 

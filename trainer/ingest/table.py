@@ -220,10 +220,10 @@ def _header(cells: list[str], columns: dict[str, str], folder: str) -> list[str]
     """Returns the first row's cells if it is a header, else an empty list."""
     keys = {_header_key(cell) for cell in cells}
     asked = {_header_key(column) for column in columns.values() if not column.isdigit()}
-    if asked & keys:
-        return cells
     if any(map(_is_image, cells)):
         return []
+    if asked & keys:
+        return cells
     usual = {name for names in _COLUMN_NAMES.values() for name in names}
     if usual & keys or files.is_remote(folder):
         return cells
