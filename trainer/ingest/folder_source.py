@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from trainer.core.errors import ConfigError, DataError
 from trainer.ingest import images
 from trainer.ingest.images import SUFFIXES, ValidatedImage
+from trainer.ingest.labels import number_classes, tally
 from trainer.ingest.sources import (
     SPLIT_NAMES,
     Loader,
@@ -22,7 +23,6 @@ from trainer.ingest.sources import (
     SourceOptions,
     SourceSplit,
     content_hash,
-    number_classes,
     run_in_order,
     select_splits,
     split_by_share,
@@ -188,7 +188,10 @@ def _source_of_files(
 ) -> Source:
     """A source of image files, given by the source's own split ("" where it has none)."""
     all_files = [file for members in by_split.values() for file in members]
-    classes, numbers = number_classes(flag, (file.label for file in all_files), options, numeric=numeric_labels)
+    classes = number_classes(
+        flag, tally((file.label, file.name) for file in all_files), options, numeric=numeric_labels
+    )
+    numbers = classes.number
     selected = select_splits(flag, by_split, options)
     if selected is None:
         hashes: list[bytes] = []
@@ -213,7 +216,8 @@ def _source_of_files(
 
         return SourceSplit(split, len(members), loaders, key)
 
-    return Source(name, classes, tuple(source_split(split, members) for split, members in members_of.items()))
+    splits = tuple(source_split(split, members) for split, members in members_of.items())
+    return Source(name, classes.names, splits, notes=classes.notes, warnings=classes.warnings)
 
 
 def _hash(path: str, seed: int) -> bytes:
