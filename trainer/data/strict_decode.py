@@ -48,7 +48,7 @@ def decode_strictly(encoded: bytes, file_format: str, height: int, width: int) -
     try:
         pixels: np.ndarray = tf.io.decode_image(encoded, channels=3, expand_animations=False).numpy()
     except tf.errors.OpError as error:
-        raise InvalidImage(f"a {file_format} that cannot be decoded ({files.reason(error)})") from error
+        raise InvalidImage(f"a {file_format} that cannot be decoded: {files.reason(error)}") from error
     if pixels.shape[:2] != (height, width):
         raise InvalidImage(f"its header says {height} x {width} pixels, but it decodes to another size")
     return pixels
@@ -69,7 +69,7 @@ def _decode_jpeg(encoded: bytes, height: int, width: int) -> np.ndarray:
         # libjpeg reports its first warning only. One that means nothing may hide one that does.
         without = _without_oddity(judged, message)
         if without == judged:
-            raise InvalidImage(f"a damaged JPEG ({message})")
+            raise InvalidImage(f"a damaged JPEG: {message}")
         judged = without
 
 
@@ -77,7 +77,7 @@ def _decode_unusual_jpeg(encoded: bytes) -> np.ndarray:
     try:
         pixels: np.ndarray = tf.io.decode_jpeg(encoded, channels=3, ratio=8).numpy()
     except tf.errors.OpError as error:
-        raise InvalidImage(f"a JPEG that cannot be decoded ({files.reason(error)})") from error
+        raise InvalidImage(f"a JPEG that cannot be decoded: {files.reason(error)}") from error
     return pixels
 
 
@@ -132,5 +132,5 @@ def check_png(encoded: bytes) -> None:
             raise InvalidImage(f"a PNG that is cut off: {len(encoded):,} bytes and no IEND chunk")
         # A capital letter marks a chunk without which the picture cannot be shown.
         if kind[:1].isupper() and zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", encoded, end)[0]:
-            raise InvalidImage(f"a damaged PNG (chunk {kind.decode('ascii', 'replace')} has another CRC)")
+            raise InvalidImage(f"a damaged PNG: the CRC of chunk {kind.decode('ascii', 'replace')} does not match")
         position = end + 4

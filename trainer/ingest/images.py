@@ -41,8 +41,8 @@ _ORIENTATION = 0x0112  # EXIF tag
 _MODES = {"JPEG": ("L", "RGB", "CMYK"), "PNG": ("1", "L", "P", "RGB"), "GIF": ("L", "P", "RGB"), "BMP": ("RGB",)}
 _NAMES = {"WEBP": "WebP", "HEIF": "HEIC", "JXL": "JPEG XL", "JPEG2000": "JPEG 2000"}  # where Pillow's differ
 _TWELVE_BITS = 4096
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
-_JXL_MAGIC = (b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n")
+# What reads a format: package and module. Both bring libraries under the GPL, so they are an extra.
+_PACKAGES = {"HEIC": ("pillow-heif", "pillow_heif"), "JPEG XL": ("pillow-jxl-plugin", "pillow_jxl")}
 # What a file holds that is no image, by how it begins (in lower case).
 _FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer, not the image: git lfs pull brings it"),
@@ -57,6 +57,9 @@ _FOREIGN = (
     (b"bplist", "a property list of macOS, not an image"),
     (b"\x00\x05\x16\x07", "macOS's notes about a file (AppleDouble), not an image: delete it"),
 )
+
+# What decoders raise on damaged files; RuntimeError: those of optional packages.
+_ERRORS = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError)
 
 _lock = threading.Lock()
 
@@ -127,31 +130,23 @@ def validate_image(encoded: bytes, label: int, name: str, location: str, upright
             return _validate(image, encoded, label, name, upright)
     except _MissingDecoder as error:
         raise UnusableImage(location, str(error), needs_decoder=True) from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, struct.error) as error:
-        reason = _foreign(encoded) or f"the image cannot be read ({files.reason(error)})"
-        raise UnusableImage(location, reason) from error
+    except _ERRORS as error:
+        why = _foreign(encoded) or files.reason(error)
+        raise UnusableImage(location, f"the image cannot be read ({why})") from error
 
 
 def _open(encoded: bytes) -> Image.Image:
-    for format_name, module, package in (
-        ("HEIC", "pillow_heif", "pillow-heif"),
-        ("JPEG XL", "pillow_jxl", "pillow-jxl-plugin"),
-    ):
-        if _is_format(encoded, format_name) and not _register(module):
+    kind = image_header.sniff(encoded[: image_header.SNIFF_BYTES])
+    if kind in _PACKAGES:
+        package, module = _PACKAGES[kind]
+        if not _register(module):
             raise _MissingDecoder(
-                f"a {format_name} image, which needs {package}: pip install 'funmatch[images]', then run this again"
+                f"a {kind} image, which needs {package}: pip install 'funmatch[images]', then run this again"
             )
     try:
         return Image.open(io.BytesIO(encoded))
     except Image.UnidentifiedImageError:
-        raise ValueError(_what(encoded)) from None
-
-
-def _is_format(encoded: bytes, format_name: str) -> bool:
-    if format_name == "JPEG XL":
-        return encoded.startswith(_JXL_MAGIC)
-    brands = encoded[8 : 8 + max(0, struct.unpack_from(">I", encoded)[0] - 8)] if encoded[4:8] == b"ftyp" else b""
-    return encoded[8:12] in _HEIC_BRANDS and b"avif" not in brands
+        raise ValueError(_what(encoded, kind)) from None
 
 
 def _register(module: str) -> bool:
@@ -166,32 +161,43 @@ def _register(module: str) -> bool:
         return True
 
 
-def _what(encoded: bytes) -> str:
-    """Says what bytes are that are no image, as far as it can be seen."""
-    if len(encoded) > 4 and encoded[4:8] == b"ftyp":
-        brand = encoded[8:12].decode("ascii", "replace")
-        if brand in ("avif", "avis"):
-            return "an AVIF image, which this Pillow does not read: pip install 'pillow>=11.3'"
-        return f"a film or an image of the unknown kind {brand!r}"
+def _what(encoded: bytes, kind: str) -> str:
+    """Says what bytes are that Pillow cannot open, as far as it can be seen.
+
+    Args:
+        encoded: bytes of a file.
+        kind: format that its first bytes mean; empty: none.
+    """
+    if kind == "AVIF":
+        return "an AVIF image, which this Pillow does not read: pip install 'pillow>=11.3'"
+    if kind:
+        try:
+            image_header.parse_header(encoded)
+        except image_header.InvalidImage as error:
+            if kind in _MODES:
+                return str(error)
+        return f"a damaged {kind} of {len(encoded):,} bytes"
+    if encoded[4:8] == b"ftyp":
+        return f"a film, or an image of the kind {encoded[8:12].decode('ascii', 'replace')!r}, which is not read"
     if encoded[:1] == b"\x08" and encoded[2:3] == b"\x12":
         return "a serialized tensor: store an encoded image instead, as tf.io.encode_png makes it"
     if not encoded.strip(b"\0"):
-        return "only zeros, as a failed download or disk leaves them: restore it"
+        return f"{len(encoded):,} zeros, as a failed disk or download leaves them: restore the file"
     side = round((len(encoded) / 3) ** 0.5)
-    pixels = f", such as the pixels of {side} x {side}" if side * side * 3 == len(encoded) else ""
-    return (
-        f"{len(encoded):,} bytes that begin as no known format{pixels}: an image file is needed, as tf.io.encode_png makes it"
-        if pixels
-        else f"{len(encoded):,} bytes that begin as no known format, {encoded[:8]!r}"
-    )
+    if side * side * 3 == len(encoded):
+        return (
+            f"{len(encoded):,} bytes that begin as no known format, perhaps {side} x {side} raw pixels: store an encoded image "
+            "instead, as tf.io.encode_png makes it"
+        )
+    return f"{len(encoded):,} bytes that begin as no known format: {encoded[:8]!r}"
 
 
 def _foreign(encoded: bytes) -> str:
     """Says what a file is that is no image but often has an image's name; "": not known."""
     if not encoded:
-        return "an empty file: the image cannot be read"
+        return "an empty file"
     start = encoded[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    return next((f"the image cannot be read ({what})" for magic, what in _FOREIGN if start.startswith(magic)), "")
+    return next((what for magic, what in _FOREIGN if start.startswith(magic)), "")
 
 
 def _validate(image: Image.Image, encoded: bytes, label: int, name: str, upright: bool) -> ValidatedImage:
@@ -296,7 +302,7 @@ def _to_bytes(values: np.ndarray, mode: str, file_format: str) -> np.ndarray:
         ValueError: the kind does not say what is black and what is white.
     """
     low, high = values.min(), values.max()
-    if mode.startswith("I;16") or (mode == "I" and file_format in ("PNG", "PPM") and 0 <= low and high <= 65535):
+    if mode.startswith("I;16") or (mode == "I" and file_format in ("PNG", "PPM") and low >= 0 and high <= 65535):
         return (values.astype(np.float64) / 257).round().astype(np.uint8)
     if mode == "I":
         if not 0 <= low <= high <= 255:
