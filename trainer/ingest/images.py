@@ -45,19 +45,17 @@ _TWELVE_BITS = 4096
 _PACKAGES = {"HEIC": ("pillow-heif", "pillow_heif"), "JPEG XL": ("pillow-jxl-plugin", "pillow_jxl")}
 # What a file holds that is no image, by how it begins (in lower case).
 _FOREIGN = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the image: git lfs pull brings it"),
-    (b"<!doctype html", "an HTML page, such as a sign-in or an error, not an image: download it again"),
-    (b"<html", "an HTML page, such as a sign-in or an error, not an image: download it again"),
+    (b"version https://git-lfs", "a Git LFS pointer: git lfs pull brings the file"),
+    (b"<!doctype html", "an HTML page, such as a sign-in or an error: download the file again"),
+    (b"<html", "an HTML page, such as a sign-in or an error: download the file again"),
     (b"<svg", "an SVG drawing: export it as PNG"),
-    (b"<?xml", "XML, not an image: export a drawing as PNG, or download the image again"),
-    (b"{", "JSON, such as an error of a server, not an image: download it again"),
+    (b"<?xml", "XML: export a drawing as PNG, or download the file again"),
+    (b"{", "JSON, such as an error of a server: download the file again"),
     (b"%pdf", "a PDF: export its pages as images"),
     (b"pk\x03\x04", "a zip archive: unpack it"),
     (b"\x1f\x8b", "a gzip file: unpack it"),
-    (b"bplist", "a property list of macOS, not an image"),
-    (b"\x00\x05\x16\x07", "macOS's notes about a file (AppleDouble), not an image: delete it"),
+    (b"\x00\x05\x16\x07", "notes of macOS about a file (AppleDouble): delete it"),
 )
-
 # What decoders raise on damaged files; RuntimeError: those of optional packages.
 _ERRORS = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError)
 
@@ -131,7 +129,7 @@ def validate_image(encoded: bytes, label: int, name: str, location: str, upright
     except _MissingDecoder as error:
         raise UnusableImage(location, str(error), needs_decoder=True) from error
     except _ERRORS as error:
-        why = _foreign(encoded) or files.reason(error)
+        why = foreign(encoded) or files.reason(error)
         raise UnusableImage(location, f"the image cannot be read ({why})") from error
 
 
@@ -192,8 +190,15 @@ def _what(encoded: bytes, kind: str) -> str:
     return f"{len(encoded):,} bytes that begin as no known format: {encoded[:8]!r}"
 
 
-def _foreign(encoded: bytes) -> str:
-    """Says what a file is that is no image but often has an image's name; "": not known."""
+def foreign(encoded: bytes) -> str:
+    """Says what a file is that is no image but often has an image's name.
+
+    Args:
+        encoded: its bytes, at least the first 64.
+
+    Returns:
+        What it is and what to do; "": not known.
+    """
     if not encoded:
         return "an empty file"
     start = encoded[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
