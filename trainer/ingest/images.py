@@ -34,7 +34,6 @@ from trainer.data import image_header, strict_decode
 from trainer.data.records import ImageRecord
 from trainer.io import files
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 NO_DIGEST = bytes(8)
 _ORIENTATION = 0x0112  # EXIF tag
 # Modes that TensorFlow decodes to the pixels that Pillow gives.

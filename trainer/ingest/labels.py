@@ -32,11 +32,11 @@ class Found(NamedTuple):
 
     Attributes:
         where: the first image that has it, for messages.
-        count: number of images that have it.
+        images: number of images that have it.
     """
 
     where: str
-    count: int
+    images: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def tally(labels: Iterable[tuple[str, str]]) -> dict[str, Found]:
     found: dict[str, Found] = {}
     for label, where in labels:
         before = found.get(label)
-        found[label] = Found(before.where, before.count + 1) if before else Found(where, 1)
+        found[label] = Found(before.where, before.images + 1) if before else Found(where, 1)
     return found
 
 
@@ -127,7 +127,7 @@ def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions
     if options.classes:
         matched, notes = _match(flag, found, values, set(missing), options.classes)
         missing = [label for label in missing if label not in matched]
-        names, warnings = options.classes, []
+        names, warnings = options.classes, list[str]()
     else:
         rest = [label for label in found if label not in missing]
         if numeric and all(label in values for label in rest):
@@ -143,8 +143,8 @@ def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions
             names, order_note = _order(found, options.class_order)
             matched, notes = {name: number for number, name in enumerate(names)}, [*order_note]
     if missing:
-        count = sum(found[label].count for label in missing)
-        listed = ", ".join(f"{found[label].count:,} {label!r}" for label in missing)
+        count = sum(found[label].images for label in missing)
+        listed = ", ".join(f"{found[label].images:,} {label!r}" for label in missing)
         notes.append(f"{_plural(count, 'image has', 'images have')} no label ({listed})")
     return Classes(names, none | dict.fromkeys(missing, NO_LABEL) | matched, tuple(notes), tuple(warnings))
 

@@ -57,7 +57,7 @@ def decode(content: bytes, path: str, encoding: str = "") -> str:
     except UnicodeDecodeError as error:
         before = content[: error.start]
         if b"\0" in before[:64]:  # UTF-16 without a mark, or not text at all
-            raise _zeros(path, 1) from None
+            raise _zeros(path, 1, content) from None
         line = len(re.findall(rb"\r\n|\r|\n", before)) + 1
         byte = error.start - max(before.rfind(b"\n"), before.rfind(b"\r"))
         is_guess = not encoding
@@ -71,12 +71,13 @@ def decode(content: bytes, path: str, encoding: str = "") -> str:
             f"0x{content[error.start]:02x}; {hint}"
         ) from None
     if "\0" in decoded:
-        raise _zeros(path, decoded[: decoded.index("\0")].count("\n") + 1)
+        raise _zeros(path, decoded[: decoded.index("\0")].count("\n") + 1, content)
     return decoded.removeprefix("\ufeff")
 
 
-def _zeros(path: str, line: int) -> DataError:
+def _zeros(path: str, line: int, content: bytes) -> DataError:
+    likely = "utf-16-be" if content.startswith(b"\0") else "utf-16-le"
     return DataError(
         f"{path} has zero bytes in line {line}, so it is not text in this encoding; if it is UTF-16, say so: "
-        "--encoding=utf-16-le"
+        f"--encoding={likely}"
     )
