@@ -287,8 +287,6 @@ def _to_rgb(image: Image.Image, file_format: str) -> Image.Image:
     """Converts any Pillow image to 8-bit RGB, with transparency laid on white."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_bytes(np.asarray(image), image.mode, file_format))
-    if image.mode == "La":  # colours multiplied by their transparency
-        image = image.convert("LA")
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")

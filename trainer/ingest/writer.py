@@ -397,12 +397,12 @@ class _Writer:
             self._console.info(f"left out {len(unusable):,} of {self._total:,} images that cannot be used: {first}")
         if converted := _sum(record.converted for record in shard_records):
             self._console.info(
-                f"{converted.total():,} images were converted to PNG, since TensorFlow does not decode them everywhere alike: "
+                f"{_were(converted.total())} converted to PNG, since TensorFlow does not decode them everywhere alike: "
                 f"{_by_kind(converted)}"
             )
         if several := _sum(record.first_of_several for record in shard_records):
             self._console.info(
-                f"{several.total():,} files hold several images, of which the first was taken: {_by_kind(several)}"
+                f"of {several.total():,} files with several images the first was taken: {_by_kind(several)}"
             )
         if dark := sum(record.dark for record in shard_records):
             self._console.warning(
@@ -445,6 +445,8 @@ class _Writer:
             }
             for line in coverage_warnings(classes, counts):
                 self._console.warning(line)
+        # An image of train and test is reported as one of test.
+        splits.sort(key=lambda split: split.name != "train")
         duplicates = find_duplicates(splits, classes, self._image_name)
         for line in duplicates.notes:
             self._console.info(line)
@@ -458,9 +460,10 @@ class _Writer:
         """Names image `number` of a split, which is loaded again for it."""
         split = next(split for split in self._source.splits if split.name == split_name)
         try:
-            return next(iter(split.loaders(number, number + 1)))().record.filename
+            name = next(iter(split.loaders(number, number + 1)))().record.filename
         except (DataError, StopIteration):
-            return f"{split_name}[{number}]"
+            name = f"image {number}"
+        return name if name.startswith(f"{split_name}/") else f"{split_name}/{name}"
 
     def _finish(self, shard_records: dict[str, list[ShardRecord]], all_shards: set[str]) -> Dataset:
         """Writes dataset.json, if every shard is still what was written, and cleans up."""
@@ -520,6 +523,10 @@ def _by_reason(unusable: Sequence[tuple[str, str]]) -> str:
         f"{first[kind][0]}{f' and {count - 1:,} more' if count > 1 else ''}: {first[kind][1]}"
         for kind, count in counts.most_common(_REASONS)
     )
+
+
+def _were(count: int) -> str:
+    return "1 image was" if count == 1 else f"{count:,} images were"
 
 
 def _by_kind(counts: Mapping[str, int]) -> str:
