@@ -115,7 +115,9 @@ def run(model_config: Config, teacher_config: Config, split: str, console: Conso
     metrics = {renamed.get(key, key): value for key, value in result.metrics().items()}
     if result.labelled < examples:
         some = f"{result.labelled:,} of {examples:,} images" if result.labelled else "no image"
-        console.info(f"{split} of {dataset.folder}: {some} with a label; accuracies {'are of those' if result.labelled else 'are not known'}")
+        console.info(
+            f"{split} of {dataset.folder}: {some} with a label; accuracies {'are of those' if result.labelled else 'are not known'}"
+        )
     classes = per_class(result.student_logits, result.labels, dataset.classes)
     _print_summary(f"{name} on {split} of {dataset.folder} ({examples:,} images)", metrics, classes, console)
     return {"model": name, "split": split, "images": examples} | metrics | {"per_class": classes}

@@ -80,6 +80,8 @@ SHARED = (
     "teacher_image_size",
     "teacher_range",
     "teacher_outputs",
+    "teacher_view",
+    "force_teacher",
     "teacher_sha256",
     "ensemble",
     "root_pool",
