@@ -248,7 +248,13 @@ def as_before(loaded: tuple[Teacher, ...], console: Console) -> tuple[Decision, 
 
 
 def judge(
-    config: Config, loaded: Sequence[Teacher], pictures: Pictures, console: Console, *, refuse: bool = True
+    config: Config,
+    loaded: Sequence[Teacher],
+    pictures: Pictures,
+    console: Console,
+    *,
+    refuse: bool = True,
+    role: str = "teacher",
 ) -> tuple[Decision, ...]:
     """Finds what each teacher takes and returns, and how good it is.
 
@@ -258,6 +264,7 @@ def judge(
         pictures: to judge on.
         console: gets the findings.
         refuse: raise where a teacher cannot be used; else only warn.
+        role: what messages and flags call it.
 
     Raises:
         DataError: on these images the range is not clear, or the teacher is not finite, constant,
@@ -270,7 +277,7 @@ def judge(
             decisions.append(Decision(teacher.name, teacher.value_range, reason, _outputs(teacher), reason))
             continue
         view = teachers.of_teacher(config.teacher_view, position, "auto")
-        decisions.append(_Judge(teacher, pictures, console, refuse and not config.force_teacher).decide(view))
+        decisions.append(_Judge(teacher, pictures, console, refuse and not config.force_teacher, role).decide(view))
     return tuple(decisions)
 
 
@@ -281,8 +288,8 @@ def _outputs(teacher: Teacher) -> str:
 class _Judge:
     """Judges one teacher."""
 
-    def __init__(self, teacher: Teacher, pictures: Pictures, console: Console, refuse: bool) -> None:
-        self._pictures, self._console, self._refuse = pictures, console, refuse
+    def __init__(self, teacher: Teacher, pictures: Pictures, console: Console, refuse: bool, role: str) -> None:
+        self._role, self._pictures, self._console, self._refuse = role, pictures, console, refuse
         self._name, self._teacher = teacher.name, teacher
         self._rows = np.flatnonzero(pictures.labels >= 0)
         self._labels = pictures.labels[self._rows]
@@ -308,7 +315,7 @@ class _Judge:
             return decision
         if not len(self._rows):
             self._console.info(
-                f"teacher {self._name}: {self._pictures.split} has no labels to judge it by; it answers "
+                f"{self._role} {self._name}: {self._pictures.split} has no labels to judge it by; it answers "
                 f"{len(np.unique(logits.argmax(1)))} of {logits.shape[1]} classes on {len(logits):,} images, with a mean "
                 f"confidence of {statistics.mean_confidence(logits):.0%}"
             )
@@ -327,18 +334,18 @@ class _Judge:
 
     def _say(self, text: str, *, on: bool = False) -> None:
         where = f" on {self._pictures.split}" if on else ""
-        self._console.info(f"teacher {self._name}{where}: {text}")
+        self._console.info(f"{self._role} {self._name}{where}: {text}")
 
     def _fail(self, text: str) -> None:
         """Refuses the teacher, or warns."""
         if self._refuse:
-            raise DataError(f"--teacher={self._name} {text}; or --force_teacher to use it all the same")
-        self._console.warning(f"teacher {self._name} {text}")
+            raise DataError(f"--{self._role}={self._name} {text}; or --force_teacher to use it all the same")
+        self._console.warning(f"{self._role} {self._name} {text}")
 
     def _logits(self, teacher: Teacher, view: str) -> np.ndarray:
         def progress(done: int, total: int) -> None:
             if done < total:
-                self._console.progress("judge the teacher", done, total)
+                self._console.progress(f"judge the {self._role}", done, total)
 
         logits = self._pictures.evaluator.teacher_logits((teacher,), (view,), progress)
         self._console.close()
@@ -365,7 +372,7 @@ class _Judge:
                 why = f" ({evidence.reason})" if evidence.reason else ""
                 self._fail(
                     f"does not say which value range it takes{why}, and no image has a label to find it by: give "
-                    f"--teacher_range={'|'.join(RANGES)}"
+                    f"--{self._role}_range={'|'.join(RANGES)}"
                 )
             return
         if evidence.strength != "none":
@@ -384,14 +391,14 @@ class _Judge:
                 why = f" ({evidence.reason})" if evidence.reason else ""
                 self._fail(
                     f"does not say which value range it takes{why}, and none is clearly the best ({tried}): give "
-                    f"--teacher_range={'|'.join(RANGES)}"
+                    f"--{self._role}_range={'|'.join(RANGES)}"
                 )
         elif winner not in ("", now) and correct[winner].mean() >= correct[now].mean() + _MUCH:
             if evidence.strength == "convention":
                 self._set_range(winner, tried)
             else:
                 self._fail(
-                    f"takes {now} ({evidence.reason}), but {winner} is much better ({tried}): give --teacher_range={winner}"
+                    f"takes {now} ({evidence.reason}), but {winner} is much better ({tried}): give --{self._role}_range={winner}"
                 )
 
     def _explain(self, tried: str) -> None:
@@ -423,7 +430,7 @@ class _Judge:
         if kind == "sigmoid":
             self._fail(
                 f"returns values from {values.min():.2g} to {values.max():.2g} that do not sum to 1: give "
-                "--teacher_outputs=sigmoid if they are independent probabilities, or logits"
+                f"--{self._role}_outputs=sigmoid if they are independent probabilities, or logits"
             )
             kind = "logits"
         self._teacher = dataclasses.replace(
@@ -437,10 +444,10 @@ class _Judge:
         if bad:
             self._fail(
                 f"gives outputs that are not finite (NaN or infinite) on {bad:,} of {len(logits):,} {where}: check its "
-                "file, --teacher_range and --teacher_precision"
+                f"file, --{self._role}_range and --teacher_precision"
             )
         elif constant := statistics.is_constant(logits):
-            self._fail(f"gives the same outputs for all {len(logits):,} {where}: check its file and --teacher_range")
+            self._fail(f"gives the same outputs for all {len(logits):,} {where}: check its file and --{self._role}_range")
         return not bad and not constant
 
     def _require_alive(self, logits: np.ndarray) -> bool:
@@ -451,7 +458,7 @@ class _Judge:
         if uniform:
             self._fail(
                 f"gives all {logits.shape[1]} classes nearly the same probability on each of {len(logits):,} images of "
-                f"{self._pictures.split}: check its file, --teacher_range and --teacher_outputs "
+                f"{self._pictures.split}: check its file, --{self._role}_range and --{self._role}_outputs "
                 f"(taken as {self._teacher.outputs})"
             )
         return not uniform
@@ -484,16 +491,16 @@ class _Judge:
         elif not accuracy.above_chance and accuracy.images >= MIN_IMAGES:
             self._fail(
                 f"is at chance on {self._pictures.split}: {accuracy}. It was shown {self._teacher.value_range} "
-                f"({self._teacher.evidence.reason}): check its file, --teacher_range={'|'.join(RANGES)}, and that the data "
+                f"({self._teacher.evidence.reason}): check its file, --{self._role}_range={'|'.join(RANGES)}, and that the data "
                 "names the teacher's classes in its order (prepare --classes=FILE)"
             )
         elif not accuracy.above_chance:
-            self._console.warning(f"teacher {self._name} may be at chance: {accuracy}; that is too few images to tell")
+            self._console.warning(f"{self._role} {self._name} may be at chance: {accuracy}; that is too few images to tell")
         missing = statistics.never_answered(answers, self._labels, logits.shape[1])
         if len(missing) and accuracy.above_chance:
             listed = ", ".join(names[number] if names else str(number) for number in missing[:5])
             self._console.warning(
-                f"teacher {self._name} never answers {len(missing)} of {logits.shape[1]} classes that have images: {listed}"
+                f"{self._role} {self._name} never answers {len(missing)} of {logits.shape[1]} classes that have images: {listed}"
                 f"{', ...' if len(missing) > 5 else ''}"
             )
 
