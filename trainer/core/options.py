@@ -198,6 +198,12 @@ class TeacherOptions:
         "-1,1.",
         choices=(*RANGES, "auto"),
     )
+    teacher_output: tuple[str, ...] = option(
+        (),
+        "Name or number (from 0) of the output to use of each teacher with several, as the error "
+        "lists them. Given once or once for each teacher. Empty: the only one.",
+        omit_default=True,
+    )
     teacher_outputs: str = option(
         "auto",
         "What the teachers output. auto: inferred from the last layer and from the values of the outputs.",
@@ -235,7 +241,7 @@ class TeacherOptions:
         """
         share = self.min_teacher_agreement
         require(self, "min_teacher_agreement", 0 <= share <= 1, "it must be from 0 to 1")
-        for name in ("teacher_image_size", "teacher_range", "teacher_sha256", "teacher_precision"):
+        for name in ("teacher_image_size", "teacher_range", "teacher_output", "teacher_sha256", "teacher_precision"):
             count = len(getattr(self, name))
             if count > 1 and count != len(self.teacher):
                 raise ConfigError(

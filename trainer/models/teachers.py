@@ -19,7 +19,7 @@ from trainer.core.config import Config
 from trainer.core.console import Console
 from trainer.core.errors import ConfigError, DataError
 from trainer.io import download, kaggle
-from trainer.models import bit, bit_weights, keras_files, saved_model_to_bit, saved_models, students
+from trainer.models import bit, bit_weights, heads, keras_files, saved_model_to_bit, saved_models, students
 from trainer.models.saved_models import SavedClassifier
 from trainer.models.value_range import to_range
 
@@ -69,6 +69,7 @@ class TeacherSpec:
         classes: of the data.
         size: `--teacher_image_size` in pixels; 0: not given.
         value_range: `--teacher_range`, "auto" included.
+        output: `--teacher_output`: the name or number of the output; "": the only one.
         config: of the job.
     """
 
@@ -77,6 +78,7 @@ class TeacherSpec:
     classes: int
     size: int
     value_range: str
+    output: str
     config: Config
 
 
@@ -88,7 +90,7 @@ class LoadedModel:
         model: images -> logits or probabilities.
         size: side of its images in pixels; 0: that of `model`'s input.
         value_range: of its images; "auto": "-1,1".
-        ends_in_softmax: its last layer is a softmax.
+        ends_in: "softmax", "log_softmax", "sigmoid" or "" (unknown), see `heads.ending`.
         returns_logits: it is known to return logits, whatever `--teacher_outputs` says.
         notes: see `Teacher`.
         warnings: see `Teacher`.
@@ -97,15 +99,21 @@ class LoadedModel:
     model: keras.Model | SavedClassifier
     size: int
     value_range: str
-    ends_in_softmax: bool = False
+    ends_in: str = ""
     returns_logits: bool = False
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 def _load_keras(spec: TeacherSpec) -> LoadedModel:
-    model, ends_in_softmax = keras_files.load_keras(spec.argument, "teacher")
-    return LoadedModel(model, spec.size, spec.value_range, ends_in_softmax)
+    model, ends_in = keras_files.load_keras(spec.argument, "teacher", spec.output)
+    if model.output_shape[-1] == 1 and spec.classes == 2 and ends_in in ("", "sigmoid"):
+        one = heads.logits(model) if ends_in else model
+        if one is not None:
+            what = "is the sigmoid of a logit" if ends_in else "is taken as a logit"
+            notes = (f"{spec.name}: its one output {what}, of the second class against the first: two logits, 0 and z",)
+            return LoadedModel(heads.two_logits(one), spec.size, spec.value_range, returns_logits=True, notes=notes)
+    return LoadedModel(model, spec.size, spec.value_range, ends_in)
 
 
 def _load_saved_model(spec: TeacherSpec) -> LoadedModel:
@@ -189,7 +197,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "keras": Kind("keras:PATH", _load_keras, lambda path, _: download.checksum(path, "teacher")),
+    "keras": Kind("keras:PATH", _load_keras, lambda path, _: keras_files.checksum(path, "teacher")),
     "saved_model": Kind("saved_model:PATH", _load_saved_model, lambda path, _: saved_models.checksum(path, "teacher")),
     "app": Kind("app:NAME@WEIGHTS.h5", _load_application, _application_checksum),
     "bit": Kind("bit:ARCH@FILE.npz, bit:NAME (published)", _load_bit, _bit_checksum),
@@ -225,7 +233,8 @@ def load(config: Config, classes: int) -> tuple[Teacher, ...]:
         kind, argument = _parse(name)
         size = _of_teacher(config.teacher_image_size, position, 0)
         value_range = _of_teacher(config.teacher_range, position, "auto")
-        spec = TeacherSpec(name, argument, classes, size, value_range, config)
+        output = _of_teacher(config.teacher_output, position, "")
+        spec = TeacherSpec(name, argument, classes, size, value_range, output, config)
         teachers.append(_teacher(spec, kind.load(spec)))
     return tuple(teachers)
 
@@ -263,8 +272,10 @@ def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
     size = loaded.size or height or config.image_size
     if loaded.returns_logits:
         probabilities = False
-    elif config.teacher_outputs != "probabilities" and loaded.ends_in_softmax:
-        model, probabilities = keras_files.strip_softmax(model), False
+    elif loaded.ends_in in ("softmax", "log_softmax") and config.teacher_outputs != "probabilities":
+        bare = heads.logits(model) if isinstance(model, keras.Model) else None
+        probabilities = bare is None and loaded.ends_in == "softmax"
+        model = model if bare is None else bare
     elif config.teacher_outputs == "auto":
         probabilities = _look_like_probabilities(model, size, value_range)
     else:
