@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 
 _KINDS: dict[Callable[..., Any], str] = {
     keras.activations.softmax: "softmax",
@@ -90,7 +91,7 @@ def two_logits(model: keras.Model) -> keras.Model:
     """
     pair = keras.layers.Dense(2, use_bias=False, trainable=False, name="two_logits", dtype="float32")
     result = select(model, pair(model.outputs[0]))
-    pair.set_weights([[[0.0, 1.0]]])
+    pair.set_weights([np.array([[0.0, 1.0]], np.float32)])
     return result
 
 

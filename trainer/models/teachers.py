@@ -117,12 +117,14 @@ def _load_keras(spec: TeacherSpec) -> LoadedModel:
 
 
 def _load_saved_model(spec: TeacherSpec) -> LoadedModel:
-    converted = saved_model_to_bit.convert(spec.argument, "teacher", spec.value_range)
+    converted = saved_model_to_bit.convert(spec.argument, "teacher", spec.value_range, spec.output)
     if isinstance(converted, saved_model_to_bit.ConvertedBit):
         notes = (f"{spec.name}: {converted.note}",)
         return LoadedModel(converted.model, spec.size, "-1,1", returns_logits=True, notes=notes)
     warnings = (f"{spec.name} runs as it was saved, not as a Keras BiT: {converted}",) if converted else ()
-    return LoadedModel(SavedClassifier(spec.argument, "teacher"), spec.size, spec.value_range, warnings=warnings)
+    return LoadedModel(
+        SavedClassifier(spec.argument, "teacher", spec.output), spec.size, spec.value_range, warnings=warnings
+    )
 
 
 def _load_bit(spec: TeacherSpec) -> LoadedModel:
@@ -189,19 +191,23 @@ class Kind:
         load: loads the model.
         checksum: identifies the model in a run's identity, from what follows the kind's colon: the
             SHA-256 (hex) of its file, and what else decides its logits.
+        has_outputs: the model may have several outputs.
     """
 
     usage: str
     load: Callable[[TeacherSpec], LoadedModel]
     checksum: Callable[[str, Config], str]
+    has_outputs: bool = False
 
 
 KINDS: dict[str, Kind] = {
-    "keras": Kind("keras:PATH", _load_keras, lambda path, _: keras_files.checksum(path, "teacher")),
-    "saved_model": Kind("saved_model:PATH", _load_saved_model, lambda path, _: saved_models.checksum(path, "teacher")),
+    "keras": Kind("keras:PATH", _load_keras, lambda path, _: keras_files.checksum(path, "teacher"), True),
+    "saved_model": Kind(
+        "saved_model:PATH", _load_saved_model, lambda path, _: saved_models.checksum(path, "teacher"), True
+    ),
     "app": Kind("app:NAME@WEIGHTS.h5", _load_application, _application_checksum),
     "bit": Kind("bit:ARCH@FILE.npz, bit:NAME (published)", _load_bit, _bit_checksum),
-    "kaggle": Kind("kaggle:OWNER/DATASET", _load_kaggle, _kaggle_checksum),
+    "kaggle": Kind("kaggle:OWNER/DATASET", _load_kaggle, _kaggle_checksum, True),
     "random": Kind("random:NAME", _load_random, lambda name, config: f"random:{name}, seed {config.seed}"),
 }
 
@@ -234,6 +240,8 @@ def load(config: Config, classes: int) -> tuple[Teacher, ...]:
         size = _of_teacher(config.teacher_image_size, position, 0)
         value_range = _of_teacher(config.teacher_range, position, "auto")
         output = _of_teacher(config.teacher_output, position, "")
+        if output and not kind.has_outputs:
+            raise ConfigError(f"--teacher_output={output}: {name} has one output")
         spec = TeacherSpec(name, argument, classes, size, value_range, output, config)
         teachers.append(_teacher(spec, kind.load(spec)))
     return tuple(teachers)
