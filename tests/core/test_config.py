@@ -72,6 +72,7 @@ FLAGS = frozenset(
         "student_weights",
         "teacher",
         "teacher_image_size",
+        "teacher_output",
         "teacher_outputs",
         "teacher_precision",
         "teacher_range",

@@ -79,6 +79,7 @@ SHARED = (
     "teacher",
     "teacher_image_size",
     "teacher_range",
+    "teacher_output",
     "teacher_outputs",
     "teacher_view",
     "force_teacher",

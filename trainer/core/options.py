@@ -200,6 +200,12 @@ class TeacherOptions:
         "is none, the job stops.",
         choices=(*RANGES, "auto"),
     )
+    teacher_output: tuple[str, ...] = option(
+        (),
+        "Name or number (from 0) of the output to use of each teacher with several, as the error "
+        "lists them. Given once or once for each teacher. Empty: the only one.",
+        omit_default=True,
+    )
     teacher_outputs: str = option(
         "auto",
         "What the teachers output: logits; probabilities, of a softmax; or sigmoid, an independent "
@@ -255,7 +261,14 @@ class TeacherOptions:
         """
         share = self.min_teacher_agreement
         require(self, "min_teacher_agreement", 0 <= share <= 1, "it must be from 0 to 1")
-        for name in ("teacher_image_size", "teacher_range", "teacher_view", "teacher_sha256", "teacher_precision"):
+        for name in (
+            "teacher_image_size",
+            "teacher_range",
+            "teacher_output",
+            "teacher_view",
+            "teacher_sha256",
+            "teacher_precision",
+        ):
             count = len(getattr(self, name))
             if count > 1 and count != len(self.teacher):
                 raise ConfigError(

@@ -19,7 +19,16 @@ from trainer.core.config import Config
 from trainer.core.console import Console
 from trainer.core.errors import ConfigError, DataError
 from trainer.io import download, kaggle
-from trainer.models import bit, bit_weights, keras_files, saved_model_to_bit, saved_models, students, value_range
+from trainer.models import (
+    bit,
+    bit_weights,
+    heads,
+    keras_files,
+    saved_model_to_bit,
+    saved_models,
+    students,
+    value_range,
+)
 from trainer.models.saved_models import SavedClassifier
 from trainer.models.value_range import NONE, Evidence, to_range
 
@@ -90,7 +99,9 @@ class TeacherSpec:
         classes: of the data; 0: it names none, so any number will do.
         size: `--teacher_image_size` in pixels; 0: not given.
         value_range: `--teacher_range`, "auto" included.
+        output: `--teacher_output`: the name or number of the output; "": the only one.
         config: of the job.
+        as_version_0_1: read its outputs as that version did, for a run that it began.
     """
 
     name: str
@@ -98,7 +109,9 @@ class TeacherSpec:
     classes: int
     size: int
     value_range: str
+    output: str
     config: Config
+    as_version_0_1: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +122,7 @@ class LoadedModel:
         model: images -> logits or probabilities.
         size: side of its images in pixels; 0: that of `model`'s input.
         value_range: of its images; "auto": not known, see `evidence`.
-        ends_in_softmax: its last layer is a softmax.
+        ends_in: "softmax", "log_softmax", "sigmoid" or "" (unknown), see `heads.ending`.
         returns_logits: it is known to return logits, whatever `--teacher_outputs` says.
         evidence: of the value range, where the kind of teacher decides it.
         notes: see `Teacher`.
@@ -119,7 +132,7 @@ class LoadedModel:
     model: keras.Model | SavedClassifier
     size: int
     value_range: str
-    ends_in_softmax: bool = False
+    ends_in: str = ""
     returns_logits: bool = False
     evidence: Evidence = NONE
     notes: tuple[str, ...] = ()
@@ -127,18 +140,26 @@ class LoadedModel:
 
 
 def _load_keras(spec: TeacherSpec) -> LoadedModel:
-    model, ends_in_softmax = keras_files.load_keras(spec.argument, "teacher")
-    return LoadedModel(model, spec.size, spec.value_range, ends_in_softmax)
+    model, ends_in = keras_files.load_keras(spec.argument, "teacher", spec.output)
+    if model.output_shape[-1] == 1 and spec.classes == 2 and ends_in in ("", "sigmoid"):
+        one = heads.logits(model) if ends_in else model
+        if one is not None:
+            what = "is the sigmoid of a logit" if ends_in else "is taken as a logit"
+            notes = (f"{spec.name}: its one output {what}, of the second class against the first: two logits, 0 and z",)
+            return LoadedModel(heads.two_logits(one), spec.size, spec.value_range, returns_logits=True, notes=notes)
+    return LoadedModel(model, spec.size, spec.value_range, ends_in)
 
 
 def _load_saved_model(spec: TeacherSpec) -> LoadedModel:
-    converted = saved_model_to_bit.convert(spec.argument, "teacher", spec.value_range)
+    converted = saved_model_to_bit.convert(spec.argument, "teacher", spec.value_range, spec.output)
     if isinstance(converted, saved_model_to_bit.ConvertedBit):
         notes = (f"{spec.name}: {converted.note}",)
         known = Evidence("-1,1", "certain", "it is a converted BiT")
         return LoadedModel(converted.model, spec.size, "-1,1", returns_logits=True, evidence=known, notes=notes)
     warnings = (f"{spec.name} runs as it was saved, not as a Keras BiT: {converted}",) if converted else ()
-    return LoadedModel(SavedClassifier(spec.argument, "teacher"), spec.size, spec.value_range, warnings=warnings)
+    return LoadedModel(
+        SavedClassifier(spec.argument, "teacher", spec.output), spec.size, spec.value_range, warnings=warnings
+    )
 
 
 def _load_bit(spec: TeacherSpec) -> LoadedModel:
@@ -215,19 +236,23 @@ class Kind:
         load: loads the model.
         checksum: identifies the model in a run's identity, from what follows the kind's colon: the
             SHA-256 (hex) of its file, and what else decides its logits.
+        has_outputs: the model may have several outputs.
     """
 
     usage: str
     load: Callable[[TeacherSpec], LoadedModel]
     checksum: Callable[[str, Config], str]
+    has_outputs: bool = False
 
 
 KINDS: dict[str, Kind] = {
-    "keras": Kind("keras:PATH", _load_keras, lambda path, _: download.checksum(path, "teacher")),
-    "saved_model": Kind("saved_model:PATH", _load_saved_model, lambda path, _: saved_models.checksum(path, "teacher")),
+    "keras": Kind("keras:PATH", _load_keras, lambda path, _: keras_files.checksum(path, "teacher"), True),
+    "saved_model": Kind(
+        "saved_model:PATH", _load_saved_model, lambda path, _: saved_models.checksum(path, "teacher"), True
+    ),
     "app": Kind("app:NAME@WEIGHTS.h5", _load_application, _application_checksum),
     "bit": Kind("bit:ARCH@FILE.npz, bit:NAME (published)", _load_bit, _bit_checksum),
-    "kaggle": Kind("kaggle:OWNER/DATASET", _load_kaggle, _kaggle_checksum),
+    "kaggle": Kind("kaggle:OWNER/DATASET", _load_kaggle, _kaggle_checksum, True),
     "random": Kind("random:NAME", _load_random, lambda name, config: f"random:{name}, seed {config.seed}"),
 }
 
@@ -244,10 +269,13 @@ def _parse(name: str) -> tuple[Kind, str]:
     return KINDS[kind], argument
 
 
-def load(config: Config, classes: int) -> tuple[Teacher, ...]:
+def load(config: Config, classes: int, *, as_version_0_1: bool = False) -> tuple[Teacher, ...]:
     """Loads every `--teacher`.
 
-    `classes` is 0 for data that names none: the teachers then decide.
+    Args:
+        config: of the job.
+        classes: of the data; 0: it names none, and the teachers decide.
+        as_version_0_1: see `TeacherSpec`.
 
     Raises:
         ConfigError: unknown kind, or sizes that contradict the model.
@@ -261,7 +289,10 @@ def load(config: Config, classes: int) -> tuple[Teacher, ...]:
         kind, argument = _parse(name)
         size = of_teacher(config.teacher_image_size, position, 0)
         value_range = of_teacher(config.teacher_range, position, "auto")
-        spec = TeacherSpec(name, argument, classes, size, value_range, config)
+        output = of_teacher(config.teacher_output, position, "")
+        if output and not kind.has_outputs:
+            raise ConfigError(f"--teacher_output={output}: {name} has one output")
+        spec = TeacherSpec(name, argument, classes, size, value_range, output, config, as_version_0_1)
         teachers.append(_teacher(spec, kind.load(spec)))
         if teachers[-1].classes != teachers[0].classes:
             raise DataError(
@@ -312,12 +343,18 @@ def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
         raise ConfigError(f"--teacher_image_size={loaded.size}, but {name} takes {height} x {height} pixels")
     size = loaded.size or height or config.image_size
     model, outputs = _find_outputs(spec, loaded, size, range_)
+    warnings = loaded.warnings
+    if loaded.ends_in == "sigmoid" and not spec.as_version_0_1:
+        warnings += (
+            f"{name} ends in a sigmoid, a probability of each class on its own; the student learns the softmax of the "
+            "same logits, in which the classes exclude each other",
+        )
     if isinstance(model, keras.Model):
         if bit.is_functional(model) and any(isinstance(layer, bit.StdConv2D) for layer in bit.flat_layers(model)):
             model = bit.fold(model)
         model.trainable = False
     return Teacher(
-        name, model, size, range_, **outputs, evidence=evidence, notes=loaded.notes, warnings=loaded.warnings
+        name, model, size, range_, **outputs, evidence=evidence, notes=loaded.notes, warnings=warnings
     )
 
 
@@ -325,11 +362,20 @@ def _find_outputs(
     spec: TeacherSpec, loaded: LoadedModel, size: int, range_: str
 ) -> tuple[keras.Model | SavedClassifier, dict[str, Any]]:
     """The model without its softmax if that can be removed, and fields of its `Teacher`."""
-    flag, model = spec.config.teacher_outputs, loaded.model
+    flag, model, ending = spec.config.teacher_outputs, loaded.model, loaded.ends_in
     if loaded.returns_logits:
         return model, {"probabilities": False, "outputs": "logits"}
-    if loaded.ends_in_softmax and flag not in ("probabilities", "sigmoid"):
-        return keras_files.strip_softmax(model), {"probabilities": False, "outputs": "probabilities (softmax removed)"}
+    kinds = {"softmax": "probabilities", "log_softmax": "logarithms of probabilities", "sigmoid": "sigmoids"}
+    read = ending == "softmax" if spec.as_version_0_1 else ending and (ending, flag) != ("sigmoid", "logits")
+    if read and flag not in ("probabilities", "sigmoid"):
+        bare = heads.logits(model) if isinstance(model, keras.Model) else None
+        if bare is not None:
+            return bare, {"probabilities": False, "outputs": f"{kinds[ending]} ({ending} removed)"}
+        return model, {
+            "probabilities": ending == "softmax",
+            "sigmoid": ending == "sigmoid",
+            "outputs": f"{kinds[ending]} (its {ending} cannot be removed)",
+        }
     if flag != "auto":
         return model, {
             "probabilities": flag == "probabilities",

@@ -46,7 +46,7 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
         open_checkpoints(plan).require_same_run()
     kinds = choose_kinds(plan, accelerator, console)  # fails at once where there is no room
     begun_before = teacher_check.begun_before(plan)
-    loaded, student, plan = _load_models(plan, accelerator, console)
+    loaded, student, plan = _load_models(plan, accelerator, console, begun_before)
     stores = open_stores(plan, kinds, console)
     loaded, plan, decisions, evaluators = teacher_check.settle(
         plan, accelerator, loaded, stores, console, begun_before=begun_before
@@ -103,7 +103,7 @@ def _fit_to_accelerator(plan: RunPlan, accelerator: Accelerator, console: Consol
 
 
 def _load_models(
-    plan: RunPlan, accelerator: Accelerator, console: Console
+    plan: RunPlan, accelerator: Accelerator, console: Console, begun_before: bool
 ) -> tuple[tuple[Teacher, ...], keras.Model, RunPlan]:
     """Loads the teachers and makes the student, under the accelerator's strategy.
 
@@ -111,7 +111,7 @@ def _load_models(
     """
     config = plan.config
     with accelerator.strategy.scope():
-        loaded = teachers.load(config, plan.classes)
+        loaded = teachers.load(config, plan.classes, as_version_0_1=begun_before)
         teachers.print_notes(loaded, console)
         for teacher in loaded:
             console.info(f"teacher {teacher.name}: {teacher.model.count_params():,} parameters, {teacher.size} px")
