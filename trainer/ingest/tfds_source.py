@@ -70,7 +70,7 @@ def tfds_source(name: str, data_dir: str, image: str, label: str, options: Sourc
     image = _feature("image", image, 0, tfds.features.Image, builder, name)
     _require_integers(features[image], image, name)
     label = _feature("label", label, 1, tfds.features.ClassLabel, builder, name) if options.labelled else ""
-    classes: tuple[str, ...] = ()
+    classes = options.classes
     if label:
         class_label = features[label]
         names = map(clean, class_label.names) if class_label.names else map(str, range(class_label.num_classes))
