@@ -259,7 +259,7 @@ def test_one_output_for_two_classes_becomes_two_logits(activation: str | None, t
     probability = call(model, x)[:, 0] if activation else 1 / (1 + np.exp(-call(model, x)[:, 0]))
     assert np.allclose(np.exp(log_softmax(teacher.logits(tf.constant(x)).numpy()))[:, 1], probability, atol=1e-5)
     assert any("second class" in note for note in teacher.notes)
-    with pytest.raises(DataError, match="has 1 classes"):
+    with pytest.raises(DataError, match="has one output, which is for two classes"):
         load(path)
 
 
@@ -604,6 +604,8 @@ def test_a_student_from_a_file_gives_logits(tmp_path: pathlib.Path) -> None:
         students.build(f"keras:{saved(tta(), tmp_path / 't.keras')}", CLASSES, 4)
     with pytest.raises(DataError, match=r"has 2 outputs .* it must have one"):
         students.build(f"keras:{saved(several('list'), tmp_path / 't.keras')}", CLASSES, 4)
+    with pytest.raises(DataError, match="takes images of 4 x 4 pixels, but --image_size is 6: give --image_size=4"):
+        students.build(f"keras:{tmp_path / '0.keras'}", CLASSES, 6)
 
 
 def test_evaluate_takes_an_output_and_refuses_in_one_line(data: str, tmp_path: pathlib.Path) -> None:
