@@ -93,15 +93,15 @@ def run(model_config: Config, teacher_config: Config, split: str, console: Conso
 
     Returns:
         model, split, images, top1, top5, per_class; with a teacher teacher_top1, teacher_top5,
-        agreement_top1, kl.
+        agreement_top1, kl. Without labels there are no accuracies.
 
     Raises:
-        ConfigError, DataError: as the main job does.
+        ConfigError, DataError: as the main job does; also if there are neither labels nor teachers.
     """
     from trainer.data.dataset import Dataset
     from trainer.models import saved_models
     from trainer.run import accelerator
-    from trainer.run.evaluator import per_class
+    from trainer.run.evaluator import describe_split, per_class
 
     dataset = Dataset.load(model_config.data[0])
     examples = dataset.split(split, "split").examples
@@ -115,8 +115,14 @@ def run(model_config: Config, teacher_config: Config, split: str, console: Conso
     result = _evaluate(model_config, teacher_config, hardware, dataset, split, logits, console)
     renamed = {"student_top1": "top1", "student_top5": "top5"}
     metrics = {renamed.get(key, key): value for key, value in result.metrics().items()}
+    if not metrics:
+        raise DataError(
+            f"{split} of {dataset.folder} has no labels, so there is no accuracy to measure: give a --teacher to "
+            "measure agreement"
+        )
     classes = per_class(result.student_logits, result.labels, dataset.classes)
-    _print_summary(f"{name} on {split} of {dataset.folder} ({examples:,} images)", metrics, classes, console)
+    where = describe_split(f"{split} of {dataset.folder}", result.labels)
+    _print_summary(f"{name} on {where}", metrics, classes, console)
     return {"model": name, "split": split, "images": examples} | metrics | {"per_class": classes}
 
 
@@ -171,6 +177,11 @@ def _evaluate(
             text = str(error).replace("--teacher_image_size", "--image_size")
             raise type(error)(text.replace("--teacher", "--model")) from error
         loaded = teachers.load(teacher_config, count)
+    count = models[0].classes if models else count if logits is None else logits.shape[1]
+    if loaded and loaded[0].classes != count:
+        raise DataError(
+            f"--teacher={loaded[0].name} has {loaded[0].classes} classes and the --model has {count}: they must be the same"
+        )
     teachers.print_notes((*models, *loaded), console)
     size = models[0].size if models else loaded[0].size if loaded else model_config.image_size
     largest = max((teacher.size for teacher in (*models, *loaded)), default=size)
@@ -208,7 +219,7 @@ def _servable_logits(path: str, dataset: Dataset, split: str, console: Console) 
     from trainer.models import saved_models
 
     model = saved_models.SavedServable(path, "model")
-    if model.classes not in (None, len(dataset.classes)):
+    if dataset.classes and model.classes not in (None, len(dataset.classes)):
         raise DataError(
             f"--model=saved_model:{path} has {model.classes} classes; --data={dataset.folder} has {len(dataset.classes)}"
         )

@@ -99,7 +99,8 @@ def define_flags(values: flags.FlagValues) -> None:
     switch(
         "unlabelled",
         False,
-        "Leave the labels out: images to distill on, for --data beside an --eval_data.",
+        "Leave the labels out: images to distil on, or to measure agreement on. --classes then names "
+        "the teacher's classes.",
         **group,
     )
     flags.DEFINE_enum(

@@ -389,6 +389,75 @@ def test_without_labels():
     assert "class 5" in page.text  # a class without a name
 
 
+def test_a_run_without_labels_has_a_result():
+    """A run whose images have no labels says its own final figures, not those of an evaluation."""
+    result = {"agreement_top1": 0.043, "kl": 5.81, "split_images": 300, "labelled_images": 0}
+    result |= {"constant_agreement": 0.041, "constant_kl": 5.6}
+    history = [{"kind": "eval", "step": 5, "split": "validation", "agreement_top1": 0.0, "kl": 9.0}]
+    sample = report.Sample(np.zeros((8, 8, 3), np.uint8), "", [("rose", 0.9)], [("daisy", 0.8)])
+    unlabelled = report.Predictions(np.full(3, -1), np.array([0, 1, 2]), np.array([0, 0, 2]), _CLASSES)
+    page = _Page(
+        report.render(
+            **_arguments(
+                result=result,
+                history=history,
+                predictions=unlabelled,
+                eval_samples=[sample],
+                eval_choice="How they were chosen.",
+                warning="The student is no better than a constant.",
+            )
+        )
+    )
+    for phrase in (
+        "The student gives the teacher's class on 4.3% of the 300 images. The student is no better than a constant.",
+        "No image has a label, so no accuracy is known.",
+        "Student 4.3% Constant 4.1% Agreement: the share",
+        "Best constant answer 4.1%, 5.600 nats",
+        "Top-1 classes of all 3 images of the final split; none of them has a label.",
+        "How they were chosen.",
+    ):
+        assert phrase in page.text, phrase
+    for phrase in (
+        "no final result",
+        "Gap to",
+        "Most frequent mistakes",
+        "class -1",
+        "true class",
+        "True class",
+        "Teacher 4",
+    ):
+        assert phrase not in page.text, phrase
+    assert "Confusion matrix" in page.text
+
+
+def test_accuracies_are_of_the_images_with_a_label():
+    result = {"student_top1": 0.5, "teacher_top1": 1.0, "agreement_top1": 0.6, "split_images": 5, "labelled_images": 2}
+    labels, teacher, student = np.array([0, -1, 1, -1, -1]), np.array([0, 0, 1, 2, 2]), np.array([0, 0, 0, 2, 1])
+    partly = report.Predictions(labels, teacher, student, _CLASSES)
+    page = _Page(report.render(**_arguments(result=result, predictions=partly)))
+    for phrase in (
+        "classifies 50.0% of the 2 images (of 5) that have a label correctly, 50.0 points below",
+        "on 2 images",
+        "Both right 1 50.0%",
+        "Only the teacher right 1 50.0%",
+        "how often each is right, where there is a label; they agree on 60.0% of all images",
+        f"{_MALICIOUS_NAME} daisy 1 100.0% 0",
+        "all 5 images of the final split; 2 of them have a label",
+    ):
+        assert phrase in page.text, phrase
+    assert "class -1" not in page.text
+
+
+def test_the_constant_has_lines_of_its_own():
+    history = [
+        {"kind": "eval", "step": step, "split": "test", "agreement_top1": 0.5, "kl": 1.0}
+        | {"constant_agreement": 0.25, "constant_kl": 2.0}
+        for step in (1, 2)
+    ]
+    labels = [curve["last"] for curve in charts.curves(history)]
+    assert labels == ["test 50.0%; best constant, test 25.0%".replace(", test", ""), "test 1.000; best constant 2.000"]
+
+
 def test_empty_predictions():
     no_examples = report.Predictions(np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), _CLASSES)
     assert "Who is right" not in report.render(**_arguments(predictions=no_examples))

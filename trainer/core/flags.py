@@ -81,6 +81,8 @@ SHARED = (
     "teacher_range",
     "teacher_output",
     "teacher_outputs",
+    "teacher_view",
+    "force_teacher",
     "teacher_sha256",
     "ensemble",
     "root_pool",

@@ -49,6 +49,9 @@ def curves(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
             lines.append({"points": _points_of(rows, key), "name": name, "teacher": teacher})
         return lines
 
+    def constant_lines(key: str) -> list[dict[str, Any]]:
+        return [line | {"constant": True} for line in evaluation_lines(f"constant_{key}", "best constant")]
+
     panels = [
         (
             "Loss",
@@ -58,22 +61,27 @@ def curves(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ),
         (
             "Top-1 accuracy" + (f", {splits[0]}" if splits and not several_splits else ""),
-            evaluation_lines("student_top1", "student") + evaluation_lines("teacher_top1", "teacher"),
+            [
+                *evaluation_lines("student_top1", "student"),
+                *evaluation_lines("teacher_top1", "teacher"),
+                *constant_lines("top1"),
+            ],
             "share",
             "Share of images whose most likely class is the true one; the teacher's line is dashed.",
         ),
         (
             "Agreement",
-            [training_line("agreement"), *evaluation_lines("agreement_top1", "")],
+            [training_line("agreement"), *evaluation_lines("agreement_top1", ""), *constant_lines("agreement")],
             "share",
             "Share of images with the same top-1 class in both models; it is lower on training views "
-            "with mixup than on evaluation images.",
+            "with mixup than on evaluation images. Dotted: one answer for all images.",
         ),
         (
             "KL divergence",
-            [training_line("kl"), *evaluation_lines("kl", "")],
+            [training_line("kl"), *evaluation_lines("kl", ""), *constant_lines("kl")],
             "real",
-            "KL divergence from the teacher's to the student's probabilities, in nats at temperature 1.",
+            "KL divergence from the teacher's to the student's probabilities, in nats at temperature 1. "
+            "Dotted: one answer for all images.",
         ),
         (
             "Learning rate",
@@ -153,7 +161,7 @@ def _draw(prefix: str, lines: list[dict[str, Any]], scale: str, end: float) -> A
     Args:
         prefix: start of the SVG's ids, which must be unique in the report.
         lines: each with `points` (step, value) and `name`; of training also `noisy`, of evaluation
-            also `teacher`.
+            also `teacher`, of the best constant answer also `constant`.
         scale: of the values: "share", "real" (logarithmic if they span a factor of 20) or "plain".
         end: last step of the axis.
 
@@ -203,6 +211,16 @@ def _draw(prefix: str, lines: list[dict[str, Any]], scale: str, end: float) -> A
                     linewidth=1.6,
                     marker=dot,
                     label=line["name"] or "evaluation",
+                )
+            elif line.get("constant"):
+                axes.plot(
+                    steps,
+                    shown,
+                    color=_MUTED,
+                    linewidth=1.4,
+                    linestyle=":",
+                    marker="." if len(shown) == 1 else "",
+                    label=line["name"],
                 )
             else:
                 axes.plot(
