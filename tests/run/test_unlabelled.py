@@ -142,6 +142,7 @@ def test_photographs_and_a_teacher_are_enough(
         html.unescape(page)
     )
     assert "no final result" not in page
+    assert ("disagree with the highest confidence" in page) == (metrics["agreement_top1"] < 1)
     assert "Most frequent disagreements" in page
     assert "Most frequent mistakes" not in page
     assert "class -1" not in page
