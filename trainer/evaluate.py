@@ -49,6 +49,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "model_range", "auto", f"Value range that the model takes: {' or '.join(options.RANGES)}.", **define
     )
+    flags.DEFINE_string("model_output", "", "Name or number of the output to use, as --teacher_output.", **define)
     flags.DEFINE_enum("model_outputs", "auto", options.OUTPUTS, "What it returns, as --teacher_outputs.", **define)
 
 
@@ -74,6 +75,7 @@ def _main(values: flags.FlagValues) -> None:
         teacher=(values.model,),
         teacher_image_size=(values.image_size,) if values.image_size else (),
         teacher_range=Config().teacher_range if values.model_range == "auto" else (values.model_range,),
+        teacher_output=(values.model_output,) if values.model_output else (),
         teacher_outputs=values.model_outputs,
         teacher_sha256=(),
     )
@@ -146,7 +148,9 @@ def _print_summary(
 
 
 def _without_teacher(config: Config) -> Config:
-    return dataclasses.replace(config, teacher=(), teacher_image_size=(), teacher_range=Config().teacher_range)
+    return dataclasses.replace(
+        config, teacher=(), teacher_image_size=(), teacher_output=(), teacher_range=Config().teacher_range
+    )
 
 
 def _evaluate(

@@ -29,6 +29,7 @@ _HIDDEN = (
     "teacher",
     "teacher_image_size",
     "teacher_range",
+    "teacher_output",
     "teacher_outputs",
     "teacher_sha256",
     "ensemble",

@@ -38,6 +38,7 @@ FLAGS = frozenset(
         "export_from",
         "final_split",
         "fixed_crops",
+        "force_teacher",
         "hp_metric",
         "image_size",
         "jit_compile",
@@ -71,10 +72,12 @@ FLAGS = frozenset(
         "student_weights",
         "teacher",
         "teacher_image_size",
+        "teacher_output",
         "teacher_outputs",
         "teacher_precision",
         "teacher_range",
         "teacher_sha256",
+        "teacher_view",
         "temperature",
         "tensorboard_dir",
         "tpu",
@@ -273,9 +276,9 @@ def test_schedule_within_the_warmup_is_an_error() -> None:
 # These may change between two processes of one run. All others affect the weights.
 NOT_IN_IDENTITY = """
     cache_dir cache_gb check checkpoint_every data data_weights dry_run eval_batch_size eval_data eval_every eval_split
-    export_from final_split hp_metric jit_compile keep_best keep_checkpoints lease_seconds log_every max_warmup
-    min_teacher_agreement model_dir recipe steps_per_loop store student_weights teacher teacher_sha256 tensorboard_dir tpu
-    workdir
+    export_from final_split force_teacher hp_metric jit_compile keep_best keep_checkpoints lease_seconds log_every max_warmup
+    min_teacher_agreement model_dir recipe steps_per_loop store student_weights teacher teacher_sha256 teacher_view
+    tensorboard_dir tpu workdir
 """
 
 

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from trainer.core.errors import ConfigError
 
 RANGES = ("-1,1", "0,1", "0,255")
-OUTPUTS = ("auto", "logits", "probabilities")
+OUTPUTS = ("auto", "logits", "probabilities", "sigmoid")
+TEACHER_VIEWS = ("auto", "central", "squash", "pad")
 PRECISIONS = ("float32", "mixed_bfloat16")
 TEACHER_PRECISIONS = ("float32", "bfloat16", "int8")
 DISTANCES = ("kl", "hard", "l2", "euclidean", "labels")
@@ -194,14 +195,39 @@ class TeacherOptions:
     teacher_range: tuple[str, ...] = option(
         ("auto",),
         "Value range of each teacher's input: -1,1 or 0,1 or 0,255. Given once or once for each "
-        "teacher. auto: measured on a probe batch for a SavedModel of a BiT, 0,255 for app:, else "
-        "-1,1.",
+        "teacher. auto: what the model says (a first Rescaling or Normalization, a BiT, app:), else "
+        "the one of the three with which the teacher is clearly best on labelled images; if there "
+        "is none, the job stops.",
         choices=(*RANGES, "auto"),
+    )
+    teacher_output: tuple[str, ...] = option(
+        (),
+        "Name or number (from 0) of the output to use of each teacher with several, as the error "
+        "lists them. Given once or once for each teacher. Empty: the only one.",
+        omit_default=True,
     )
     teacher_outputs: str = option(
         "auto",
-        "What the teachers output. auto: inferred from the last layer and from the values of the outputs.",
+        "What the teachers output: logits; probabilities, of a softmax; or sigmoid, an independent "
+        "probability of each class. auto: inferred from the last layer and from the values of the "
+        "outputs.",
         choices=OUTPUTS,
+    )
+    teacher_view: tuple[str, ...] = option(
+        ("auto",),
+        "The view on which each teacher's own accuracy is reported, beside that on the student's "
+        "view. Given once or once for each teacher. central: the crop of --central_fraction; "
+        "squash: the whole image resized to a square (the default of Keras's "
+        "image_dataset_from_directory); pad: the whole image between black bars; auto: squash or "
+        "central, whichever is clearly better on labelled images, else central.",
+        affects_weights=False,
+        choices=TEACHER_VIEWS,
+    )
+    force_teacher: bool = option(
+        False,
+        "Use a teacher that is at chance on labelled images, gives one answer for all images, or "
+        "has its classes in another order than the data. Warnings are printed all the same.",
+        affects_weights=False,
     )
     teacher_sha256: tuple[str, ...] = option(
         (),
@@ -235,7 +261,14 @@ class TeacherOptions:
         """
         share = self.min_teacher_agreement
         require(self, "min_teacher_agreement", 0 <= share <= 1, "it must be from 0 to 1")
-        for name in ("teacher_image_size", "teacher_range", "teacher_sha256", "teacher_precision"):
+        for name in (
+            "teacher_image_size",
+            "teacher_range",
+            "teacher_output",
+            "teacher_view",
+            "teacher_sha256",
+            "teacher_precision",
+        ):
             count = len(getattr(self, name))
             if count > 1 and count != len(self.teacher):
                 raise ConfigError(

@@ -104,6 +104,26 @@ def whole_box(sizes: tf.Tensor) -> tf.Tensor:
     return tf.concat([tf.zeros_like(sizes), tf.ones_like(sizes)], axis=1)
 
 
+def padded_box(sizes: tf.Tensor) -> tf.Tensor:
+    """The smallest square around the whole image, centred on it: float32 [n, 4] as
+    `inception_box`; it reaches beyond the image.
+    """
+    extent = tf.reduce_max(sizes, axis=1, keepdims=True) / sizes
+    return tf.concat([(1.0 - extent) / 2.0, extent], axis=1)
+
+
+def blacken_outside(views: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
+    """Views with black where their box (float32 [n, 4]) reaches beyond the image.
+
+    float32 [n, size, size, 3] in [-1, 1] -> the same.
+    """
+    centres = (tf.range(views.shape[1], dtype=tf.float32)[None, :] + 0.5) / float(views.shape[1])
+    rows, columns = (box[:, axis, None] + centres * box[:, axis + 2, None] for axis in (0, 1))
+    rows_inside, columns_inside = ((axis >= 0) & (axis <= 1) for axis in (rows, columns))
+    inside = rows_inside[:, :, None] & columns_inside[:, None, :]
+    return tf.where(inside[..., None], views, -1.0)
+
+
 def inception_draws(draws: tf.Tensor) -> tf.Tensor:
     """Of [n, DRAWS_PER_CROP] numbers those of `inception_box`: all but the flip's."""
     return draws[:, :-1]
@@ -141,6 +161,7 @@ CROPS = {
         random=False,
         area=True,
     ),
+    "padded": Crop(lambda _config, sizes, _draws: padded_box(sizes), random=False, area=True),
     "mild": Crop(lambda config, sizes, draws: mild_box(corner_draws(draws), sizes, config.central_fraction)),
     "inception": Crop(lambda config, sizes, draws: inception_box(inception_draws(draws), sizes, config.min_crop_area)),
     "squashed": Crop(

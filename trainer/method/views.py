@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from trainer.core.config import Config
 from trainer.method.counter_rng import beta, uniform
-from trainer.method.crops import CROPS, DRAWS_PER_CROP, Crop, render
+from trainer.method.crops import CROPS, DRAWS_PER_CROP, Crop, blacken_outside, render
 from trainer.method.keras_example import replacements
 
 _BETA_ATTEMPTS = 8
@@ -53,6 +53,9 @@ class Mode:
         """Whether the teacher's output is a constant of the example."""
         return self.teacher in ("whole", "central", "crops")
 
+
+# A teacher's own view, which `--teacher_view` names: see `evaluation_view`.
+TEACHER_VIEWS = ("central", "squash", "pad")
 
 VIEWS = {
     "fix/rs": Mode("whole", "whole"),
@@ -273,16 +276,21 @@ def fixed_view(
     return crop_views(config, crop, images, sizes, draws, (size,))[size]
 
 
-def evaluation_view(config: Config, images: tf.Tensor, sizes: tf.Tensor, size: int) -> tf.Tensor:
-    """The central crop.
+def evaluation_view(config: Config, images: tf.Tensor, sizes: tf.Tensor, size: int, kind: str = "central") -> tf.Tensor:
+    """The view of an image in evaluation.
 
     Args:
-        config: central_fraction, resize_size, compat.
+        config: central_fraction, resize_size, compat; they apply to the central crop.
         images: uint8 [n, side, side, 3].
         sizes: float32 [n, 2], height and width of the originals in pixels.
         size: side of the view in pixels.
+        kind: "central" crop; "squash": the whole image whatever its proportions, as
+            `keras.utils.image_dataset_from_directory(image_size=...)` resizes; "pad": the whole
+            image in its proportions between black bars, as with `pad_to_aspect_ratio=True`.
 
     Returns:
         float32 [n, size, size, 3] in [-1, 1].
     """
-    return crop_views(config, find_crop(config, "central"), images, sizes, None, (size,))[size]
+    crop = find_crop(config, "central") if kind == "central" else CROPS["whole" if kind == "squash" else "padded"]
+    view = crop_views(config, crop, images, sizes, None, (size,))[size]
+    return blacken_outside(view, crop.box(config, sizes, None)) if kind == "pad" else view

@@ -1,4 +1,4 @@
-"""Models and weights from Keras files. `.keras` files are checked first and load in safe mode."""
+"""Models and weights from Keras files. Whole models are checked first and load in safe mode."""
 
 from __future__ import annotations
 
@@ -16,44 +16,173 @@ import keras
 import numpy as np
 
 from trainer.core.errors import DataError
-from trainer.io import files
-from trainer.io.download import local_copy
-from trainer.models import bit  # noqa: F401  registers StdConv2D
+from trainer.io import download, files
+from trainer.models import (
+    bit,  # noqa: F401  registers StdConv2D
+    file_kinds,
+    heads,
+    keras_config,
+)
 
 _EXPANSION = 20  # uncompressed bytes of a `.keras` file, as a multiple of its size
 
 
-def load_keras(path: str, role: str) -> tuple[keras.Model, bool]:
-    """Loads a `.keras` file without its training state, and refuses code inside it (Lambda).
+def load_keras(path: str, role: str, output: str = "") -> tuple[keras.Model, str]:
+    """Loads a `.keras` or whole-model `.h5` file without its training state.
+
+    Code inside it (Lambda) is refused.
 
     Args:
         path: on a disk, gs:// or https://.
         role: the flag whose file it is, for errors.
+        output: name or number of the output to take; empty: the only one.
 
     Returns:
-        The model, and whether its last layer is a softmax.
+        The model [n, height, width, 3] -> [n, classes], and how it ends, see `heads.ending`.
 
     Raises:
-        DataError: the file does not exist, is not of Keras 3, is unsafe, or is not an image
-            classifier.
+        DataError: the file does not exist, is not a model that Keras 3 loads, is unsafe, or is not
+            an image classifier.
     """
-    local = os.path.abspath(local_copy(path, role))
-    if reason := _refusal(local):
-        raise DataError(f"--{role}=keras:{path} is refused: {reason}; nothing in it was run")
+    where = f"--{role}=keras:{path}"
+    local = os.path.abspath(_local(path, role))
+    if foreign := file_kinds.foreign(local):
+        raise DataError(f"{where} is not a model that Keras 3 loads: {foreign}")
+    model = _load(local, where)
+    model = _classifier(model, where, role, output)
+    return model, heads.ending(model)
+
+
+def checksum(path: str, role: str) -> str:
+    """SHA-256 (hex) of a file that `load_keras` may take.
+
+    Raises:
+        DataError: it cannot be read, or is a folder.
+    """
+    _local(path, role)
+    return download.checksum(path, role)
+
+
+def _local(path: str, role: str) -> str:
+    """`download.local_copy` of a file; says what a folder is."""
+    if not files.is_remote(path) and os.path.isdir(path):
+        raise DataError(f"--{role}=keras:{path}: {file_kinds.foreign(path)}")
+    return download.local_copy(path, role)
+
+
+def _load(local: str, where: str) -> keras.Model:
+    """The model in a file on this machine.
+
+    Raises:
+        DataError: it is unsafe, or does not load.
+    """
+    legacy = not zipfile.is_zipfile(local)
+    if reason := "" if legacy else _refusal(local):
+        raise DataError(f"{where} is refused: {reason}; nothing in it was run")
+    config = keras_config.config(local)
+    if legacy and (program := keras_config.programs(config)):
+        raise DataError(f"{where} does not load: {program}")
+    known = keras_config.known(file_kinds.keras_version(local))
     with tempfile.TemporaryDirectory() as folder:
-        link = os.path.join(folder, "model.keras")  # Keras chooses the format by the file's name
-        os.symlink(local, link)
+        # Keras chooses the format by the file's name.
+        link = os.path.join(folder, "model.h5" if legacy else "model.keras")
+        if keras_config.compiled_inside(config):
+            keras_config.copy_without_losses(local, link)
+        else:
+            os.symlink(local, link)
         try:
-            model = keras.saving.load_model(link, compile=False, safe_mode=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = keras.saving.load_model(link, custom_objects=known, compile=False, safe_mode=True)
         except Exception as error:  # Keras raises nearly every type for a damaged or foreign file
-            raise DataError(f"--{role}=keras:{path} does not load as a Keras 3 model: {files.reason(error)}") from error
-    shapes = getattr(model, "input_shape", None), getattr(model, "output_shape", None)
-    if not isinstance(shapes[0], tuple) or len(shapes[0]) != 4 or shapes[0][-1] != 3 or len(shapes[1] or ()) != 2:
+            reason = (
+                keras_config.programs(config)
+                or keras_config.unknown(config)
+                or files.reason(error).replace(link, "the file")
+            )
+            raise DataError(f"{where} does not load as a Keras 3 model: {reason}") from error
+    if not isinstance(model, keras.Model):
+        raise DataError(f"{where} holds a {type(model).__name__}, which is not a model")
+    return model
+
+
+def _classifier(model: keras.Model, where: str, role: str, output: str) -> keras.Model:
+    """The model from one batch of RGB images to one output [n, classes].
+
+    Raises:
+        DataError: it takes or returns something else, or has several outputs and none is chosen.
+    """
+    inputs = getattr(model, "inputs", None) or []
+    outputs = heads.outputs(model)
+    if not inputs or not outputs:
         raise DataError(
-            f"--{role}=keras:{path} is not a classifier of RGB images: it takes {shapes[0]} and returns {shapes[1]}; "
-            "it must take (batch, height, width, 3) and return (batch, classes)"
+            f"{where} has no fixed inputs and outputs: call the model on a batch of images before it is saved"
         )
-    return model, _ends_in_softmax(model)
+    if len(inputs) > 1:
+        listed = ", ".join(f"{x.name} {_shape(x.shape)}" for x in inputs)
+        raise DataError(f"{where} has {len(inputs)} inputs ({listed}); it must take images alone")
+    shape = tuple(inputs[0].shape)
+    if reason := _input_problem(shape):
+        raise DataError(f"{where} takes {_shape(shape)}, {reason}")
+    number = _choose(outputs, where, role, output)
+    tensor = outputs[number][1]
+    # A list or a dictionary of one tensor would be returned as such.
+    plain = not isinstance(model, keras.src.models.Functional) or isinstance(model.output, keras.KerasTensor)
+    if not plain or not isinstance(getattr(model, "input", inputs[0]), keras.KerasTensor):
+        model = heads.select(model, tensor)
+    if shape[0] is not None:
+        model = heads.open_batch(model)
+    if len(tensor.shape) != 2 or tensor.shape[-1] is None:
+        raise DataError(f"{where} returns {_shape(tensor.shape)}; a classifier returns (batch, classes)")
+    return model
+
+
+def _shape(shape: tuple[int | None, ...]) -> str:
+    return f"({', '.join('batch' if i == 0 else 'any' if side is None else str(side) for i, side in enumerate(shape))})"
+
+
+def _input_problem(shape: tuple[int | None, ...]) -> str:
+    """Why a model with this input shape takes no RGB images, and what to do; empty if it does."""
+    if len(shape) != 4:
+        return "not images: it must take (batch, height, width, 3)"
+    if shape[-1] == 3:
+        return ""
+    if shape[1] == 3:
+        height, width = shape[2:]
+        return (
+            "channels before height and width; put them last: keras.Sequential([keras.Input("
+            f"({height}, {width}, 3)), keras.layers.Permute((3, 1, 2)), model]).save('x.keras')"
+        )
+    if shape[-1] == 1:
+        height, width = shape[1:3]
+        return (
+            "images of 1 channel (grey); here they have 3 (RGB). Put the mean in front: keras.Sequential([keras.Input("
+            f"({height}, {width}, 3)), keras.layers.Conv2D(1, 1, kernel_initializer=keras.initializers.Constant(1 / 3)), "
+            "model]).save('x.keras')"
+        )
+    return f"images of {shape[-1]} channels; here they have 3 (RGB)"
+
+
+def _choose(outputs: list[tuple[str, Any]], where: str, role: str, output: str) -> int:
+    """Index of the output with this name or number, or of the only one.
+
+    Raises:
+        DataError: there is no such output, or there are several and none is named.
+    """
+    names = [name for name, _ in outputs]
+    listed = ", ".join(f"{i}: {name} {_shape(tensor.shape)}" for i, (name, tensor) in enumerate(outputs))
+    if not output:
+        if len(outputs) == 1:
+            return 0
+        choice = f"choose one by name or number with --{role}_output" if role == "teacher" else "it must have one"
+        raise DataError(f"{where} has {len(outputs)} outputs ({listed}): {choice}")
+    if names.count(output) == 1:
+        return names.index(output)
+    if output.isdecimal() and int(output) < len(outputs):
+        return int(output)
+    raise DataError(
+        f"--{role}_output={output}: {where} has {'several' if output in names else 'no'} such; it has {listed}"
+    )
 
 
 def _refusal(path: str) -> str:
@@ -126,7 +255,7 @@ def load_weights(model: keras.Model, path: str, role: str) -> str:
     Raises:
         DataError: the file does not exist.
     """
-    local = os.path.abspath(local_copy(path, role))
+    local = os.path.abspath(download.local_copy(path, role))
     with tempfile.TemporaryDirectory() as folder:
         # Keras chooses the format by the file's name.
         link = os.path.join(folder, "w.weights.h5" if path.split("?")[0].endswith(".weights.h5") else "w.h5")
@@ -155,7 +284,7 @@ def _digest(array: np.ndarray) -> bytes:
 def _arrays(path: str, role: str) -> Iterator[h5py.Dataset]:
     """The numeric arrays of an HDF5 file, one after the other."""
     try:
-        with h5py.File(local_copy(path, role), "r") as file:
+        with h5py.File(download.local_copy(path, role), "r") as file:
             names: list[str] = []
             file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
             for name in names:
@@ -163,28 +292,3 @@ def _arrays(path: str, role: str) -> Iterator[h5py.Dataset]:
                     yield file[name]
     except OSError:
         return
-
-
-def _last(model: keras.Model) -> keras.Layer | None:
-    return model.layers[-1] if getattr(model, "layers", None) else None
-
-
-def _ends_in_softmax(model: keras.Model) -> bool:
-    last = _last(model)
-    if isinstance(last, keras.Model):
-        return _ends_in_softmax(last)
-    return isinstance(last, keras.layers.Softmax) or getattr(last, "activation", None) is keras.activations.softmax
-
-
-def strip_softmax(model: keras.Model) -> keras.Model:
-    """The model without its last softmax, if it has one that can be removed."""
-    last = _last(model)
-    if isinstance(last, keras.Model):
-        inner = strip_softmax(last)
-        return model if inner is last else keras.Sequential([*model.layers[:-1], inner])
-    if last is not None and getattr(last, "activation", None) is keras.activations.softmax:
-        last.activation = keras.activations.linear
-        return model
-    if isinstance(last, keras.layers.Softmax):
-        return keras.Model(model.inputs, last.input)
-    return model

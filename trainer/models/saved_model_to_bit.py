@@ -47,7 +47,7 @@ class ConvertedBit:
     note: str
 
 
-def convert(path: str, role: str, value_range: str) -> ConvertedBit | str:
+def convert(path: str, role: str, value_range: str, output: str = "") -> ConvertedBit | str:
     """Converts a SavedModel to a Keras BiT.
 
     Both are in memory only during the check.
@@ -56,6 +56,7 @@ def convert(path: str, role: str, value_range: str) -> ConvertedBit | str:
         path: folder of the SavedModel, on a disk or gs://.
         role: the flag whose model it is, for errors.
         value_range: that the user gives for it; "auto": any that agrees on the probe.
+        output: see `SavedClassifier`.
 
     Returns:
         The converted model; or why it was not converted, a line, empty if it is no BiT at all.
@@ -69,14 +70,14 @@ def convert(path: str, role: str, value_range: str) -> ConvertedBit | str:
     # A thread is outside of the strategy's scope: no mirrored copies of variables, and no TPU or
     # GPU, whose matrix products are rounded more than a comparison in float32 allows.
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        converted = executor.submit(_convert, path, role, value_range).result()
+        converted = executor.submit(_convert, path, role, value_range, output).result()
     gc.collect()  # a SavedModel's functions refer to each other
     return converted
 
 
-def _convert(path: str, role: str, value_range: str) -> ConvertedBit | str:
+def _convert(path: str, role: str, value_range: str, output: str) -> ConvertedBit | str:
     with tf.device("/CPU:0"):
-        saved = SavedClassifier(path, role)
+        saved = SavedClassifier(path, role, output)
         assignments: dict[bit.Arch, list[Assignment]] = {}
         for arch, assignment in _candidates(saved.variables):
             assignments.setdefault(arch, []).append(assignment)

@@ -67,16 +67,18 @@ class SavedClassifier:
         output_shape: (None, classes).
     """
 
-    def __init__(self, path: str, role: str) -> None:
+    def __init__(self, path: str, role: str, output: str = "") -> None:
         """Loads under the current strategy.
 
         Args:
             path: folder with saved_model.pb, on a disk or gs://.
             role: the flag whose model it is, for errors.
+            output: name or number of the output to take; empty: the one called logits, or the only
+                one.
 
         Raises:
-            DataError: it is not a SavedModel, has refused operations, or is not a classifier of
-                float images.
+            DataError: it is not a SavedModel, has refused operations, is not a classifier of float
+                images, or has several outputs and none is chosen.
         """
         where = f"--{role}=saved_model:{path}"
         _inspect(path, where)
@@ -86,16 +88,17 @@ class SavedClassifier:
             raise DataError(f"{where} does not load: {files.reason(error)}") from error
         signatures = {name: f for name, f in self._loaded.signatures.items() if _image_input(f)}
         if not signatures:
-            names = ", ".join(self._loaded.signatures) or "none"
+            listed = "; ".join(f"{name}: {_describe(f)}" for name, f in self._loaded.signatures.items())
             raise DataError(
-                f"{where} has no signature that takes one batch of float32 RGB images and returns (batch, classes); it has: {names}"
+                f"{where} has no signature that takes one batch of float32 RGB images and returns (batch, classes); "
+                f"it has: {listed or 'none'}"
             )
         self._call = signatures.get("serving_default") or next(iter(signatures.values()))
         self._input, spec = _image_input(self._call)  # type: ignore[misc]
         self.input_shape = tuple(spec.shape)
         # Before loading, savers were exempt by name; now all that the signature reaches is checked.
         _refuse(self._call.graph.as_graph_def(), where, savers=False)
-        self._output = _class_output(self._call.structured_outputs)
+        self._output = _class_output(self._call.structured_outputs, where, role, output)
         self.output_shape = tuple(self._call.structured_outputs[self._output].shape)
         if self.output_shape[-1] is None:
             raise DataError(f"{where} has outputs of shape (batch, unknown): the number of classes must be fixed")
@@ -174,7 +177,7 @@ def _image_input(function: tf.types.experimental.ConcreteFunction) -> tuple[str,
     """Name and shape of a signature's input if it takes one batch of images and returns
     classes."""
     inputs = function.structured_input_signature[1]
-    if len(inputs) != 1 or _class_output(function.structured_outputs) is None:
+    if len(inputs) != 1 or not _matrices(function.structured_outputs):
         return None
     ((name, spec),) = inputs.items()
     shape = spec.shape
@@ -182,10 +185,37 @@ def _image_input(function: tf.types.experimental.ConcreteFunction) -> tuple[str,
     return (name, spec) if fits else None
 
 
-def _class_output(outputs: dict[str, tf.TensorSpec]) -> str | None:
-    """Name of the output [n, classes]: the one called logits, or the only matrix."""
-    matrices = [name for name, spec in outputs.items() if spec.shape.rank == 2 and spec.dtype.is_floating]
-    return "logits" if "logits" in matrices else matrices[0] if len(matrices) == 1 else None
+def _matrices(outputs: dict[str, tf.TensorSpec]) -> list[str]:
+    """Names of the outputs [n, classes]."""
+    return sorted(name for name, spec in outputs.items() if spec.shape.rank == 2 and spec.dtype.is_floating)
+
+
+def _class_output(outputs: dict[str, tf.TensorSpec], where: str, role: str, wanted: str) -> str:
+    """Name of the output to take.
+
+    Raises:
+        DataError: it is not there, or there are several and none is called logits or wanted.
+    """
+    names = _matrices(outputs)
+    listed = ", ".join(f"{i}: {name} (batch, {outputs[name].shape[-1]})" for i, name in enumerate(names))
+    if wanted in names:
+        return wanted
+    if wanted:
+        if wanted.isdecimal() and int(wanted) < len(names):
+            return names[int(wanted)]
+        raise DataError(f"--{role}_output={wanted}: {where} has no such; it has {listed}")
+    if "logits" in names:
+        return "logits"
+    if len(names) == 1:
+        return names[0]
+    raise DataError(f"{where} has {len(names)} outputs ({listed}): choose one by name or number with --{role}_output")
+
+
+def _describe(function: tf.types.experimental.ConcreteFunction) -> str:
+    """A signature's inputs and outputs, such as "x float32 (None, 3, 8, 8) -> y float32 (None,
+    5)"."""
+    parts = (function.structured_input_signature[1], function.structured_outputs)
+    return " -> ".join(", ".join(f"{k} {v.dtype.name} {v.shape}" for k, v in sorted(part.items())) for part in parts)
 
 
 def variable_shapes(path: str, role: str) -> list[tuple[int, ...]]:
@@ -203,7 +233,7 @@ def _inspect(path: str, where: str) -> saved_model_pb2.SavedModel:
     """Reads saved_model.pb and refuses it if it has operations on files or processes."""
     name = files.join(path, "saved_model.pb")
     if not files.exists(name):
-        raise DataError(f"{where}: there is no saved_model.pb in it")
+        raise DataError(f"{where}: {_missing(path)}")
     parsed = saved_model_pb2.SavedModel()
     try:
         parsed.ParseFromString(files.read(name, "the SavedModel"))
@@ -216,6 +246,15 @@ def _inspect(path: str, where: str) -> saved_model_pb2.SavedModel:
             )
         _refuse(meta.graph_def, where, savers=True)
     return parsed
+
+
+def _missing(path: str) -> str:
+    """What a path without saved_model.pb is, and what to do."""
+    if path.endswith("saved_model.pb"):
+        return "give the folder that it is in"
+    if path.endswith((".keras", ".h5", ".hdf5")):
+        return f"it is not a SavedModel, which is a folder; give keras:{path}"
+    return "there is no saved_model.pb in it" if files.exists(path) else "there is no such folder"
 
 
 def _refuse(graph: graph_pb2.GraphDef, where: str, *, savers: bool) -> None:
@@ -244,7 +283,7 @@ def checksum(path: str, role: str) -> str:
     """
     digest = hashlib.sha256()
     if not files.exists(files.join(path, "saved_model.pb")):
-        raise DataError(f"--{role}=saved_model:{path}: there is no saved_model.pb in it")
+        raise DataError(f"--{role}=saved_model:{path}: {_missing(path)}")
     for folder in ("", "variables", "assets"):
         for name in files.names(files.join(path, folder)):
             full = files.join(path, folder, name)

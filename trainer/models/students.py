@@ -25,7 +25,7 @@ import tensorflow as tf
 
 from trainer.core.errors import ConfigError, DataError
 from trainer.io import download, files
-from trainer.models import bit, bit_weights, keras_files
+from trainer.models import bit, bit_weights, heads, keras_files
 
 GROUPS = 8
 GROUP_NORM = "-gn"
@@ -222,8 +222,14 @@ def _bit(arch: str, spec: StudentSpec) -> keras.Model:
 
 
 def _keras_file(spec: StudentSpec) -> keras.Model:
-    model, ends_in_softmax = keras_files.load_keras(spec.argument, "student")
-    return keras_files.strip_softmax(model) if ends_in_softmax else model
+    model, ends_in = keras_files.load_keras(spec.argument, "student")
+    if not ends_in:
+        return model
+    if (bare := heads.logits(model)) is None:
+        raise DataError(
+            f"--student={spec.name} returns a mean of probabilities; a student must return logits, or end in one {ends_in}"
+        )
+    return bare
 
 
 def application_names() -> list[str]:

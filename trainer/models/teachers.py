@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
@@ -19,11 +19,21 @@ from trainer.core.config import Config
 from trainer.core.console import Console
 from trainer.core.errors import ConfigError, DataError
 from trainer.io import download, kaggle
-from trainer.models import bit, bit_weights, keras_files, saved_model_to_bit, saved_models, students
+from trainer.models import (
+    bit,
+    bit_weights,
+    heads,
+    keras_files,
+    saved_model_to_bit,
+    saved_models,
+    students,
+    value_range,
+)
 from trainer.models.saved_models import SavedClassifier
-from trainer.models.value_range import to_range
+from trainer.models.value_range import NONE, Evidence, to_range
 
 _T = TypeVar("_T")
+SUM_TOLERANCE = 1e-2  # of a softmax; one in bfloat16 sums to 1 within 4e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +46,13 @@ class Teacher:
         size: side of the images in pixels.
         value_range: "-1,1", "0,1" or "0,255".
         probabilities: `model` returns probabilities, because its softmax could not be removed.
+        sigmoid: `model` returns independent probabilities, because its sigmoid could not be
+            removed.
+        evidence: what `value_range` is based on. With the strength "none" nothing is known, and
+            `run.teacher_check` finds the range.
+        outputs: what is known about the outputs, a clause; empty: they were judged by their values
+            on noise, and `run.teacher_check` judges them on images.
+        view: how the teacher's own accuracy is measured, of `views.TEACHER_VIEWS`.
         precision: of `model`: "float32", "bfloat16" or "int8", see `trainer.models.quantize`.
         notes: messages for the user about how it was loaded, a line each.
         warnings: the same, where the user may not want what was done.
@@ -46,6 +63,10 @@ class Teacher:
     size: int
     value_range: str
     probabilities: bool
+    sigmoid: bool = False
+    evidence: Evidence = NONE
+    outputs: str = ""
+    view: str = "central"
     precision: str = "float32"
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -61,6 +82,10 @@ class Teacher:
         if self.probabilities:
             # softmax(log p / T) = softmax(z / T): the logarithm is the logits up to a constant.
             outputs = tf.math.log(tf.maximum(outputs, 1e-30))
+        elif self.sigmoid:
+            # The inverse of the sigmoid. A float32 sigmoid is exactly 1 from logits of 17 on.
+            outputs = tf.clip_by_value(outputs, 1e-30, 1.0 - 6e-8)
+            outputs = tf.math.log(outputs) - tf.math.log1p(-outputs)
         return tf.stop_gradient(outputs)
 
 
@@ -74,7 +99,9 @@ class TeacherSpec:
         classes: of the data; 0: it names none, so any number will do.
         size: `--teacher_image_size` in pixels; 0: not given.
         value_range: `--teacher_range`, "auto" included.
+        output: `--teacher_output`: the name or number of the output; "": the only one.
         config: of the job.
+        as_version_0_1: read its outputs as that version did, for a run that it began.
     """
 
     name: str
@@ -82,7 +109,9 @@ class TeacherSpec:
     classes: int
     size: int
     value_range: str
+    output: str
     config: Config
+    as_version_0_1: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +121,10 @@ class LoadedModel:
     Attributes:
         model: images -> logits or probabilities.
         size: side of its images in pixels; 0: that of `model`'s input.
-        value_range: of its images; "auto": "-1,1".
-        ends_in_softmax: its last layer is a softmax.
+        value_range: of its images; "auto": not known, see `evidence`.
+        ends_in: "softmax", "log_softmax", "sigmoid" or "" (unknown), see `heads.ending`.
         returns_logits: it is known to return logits, whatever `--teacher_outputs` says.
+        evidence: of the value range, where the kind of teacher decides it.
         notes: see `Teacher`.
         warnings: see `Teacher`.
     """
@@ -102,24 +132,34 @@ class LoadedModel:
     model: keras.Model | SavedClassifier
     size: int
     value_range: str
-    ends_in_softmax: bool = False
+    ends_in: str = ""
     returns_logits: bool = False
+    evidence: Evidence = NONE
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 def _load_keras(spec: TeacherSpec) -> LoadedModel:
-    model, ends_in_softmax = keras_files.load_keras(spec.argument, "teacher")
-    return LoadedModel(model, spec.size, spec.value_range, ends_in_softmax)
+    model, ends_in = keras_files.load_keras(spec.argument, "teacher", spec.output)
+    if model.output_shape[-1] == 1 and spec.classes == 2 and ends_in in ("", "sigmoid"):
+        one = heads.logits(model) if ends_in else model
+        if one is not None:
+            what = "is the sigmoid of a logit" if ends_in else "is taken as a logit"
+            notes = (f"{spec.name}: its one output {what}, of the second class against the first: two logits, 0 and z",)
+            return LoadedModel(heads.two_logits(one), spec.size, spec.value_range, returns_logits=True, notes=notes)
+    return LoadedModel(model, spec.size, spec.value_range, ends_in)
 
 
 def _load_saved_model(spec: TeacherSpec) -> LoadedModel:
-    converted = saved_model_to_bit.convert(spec.argument, "teacher", spec.value_range)
+    converted = saved_model_to_bit.convert(spec.argument, "teacher", spec.value_range, spec.output)
     if isinstance(converted, saved_model_to_bit.ConvertedBit):
         notes = (f"{spec.name}: {converted.note}",)
-        return LoadedModel(converted.model, spec.size, "-1,1", returns_logits=True, notes=notes)
+        known = Evidence("-1,1", "certain", "it is a converted BiT")
+        return LoadedModel(converted.model, spec.size, "-1,1", returns_logits=True, evidence=known, notes=notes)
     warnings = (f"{spec.name} runs as it was saved, not as a Keras BiT: {converted}",) if converted else ()
-    return LoadedModel(SavedClassifier(spec.argument, "teacher"), spec.size, spec.value_range, warnings=warnings)
+    return LoadedModel(
+        SavedClassifier(spec.argument, "teacher", spec.output), spec.size, spec.value_range, warnings=warnings
+    )
 
 
 def _load_bit(spec: TeacherSpec) -> LoadedModel:
@@ -131,7 +171,9 @@ def _load_bit(spec: TeacherSpec) -> LoadedModel:
             f"--teacher={name} has {published.classes:,} classes; --data={spec.config.held_out} has {spec.classes:,}"
         )
     size = spec.size or bit_weights.parse_source(text, "teacher").size or spec.config.image_size
-    return LoadedModel(bit_weights.load(text, "teacher", size, spec.config.root_pool), size, spec.value_range)
+    known = Evidence("-1,1", "certain", "it is a BiT")
+    model = bit_weights.load(text, "teacher", size, spec.config.root_pool)
+    return LoadedModel(model, size, "-1,1", returns_logits=True, evidence=known)
 
 
 def _load_application(spec: TeacherSpec) -> LoadedModel:
@@ -146,7 +188,8 @@ def _load_application(spec: TeacherSpec) -> LoadedModel:
     size = spec.size or spec.config.image_size
     # The number of classes is the file's in any case.
     model = students.application_teacher(application, path, spec.classes or 1000, size, f"teacher={spec.name}")
-    return LoadedModel(model, size, "0,255")
+    known = Evidence("0,255", "certain", "its preprocessing is inside")
+    return LoadedModel(model, size, "0,255", evidence=known)
 
 
 def _load_random(spec: TeacherSpec) -> LoadedModel:
@@ -157,7 +200,8 @@ def _load_random(spec: TeacherSpec) -> LoadedModel:
         )
     size = spec.size or spec.config.image_size
     model = students.build(spec.argument, spec.classes, size, seed=spec.config.seed)
-    return LoadedModel(model, spec.size, spec.value_range)
+    known = Evidence("-1,1", "certain", "it is untrained")
+    return LoadedModel(model, spec.size, spec.value_range, evidence=known)
 
 
 def _load_kaggle(spec: TeacherSpec) -> LoadedModel:
@@ -192,19 +236,23 @@ class Kind:
         load: loads the model.
         checksum: identifies the model in a run's identity, from what follows the kind's colon: the
             SHA-256 (hex) of its file, and what else decides its logits.
+        has_outputs: the model may have several outputs.
     """
 
     usage: str
     load: Callable[[TeacherSpec], LoadedModel]
     checksum: Callable[[str, Config], str]
+    has_outputs: bool = False
 
 
 KINDS: dict[str, Kind] = {
-    "keras": Kind("keras:PATH", _load_keras, lambda path, _: download.checksum(path, "teacher")),
-    "saved_model": Kind("saved_model:PATH", _load_saved_model, lambda path, _: saved_models.checksum(path, "teacher")),
+    "keras": Kind("keras:PATH", _load_keras, lambda path, _: keras_files.checksum(path, "teacher"), True),
+    "saved_model": Kind(
+        "saved_model:PATH", _load_saved_model, lambda path, _: saved_models.checksum(path, "teacher"), True
+    ),
     "app": Kind("app:NAME@WEIGHTS.h5", _load_application, _application_checksum),
     "bit": Kind("bit:ARCH@FILE.npz, bit:NAME (published)", _load_bit, _bit_checksum),
-    "kaggle": Kind("kaggle:OWNER/DATASET", _load_kaggle, _kaggle_checksum),
+    "kaggle": Kind("kaggle:OWNER/DATASET", _load_kaggle, _kaggle_checksum, True),
     "random": Kind("random:NAME", _load_random, lambda name, config: f"random:{name}, seed {config.seed}"),
 }
 
@@ -221,10 +269,13 @@ def _parse(name: str) -> tuple[Kind, str]:
     return KINDS[kind], argument
 
 
-def load(config: Config, classes: int) -> tuple[Teacher, ...]:
+def load(config: Config, classes: int, *, as_version_0_1: bool = False) -> tuple[Teacher, ...]:
     """Loads every `--teacher`.
 
-    `classes` is 0 for data that names none: the teachers then decide.
+    Args:
+        config: of the job.
+        classes: of the data; 0: it names none, and the teachers decide.
+        as_version_0_1: see `TeacherSpec`.
 
     Raises:
         ConfigError: unknown kind, or sizes that contradict the model.
@@ -232,13 +283,16 @@ def load(config: Config, classes: int) -> tuple[Teacher, ...]:
     """
     teachers = []
     for position, name in enumerate(config.teacher):
-        pinned = _of_teacher(config.teacher_sha256, position, "")
+        pinned = of_teacher(config.teacher_sha256, position, "")
         if pinned and (digest := checksum(config, name).split(",")[0]) != pinned.lower():
             raise DataError(f"--teacher={name} has SHA-256 {digest}, not the pinned {pinned} (--teacher_sha256)")
         kind, argument = _parse(name)
-        size = _of_teacher(config.teacher_image_size, position, 0)
-        value_range = _of_teacher(config.teacher_range, position, "auto")
-        spec = TeacherSpec(name, argument, classes, size, value_range, config)
+        size = of_teacher(config.teacher_image_size, position, 0)
+        value_range = of_teacher(config.teacher_range, position, "auto")
+        output = of_teacher(config.teacher_output, position, "")
+        if output and not kind.has_outputs:
+            raise ConfigError(f"--teacher_output={output}: {name} has one output")
+        spec = TeacherSpec(name, argument, classes, size, value_range, output, config, as_version_0_1)
         teachers.append(_teacher(spec, kind.load(spec)))
         if teachers[-1].classes != teachers[0].classes:
             raise DataError(
@@ -248,8 +302,14 @@ def load(config: Config, classes: int) -> tuple[Teacher, ...]:
     return tuple(teachers)
 
 
-def _of_teacher(values: tuple[_T, ...], position: int, default: _T) -> _T:
-    """The value of a flag for one teacher: a single value is for all of them."""
+def of_teacher(values: tuple[_T, ...], position: int, default: _T) -> _T:
+    """The value of a flag for one teacher: a single value is for all of them.
+
+    Args:
+        values: of the flag, which may be given once, or once for each teacher.
+        position: of the teacher in `--teacher`.
+        default: if the flag has no value.
+    """
     return values[min(position, len(values) - 1)] if values else default
 
 
@@ -267,7 +327,10 @@ def checksum(config: Config, name: str) -> str:
 def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
     """Checks a loaded model against the flags and the data, and freezes it."""
     name, config, model = spec.name, spec.config, loaded.model
-    value_range = "-1,1" if loaded.value_range == "auto" else loaded.value_range
+    evidence = loaded.evidence if loaded.evidence.strength == "certain" else value_range.inspect(model)
+    if spec.value_range != "auto" and evidence.strength != "certain":
+        evidence = Evidence(spec.value_range, "flag", f"--teacher_range; {evidence.reason}".removesuffix("; "))
+    range_ = loaded.value_range if loaded.value_range != "auto" else evidence.value_range or "-1,1"
     if spec.classes and model.output_shape[-1] != spec.classes:
         raise DataError(
             f"--teacher={name} has {model.output_shape[-1]} classes; --data={config.held_out} has {spec.classes}: "
@@ -279,30 +342,74 @@ def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
     if loaded.size and height and loaded.size != height:
         raise ConfigError(f"--teacher_image_size={loaded.size}, but {name} takes {height} x {height} pixels")
     size = loaded.size or height or config.image_size
-    if loaded.returns_logits:
-        probabilities = False
-    elif config.teacher_outputs != "probabilities" and loaded.ends_in_softmax:
-        model, probabilities = keras_files.strip_softmax(model), False
-    elif config.teacher_outputs == "auto":
-        probabilities = _look_like_probabilities(model, size, value_range)
-    else:
-        probabilities = config.teacher_outputs == "probabilities"
+    model, outputs = _find_outputs(spec, loaded, size, range_)
+    warnings = loaded.warnings
+    if loaded.ends_in == "sigmoid" and not spec.as_version_0_1:
+        warnings += (
+            f"{name} ends in a sigmoid, a probability of each class on its own; the student learns the softmax of the "
+            "same logits, in which the classes exclude each other",
+        )
     if isinstance(model, keras.Model):
         if bit.is_functional(model) and any(isinstance(layer, bit.StdConv2D) for layer in bit.flat_layers(model)):
             model = bit.fold(model)
         model.trainable = False
-    return Teacher(name, model, size, value_range, probabilities, notes=loaded.notes, warnings=loaded.warnings)
+    return Teacher(
+        name, model, size, range_, **outputs, evidence=evidence, notes=loaded.notes, warnings=warnings
+    )
 
 
-def _look_like_probabilities(model: keras.Model | SavedClassifier, size: int, value_range: str) -> bool:
+def _find_outputs(
+    spec: TeacherSpec, loaded: LoadedModel, size: int, range_: str
+) -> tuple[keras.Model | SavedClassifier, dict[str, Any]]:
+    """The model without its softmax if that can be removed, and fields of its `Teacher`."""
+    flag, model, ending = spec.config.teacher_outputs, loaded.model, loaded.ends_in
+    if loaded.returns_logits:
+        return model, {"probabilities": False, "outputs": "logits"}
+    kinds = {"softmax": "probabilities", "log_softmax": "logarithms of probabilities", "sigmoid": "sigmoids"}
+    read = ending == "softmax" if spec.as_version_0_1 else ending and (ending, flag) != ("sigmoid", "logits")
+    if read and flag not in ("probabilities", "sigmoid"):
+        bare = heads.logits(model) if isinstance(model, keras.Model) else None
+        if bare is not None:
+            return bare, {"probabilities": False, "outputs": f"{kinds[ending]} ({ending} removed)"}
+        return model, {
+            "probabilities": ending == "softmax",
+            "sigmoid": ending == "sigmoid",
+            "outputs": f"{kinds[ending]} (its {ending} cannot be removed)",
+        }
+    if flag != "auto":
+        return model, {
+            "probabilities": flag == "probabilities",
+            "sigmoid": flag == "sigmoid",
+            "outputs": f"{flag} (--teacher_outputs)",
+        }
+    return model, {"probabilities": _look_like_probabilities(model, size, range_)}
+
+
+def outputs_of_values(outputs: np.ndarray) -> str:
+    """What a model seems to return, by its outputs float32 [n, classes].
+
+    Returns:
+        "probabilities": none is negative, and each row sums to 1 within 1 %, as a softmax in
+        bfloat16 or float16 does; "sigmoid": all are from 0 to 1, and sums differ from 1; else
+        "logits".
+    """
+    if not np.isfinite(outputs).all() or (outputs < 0).any() or (outputs > 1 + SUM_TOLERANCE).any():
+        return "logits"
+    if np.allclose(outputs.sum(axis=1, dtype=np.float64), 1.0, rtol=0, atol=SUM_TOLERANCE):
+        return "probabilities"
+    # Logits that all lie between 0 and 1 say little about an image.
+    return "sigmoid" if (outputs <= 1).all() and np.ptp(outputs) > 0 else "logits"
+
+
+def _look_like_probabilities(model: keras.Model | SavedClassifier, size: int, range_: str) -> bool:
     """Whether outputs on noise are non-negative and sum to one."""
-    low, high = (float(bound) for bound in value_range.split(","))
+    low, high = (float(bound) for bound in range_.split(","))
     noise = np.random.Generator(np.random.Philox(0)).uniform(low, high, (4, size, size, 3)).astype(np.float32)
     # In a replica: a SavedModel that was loaded under a strategy can be called nowhere else.
     strategy = tf.distribute.get_strategy()
     run = tf.function(lambda images: strategy.run(lambda part: model(part, training=False), (images,)), autograph=False)
     outputs = strategy.experimental_local_results(run(tf.constant(noise)))[0].numpy().astype(np.float32)
-    return bool((outputs >= 0).all() and np.allclose(outputs.sum(axis=1), 1.0, atol=1e-3))
+    return outputs_of_values(outputs) == "probabilities"
 
 
 def print_notes(teachers: Iterable[Teacher], console: Console) -> None:

@@ -18,7 +18,7 @@ from trainer.method import optim, step
 from trainer.method.feed import BatchPrefetcher
 from trainer.models import students, teachers
 from trainer.models.teachers import Teacher
-from trainer.run import teacher_precision
+from trainer.run import teacher_check, teacher_precision
 from trainer.run.accelerator import Accelerator
 from trainer.run.checkpoint import Checkpoints
 from trainer.run.fixed_targets import fixed_targets
@@ -45,9 +45,14 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
     if config.workdir:
         open_checkpoints(plan).require_same_run()
     kinds = choose_kinds(plan, accelerator, console)  # fails at once where there is no room
-    loaded, student, plan = _load_models(plan, accelerator, console)
-    check_teachers(plan, loaded)
+    begun_before = teacher_check.begun_before(plan)
+    loaded, student, plan = _load_models(plan, accelerator, console, begun_before)
     stores = open_stores(plan, kinds, console)
+    loaded, plan, decisions, evaluators = teacher_check.settle(
+        plan, accelerator, loaded, stores, console, begun_before=begun_before
+    )
+    config = plan.config
+    check_teachers(plan, loaded)
     jit_compile = accelerator.jit_compile(config.jit_compile)
     with strategy.scope():
         loaded = teacher_precision.convert_teachers(
@@ -82,6 +87,8 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
         targets=targets,
         optimizer=optimizer,
         train_loop=train_loop,
+        decisions=decisions,
+        evaluators=evaluators,
     )
 
 
@@ -96,7 +103,7 @@ def _fit_to_accelerator(plan: RunPlan, accelerator: Accelerator, console: Consol
 
 
 def _load_models(
-    plan: RunPlan, accelerator: Accelerator, console: Console
+    plan: RunPlan, accelerator: Accelerator, console: Console, begun_before: bool
 ) -> tuple[tuple[Teacher, ...], keras.Model, RunPlan]:
     """Loads the teachers and makes the student, under the accelerator's strategy.
 
@@ -104,13 +111,10 @@ def _load_models(
     """
     config = plan.config
     with accelerator.strategy.scope():
-        loaded = teachers.load(config, plan.classes)
+        loaded = teachers.load(config, plan.classes, as_version_0_1=begun_before)
         teachers.print_notes(loaded, console)
         for teacher in loaded:
-            console.info(
-                f"teacher {teacher.name}: {teacher.model.count_params():,} parameters, {teacher.size} px, "
-                f"{teacher.value_range}"
-            )
+            console.info(f"teacher {teacher.name}: {teacher.model.count_params():,} parameters, {teacher.size} px")
         if not plan.classes:
             plan = plan.name_classes(loaded[0].classes)
             console.info(

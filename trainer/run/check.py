@@ -99,8 +99,13 @@ def check_job(job: Job, console: Console) -> None:
         f"{', '.join(config.data)}: {len(job.train_store):,} images to train on; {splits}; "
         "every record's checksum read",
     )
-    for name, digest in zip(config.teacher, job.plan.identity["teacher"], strict=True):
-        _row(console, "teacher", f"{name}: loads; SHA-256 {str(digest)[:16]}...")
+    for found, digest in zip(job.decisions, job.plan.identity["teacher"], strict=True):
+        known = "accuracy not known" if found.top1 is None else f"{found.top1:.1%} on {found.split}"
+        _row(
+            console,
+            "teacher",
+            f"{found.teacher}: takes {found.value_range}; {known}; SHA-256 {str(digest)[:16]}...",
+        )
     need = (config.keep_checkpoints + 1) * _state_bytes(job)
     folders = {"scratch": tempfile.gettempdir()} | (
         {} if files.is_remote(config.workdir) else {"workdir": config.workdir}

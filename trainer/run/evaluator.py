@@ -1,4 +1,7 @@
-"""Evaluation of student and teachers: every example of a split once, on the central crop."""
+"""Evaluation of student and teachers: every example of a split once, on the central crop.
+
+A teacher that was trained on other views, such as whole images, is measured on those too.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +35,15 @@ class EvalResult:
         student_logits: float32 [n, classes].
         teacher_logits: float32 [n, classes], of the ensemble of teachers; None without teacher.
         constant: the best answer that ignores the image, to compare with; None: not compared.
+        own_view_logits: float32 [n, classes], `teacher_logits` on the views that the teachers were
+            trained on; None if those are the central crops.
     """
 
     labels: np.ndarray
     student_logits: np.ndarray
     teacher_logits: np.ndarray | None
     constant: Constant | None = None
+    own_view_logits: np.ndarray | None = None
 
     @functools.cached_property
     def labelled(self) -> int:
@@ -48,7 +54,9 @@ class EvalResult:
         """student_top1, student_top5, teacher_top1, teacher_top5, agreement_top1 (0..1) and kl.
 
         kl is in nats at T = 1. Accuracies are over labelled examples, and missing if there are
-        none. Metrics of the teacher are missing without a teacher. Of the constant answer:
+        none. Metrics of the teacher are missing without a teacher. teacher_own_view_top1 is there
+        if the teacher's own views are others; all else compares the models on the same view. Of the
+        constant answer:
         constant_agreement and constant_kl, or, without a teacher, constant_top1.
         """
         metrics: dict[str, float] = {}
@@ -58,6 +66,8 @@ class EvalResult:
             if logits is not None and labelled.any():
                 metrics[f"{name}_top1"] = top_k(logits[labelled], self.labels[labelled], 1)
                 metrics[f"{name}_top5"] = top_k(logits[labelled], self.labels[labelled], 5)
+        if self.own_view_logits is not None and labelled.any():
+            metrics["teacher_own_view_top1"] = top_k(self.own_view_logits[labelled], self.labels[labelled], 1)
         if teacher is not None:
             metrics["agreement_top1"] = float((teacher.argmax(1) == student.argmax(1)).mean())
             metrics["kl"] = float(distances.kl(teacher, student).numpy().mean(dtype=np.float64))
@@ -103,6 +113,9 @@ def describe(metrics: dict[str, Any]) -> str:
     """
     names = {"student_top1": "student", "teacher_top1": "teacher", "agreement_top1": "agreement"}
     parts = [f"{word} {100 * metrics[name]:.1f}%" for name, word in names.items() if name in metrics]
+    if "teacher_own_view_top1" in metrics and "teacher_top1" in metrics:
+        at = list(names).index("teacher_top1")
+        parts[at] += f" ({100 * metrics['teacher_own_view_top1']:.1f}% on its own view)"
     if "kl" in metrics:
         parts.append(f"KL {metrics['kl']:.3f} nats")
     text = ", ".join(parts)
@@ -166,6 +179,27 @@ def per_class(logits: np.ndarray, labels: np.ndarray, names: tuple[str, ...]) ->
     return accuracies
 
 
+def _key(teachers: tuple[Teacher, ...], kinds: tuple[str, ...]) -> tuple:
+    """What decides the logits of teachers on a split."""
+    kinds = kinds or ("central",) * len(teachers)
+    return tuple(
+        (id(t.model), t.value_range, t.probabilities, t.sigmoid, kind) for t, kind in zip(teachers, kinds, strict=True)
+    )
+
+
+class _Traced:
+    """A teacher's model as one function of TensorFlow."""
+
+    def __init__(self, model: Any) -> None:
+        self.output_shape = model.output_shape
+        self._model = model  # keeps it, and so its id, alive
+        self._call = tf.function(lambda images: model(images, training=False), autograph=False)
+
+    def __call__(self, images: tf.Tensor, *, training: bool = False) -> tf.Tensor:
+        del training
+        return self._call(images)
+
+
 class Evaluator:
     """Runs models over one split; teacher logits are computed once, since views are fixed."""
 
@@ -187,8 +221,9 @@ class Evaluator:
         self._config, self._strategy, self._store, self._jit = config, strategy, store, jit_compile
         replicas = strategy.num_replicas_in_sync
         self._replica_batch = -(-min(config.eval_batch_size, max(1, len(store))) // replicas)
-        self._teacher_logits: np.ndarray | None = None
-        self._teacher: Callable[[np.ndarray, np.ndarray], tf.Tensor] | None = None
+        self._teacher_logits: dict[tuple, np.ndarray] = {}
+        self._teachers: dict[tuple, Callable] = {}
+        self._traced: dict[int, _Traced] = {}
         self._student: Callable[[np.ndarray, np.ndarray], tf.Tensor] | None = None
         self._model: keras.Model | None = None
 
@@ -205,10 +240,36 @@ class Evaluator:
             self._student = self._compile(
                 {size}, lambda images: student(value_range.to_range(images[size], value_range_), training=False)
             )
-        if teachers and self._teacher_logits is None:
-            self._teacher_logits = self._run_over_split(self._compiled_teacher(teachers))
         assert self._student is not None
-        return EvalResult(self._store.labels, self._run_over_split(self._student), self._teacher_logits)
+        central = own = None
+        if teachers:
+            central = self.teacher_logits(teachers)
+            if any(teacher.view != "central" for teacher in teachers):
+                own = self.teacher_logits(teachers, tuple(teacher.view for teacher in teachers))
+        logits = self._run_over_split(self._student)
+        return EvalResult(self._store.labels, logits, central, own_view_logits=own)
+
+    def teacher_logits(
+        self,
+        teachers: tuple[Teacher, ...],
+        kinds: tuple[str, ...] = (),
+        progress: Callable[[int, int], None] = lambda *_: None,
+    ) -> np.ndarray:
+        """Logits of the ensemble of teachers on every example, computed once for each set of views.
+
+        Args:
+            teachers: at least one.
+            kinds: of each teacher's views, of `views.TEACHER_VIEWS`; empty: central crops.
+            progress: called with the number of images done and in all.
+
+        Returns:
+            float32 [n, classes].
+        """
+        key = _key(teachers, kinds)
+        if key not in self._teacher_logits:
+            run = self._compiled_teacher(teachers, kinds)
+            self._teacher_logits[key] = self._run_over_split(run, progress=progress)
+        return self._teacher_logits[key]
 
     def logits_elsewhere(
         self,
@@ -230,14 +291,27 @@ class Evaluator:
         """
         return self._run_over_split(self._compiled_teacher(teachers), store, ids, progress)
 
-    def _compiled_teacher(self, teachers: tuple[Teacher, ...]) -> Callable:
-        if self._teacher is None:
-            how = self._config.ensemble
-            self._teacher = self._compile(
-                {teacher.size for teacher in teachers},
-                lambda images: ensemble(teacher_logits(teachers, images), how),
-            )
-        return self._teacher
+    def _compiled_teacher(self, teachers: tuple[Teacher, ...], kinds: tuple[str, ...] = ()) -> Callable:
+        key, kinds = _key(teachers, kinds), kinds or ("central",) * len(teachers)
+        if key not in self._teachers:
+            # One trace of a model serves all its ranges and views.
+            traced = []
+            for teacher in teachers:
+                model = self._traced.setdefault(id(teacher.model), _Traced(teacher.model))
+                traced.append(dataclasses.replace(teacher, model=model))
+            wanted = {(teacher.size, kind) for teacher, kind in zip(teachers, kinds, strict=True)}
+
+            def forward(images: tf.Tensor, originals: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
+                del ids  # the view does not depend on the example
+                inputs = {
+                    (size, kind): views.evaluation_view(self._config, images, originals, size, kind)
+                    for size, kind in sorted(wanted)
+                }
+                logits = [t.logits(inputs[t.size, kind]) for t, kind in zip(traced, kinds, strict=True)]
+                return ensemble(logits, self._config.ensemble)
+
+            self._teachers[key] = self._distributed(forward)
+        return self._teachers[key]
 
     def fixed_logits(self, teachers: tuple[Teacher, ...]) -> Callable[[int], np.ndarray]:
         """The teachers' logits on the fixed views (`--views=fix/...`).

@@ -23,6 +23,7 @@ from trainer.run import baseline
 from trainer.run.accelerator import Accelerator
 from trainer.run.evaluator import Evaluator
 from trainer.run.plan import RunPlan
+from trainer.run.teacher_check import Decision
 
 # What to try, by the first value that was not finite.
 REMEDY = {step.FINITE_CHECKS[0]: "check the teacher's file, --teacher_range and --teacher_precision"}
@@ -42,6 +43,8 @@ class Job:
         targets: for each teacher its constant logits float32 [examples, classes] on the training
             split, where the views fix them; else empty.
         train_loop: the compiled loop of `step.make_train_loop`.
+        decisions: what was found out about each teacher.
+        evaluators: of `eval_stores`, by the split's name; made when they are first needed.
         step: updates made so far.
         seconds: wall time of training so far, over all processes of this run.
         pending_metrics: steps and mean metrics of the device's loops since the last logged row.
@@ -61,11 +64,12 @@ class Job:
     targets: tuple[np.ndarray, ...]
     optimizer: keras.optimizers.Optimizer
     train_loop: Callable[..., dict[str, tf.Tensor]]
+    decisions: tuple[Decision, ...] = ()
+    evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
     pending_metrics: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
-    _evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
     _constant: baseline.Constant | None = None
 
     @property
@@ -75,14 +79,14 @@ class Job:
 
     def evaluator(self, split: str) -> Evaluator:
         """The evaluator of one of `eval_stores`."""
-        if split not in self._evaluators:
-            self._evaluators[split] = Evaluator(
+        if split not in self.evaluators:
+            self.evaluators[split] = Evaluator(
                 self.config,
                 self.accelerator.strategy,
                 self.eval_stores[split],
                 jit_compile=self.accelerator.jit_compile(self.config.jit_compile),
             )
-        return self._evaluators[split]
+        return self.evaluators[split]
 
     def constant(self, progress: Callable[[int, int], None]) -> baseline.Constant:
         """The best constant answer, computed at the first call; all machines must call it.
