@@ -141,7 +141,7 @@ class LoadedModel:
 
 def _load_keras(spec: TeacherSpec) -> LoadedModel:
     model, ends_in = keras_files.load_keras(spec.argument, "teacher", spec.output)
-    if model.output_shape[-1] == 1 and spec.classes == 2 and ends_in in ("", "sigmoid"):
+    if model.output_shape[-1] == 1 and spec.classes in (0, 2) and ends_in in ("", "sigmoid"):
         one = heads.logits(model) if ends_in else model
         if one is not None:
             what = "is the sigmoid of a logit" if ends_in else "is taken as a logit"
@@ -336,6 +336,8 @@ def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
             f"--teacher={name} has {model.output_shape[-1]} classes; --data={config.held_out} has {spec.classes}: "
             "the teacher's head must have the classes of the data"
         )
+    if not spec.classes and model.output_shape[-1] < 2:
+        raise DataError(f"--teacher={name} has one output, and a classifier needs two: give the network with its classes")
     height, width = model.input_shape[1:3]
     if height != width:
         raise DataError(f"--teacher={name} takes images of {height} x {width} pixels; they must be square")
