@@ -81,6 +81,8 @@ def flags(data: str, teacher: str, student: str) -> list[str]:
         "task",
         f"--data={data}",
         f"--teacher=keras:{teacher}",
+        "--teacher_range=-1,1",
+        "--force_teacher",  # it is untrained
         f"--student={student}",
         "--image_size=24",
         "--store_size=32",

@@ -4,8 +4,9 @@ agree.
     python -m trainer.evaluate --model=saved_model:RUN/export/saved_model --data=DATA --split=test
 
 --model takes whatever --teacher of trainer.task takes, and SavedModels from encoded images, as the
-job exports them, which do their own preprocessing. Every image counts once. JSON goes to standard
-output, progress to standard error.
+job exports them, which do their own preprocessing. Every image counts once. Value range and outputs
+are found as the job finds a teacher's; a bad model is measured, with a warning. JSON goes to
+standard output, progress to standard error.
 
 Exit codes: 0 done; 2 bad flags; 3 bad data or model.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +30,10 @@ from trainer.core.flags import SHARED, from_flags, shared_flags
 
 if TYPE_CHECKING:
     import numpy as np
-    import tensorflow as tf
 
     from trainer.data.dataset import Dataset
+    from trainer.data.store import ImageStore
+    from trainer.models.teachers import Teacher
     from trainer.run.accelerator import Accelerator
     from trainer.run.evaluator import EvalResult
 
@@ -47,8 +50,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "image_size", 0, "Side in pixels that the model takes; 0: what its file says, else 128.", **define
     )
     flags.DEFINE_string(
-        "model_range", "auto", f"Value range that the model takes: {' or '.join(options.RANGES)}.", **define
+        "model_range", "auto", f"Value range that the model takes: {', '.join(options.RANGES)} or auto.", **define
     )
+    flags.DEFINE_enum("model_view", "auto", options.TEACHER_VIEWS, "Its own view, as --teacher_view.", **define)
     flags.DEFINE_string("model_output", "", "Name or number of the output to use, as --teacher_output.", **define)
     flags.DEFINE_enum("model_outputs", "auto", options.OUTPUTS, "What it returns, as --teacher_outputs.", **define)
 
@@ -77,6 +81,7 @@ def _main(values: flags.FlagValues) -> None:
         teacher_range=Config().teacher_range if values.model_range == "auto" else (values.model_range,),
         teacher_output=(values.model_output,) if values.model_output else (),
         teacher_outputs=values.model_outputs,
+        teacher_view=(values.model_view,),
         teacher_sha256=(),
     )
     print(json.dumps(run(model_config, teacher_config, values.split, Console()), indent=1))
@@ -92,8 +97,11 @@ def run(model_config: Config, teacher_config: Config, split: str, console: Conso
         console: shows progress and a summary.
 
     Returns:
-        model, split, images, top1, top5, per_class; with a teacher teacher_top1, teacher_top5,
-        agreement_top1, kl. Without labels there are no accuracies.
+        model, split, images, not_finite (images for which an output is not), top1, top5, per_class,
+        interval (95 %, of top1), chance; value_range, outputs and view as they were found; with a
+        teacher teacher_top1, teacher_top5, agreement_top1, kl. own_view_top1 and
+        teacher_own_view_top1 if that view is not the central crop. Without labels there are no
+        accuracies. A figure that is not finite is None.
 
     Raises:
         ConfigError, DataError: as the main job does; also if there are neither labels nor teachers.
@@ -101,7 +109,7 @@ def run(model_config: Config, teacher_config: Config, split: str, console: Conso
     from trainer.data.dataset import Dataset
     from trainer.models import saved_models
     from trainer.run import accelerator
-    from trainer.run.evaluator import describe_split, per_class
+    from trainer.run.evaluator import describe_split, per_class, top_k
 
     dataset = Dataset.load(model_config.data[0])
     examples = dataset.split(split, "split").examples
@@ -112,7 +120,7 @@ def run(model_config: Config, teacher_config: Config, split: str, console: Conso
     if kind == "saved_model" and path and saved_models.is_servable(path, "model"):
         logits = _servable_logits(path, dataset, split, console)
         model_config = _without_teacher(model_config)
-    result = _evaluate(model_config, teacher_config, hardware, dataset, split, logits, console)
+    result, found, own = _evaluate(model_config, teacher_config, hardware, dataset, split, logits, console)
     renamed = {"student_top1": "top1", "student_top5": "top5"}
     metrics = {renamed.get(key, key): value for key, value in result.metrics().items()}
     if not metrics:
@@ -120,10 +128,39 @@ def run(model_config: Config, teacher_config: Config, split: str, console: Conso
             f"{split} of {dataset.folder} has no labels, so there is no accuracy to measure: give a --teacher to "
             "measure agreement"
         )
+    rows = result.labels >= 0
+    if own is not None and rows.any():
+        metrics["own_view_top1"] = top_k(own[rows], result.labels[rows], 1)
     classes = per_class(result.student_logits, result.labels, dataset.classes)
     where = describe_split(f"{split} of {dataset.folder}", result.labels)
     _print_summary(f"{name} on {where}", metrics, classes, console)
-    return {"model": name, "split": split, "images": examples} | metrics | {"per_class": classes}
+    finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+    facts = {"model": name, "split": split, "images": examples} | _reliability(name, result, console)
+    return facts | finite | (found or {}) | {"per_class": classes}
+
+
+def _reliability(name: str, result: EvalResult, console: Console) -> dict[str, Any]:
+    """How sure the accuracy is, with warnings."""
+    import numpy as np
+
+    from trainer.run.teacher_statistics import Accuracy, right
+
+    not_finite = int((~np.isfinite(result.student_logits).all(axis=1)).sum())
+    if not_finite:
+        console.warning(
+            f"{name} gives outputs that are not finite (NaN or infinite) on {not_finite:,} of {len(result.labels):,} "
+            "images, which count as wrong"
+        )
+    facts: dict[str, Any] = {"not_finite": not_finite}
+    rows = result.labels >= 0
+    if rows.any():
+        logits, labels = result.student_logits[rows], result.labels[rows]
+        accuracy = Accuracy.of(right(logits, labels), labels, logits.shape[1])
+        facts |= {"interval": accuracy.interval, "chance": accuracy.chance}
+        console.info(f"{name}: {accuracy}")
+        if not accuracy.above_chance:
+            console.warning(f"{name} is not better than chance on these images")
+    return facts
 
 
 def _print_summary(
@@ -132,7 +169,9 @@ def _print_summary(
     labels = {
         "top1": "top-1",
         "top5": "top-5",
+        "own_view_top1": "on its own view",
         "teacher_top1": "teacher's top-1",
+        "teacher_own_view_top1": "on its own view",
         "agreement_top1": "agreement",
         "kl": "KL",
     }
@@ -148,8 +187,14 @@ def _print_summary(
 
 
 def _without_teacher(config: Config) -> Config:
+    default = Config()
     return dataclasses.replace(
-        config, teacher=(), teacher_image_size=(), teacher_output=(), teacher_range=Config().teacher_range
+        config,
+        teacher=(),
+        teacher_image_size=(),
+        teacher_output=(),
+        teacher_range=default.teacher_range,
+        teacher_view=default.teacher_view,
     )
 
 
@@ -161,13 +206,14 @@ def _evaluate(
     split: str,
     logits: np.ndarray | None,
     console: Console,
-) -> EvalResult:
-    """The model's logits (computed unless `logits` holds them) and its teachers'."""
-    import tensorflow as tf
-
+) -> tuple[EvalResult, dict[str, Any] | None, np.ndarray | None]:
+    """The model's logits (computed unless `logits` holds them) and its teachers'; what was found
+    about the model; and its logits on its own view, if that is another.
+    """
     from trainer.data.store import MemoryStore
     from trainer.models import teachers
     from trainer.run.evaluator import EvalResult, Evaluator
+    from trainer.run.teacher_check import Pictures, judge
 
     count = len(dataset.classes)
     with hardware.strategy.scope():
@@ -199,16 +245,31 @@ def _evaluate(
         lambda done, total: console.progress(f"decode {split}", done, total),
     )
     if logits is not None and not loaded:
-        return EvalResult(store.labels, logits, None)
+        return EvalResult(store.labels, logits, None), None, None
 
-    def model(images: tf.Tensor, *, training: bool) -> tf.Tensor:
-        del training
-        # Placeholder where `logits` are given: these zeros are discarded.
-        return models[0].logits(images) if models else tf.zeros([tf.shape(images)[0], count])
+    def make(images: ImageStore) -> Evaluator:
+        return Evaluator(config, hardware.strategy, images, jit_compile=hardware.jit_compile(config.jit_compile))
 
-    jit_compile = hardware.jit_compile(config.jit_compile)
-    result = Evaluator(config, hardware.strategy, store, jit_compile=jit_compile).run(model, loaded)
-    return result if logits is None else EvalResult(store.labels, logits, result.teacher_logits)
+    pictures = Pictures.of(split, store, dataset.classes, make)
+    evaluator = pictures.evaluator if pictures.whole else make(store)
+    found = judge(model_config, models, pictures, console, refuse=False, role="model")
+    models = tuple(decision.apply(model) for decision, model in zip(found, models, strict=True))
+    decisions = judge(teacher_config, loaded, pictures, console, refuse=False)
+    loaded = tuple(decision.apply(teacher) for decision, teacher in zip(decisions, loaded, strict=True))
+
+    def progress(done: int, total: int) -> None:
+        console.progress(f"evaluate {split}", done, total)
+
+    def own_view(measured: tuple[Teacher, ...]) -> np.ndarray | None:
+        kinds = tuple(teacher.view for teacher in measured)
+        return evaluator.teacher_logits(measured, kinds, progress) if set(kinds) - {"central"} else None
+
+    if logits is None:
+        logits = evaluator.teacher_logits(models, progress=progress)
+    reference = evaluator.teacher_logits(loaded, progress=progress) if loaded else None
+    result = EvalResult(store.labels, logits, reference, own_view_logits=own_view(loaded))
+    facts = {name: getattr(found[0], name) for name in ("value_range", "outputs", "view")} if found else None
+    return result, facts, own_view(models)
 
 
 def _servable_logits(path: str, dataset: Dataset, split: str, console: Console) -> np.ndarray:

@@ -29,6 +29,7 @@ from trainer.core.errors import ConfigError
 from trainer.core.flags import SHARED, from_flags, shared_flags
 
 if TYPE_CHECKING:
+    from trainer.data.store import ImageStore
     from trainer.models.teachers import Teacher
     from trainer.run.evaluator import Evaluator
     from trainer.run.teacher_precision import PrecisionCheck
@@ -77,9 +78,9 @@ def run(config: Config, split: str, precisions: tuple[str, ...], console: Consol
         console: shows progress.
 
     Returns:
-        teacher, parameters, image_size, macs and gflops of one image (None: not known), and for
-        each of `forms` (precisions) its bytes, images_per_second, top1, and against float32
-        agreement_top1 and kl.
+        teacher, value_range and outputs as they were found, parameters, image_size, macs and gflops
+        of one image (None: not known), and for each of `forms` (precisions) its bytes,
+        images_per_second, top1, and against float32 agreement_top1 and kl.
 
     Raises:
         ConfigError, DataError: as the main job does.
@@ -89,6 +90,7 @@ def run(config: Config, split: str, precisions: tuple[str, ...], console: Consol
     from trainer.models import bit, quantize, teachers
     from trainer.run import accelerator, teacher_precision
     from trainer.run.evaluator import Evaluator
+    from trainer.run.teacher_check import Pictures, judge
 
     dataset = Dataset.load(config.data[0])
     splits = {flag: dataset.split(name, flag) for flag, name in (("train_split", config.train_split), ("split", split))}
@@ -107,6 +109,15 @@ def run(config: Config, split: str, precisions: tuple[str, ...], console: Consol
         return MemoryStore(dataset, splits[flag], config.store_size, progress)
 
     train, held_out = decode("train_split"), decode("split")
+    evaluator = Evaluator(config, hardware.strategy, held_out, jit_compile=jit_compile)
+
+    def make(images: ImageStore) -> Evaluator:
+        return (
+            evaluator if images is held_out else Evaluator(config, hardware.strategy, images, jit_compile=jit_compile)
+        )
+
+    (found,) = judge(config, (teacher,), Pictures.of(split, held_out, dataset.classes, make), console)
+    teacher = found.apply(teacher)
     lower = tuple(precision for precision in precisions if precision != "float32")
     if lower and not bit.is_functional(teacher.model):
         console.info(f"{teacher.name} is a program whose layers cannot be exchanged: only float32 is profiled")
@@ -116,7 +127,6 @@ def run(config: Config, split: str, precisions: tuple[str, ...], console: Consol
         converted = teacher_precision.convert_and_compare(
             config, teacher, train, lower, native=hardware.int8_convolutions, jit_compile=jit_compile
         )
-        evaluator = Evaluator(config, hardware.strategy, held_out, jit_compile=jit_compile)
         rows = {
             model.precision: _profile(model, check, evaluator, config.batch_size, jit_compile)
             for model, check in [(teacher, None), *converted]
@@ -128,6 +138,8 @@ def run(config: Config, split: str, precisions: tuple[str, ...], console: Consol
         "image_size": teacher.size,
         "macs": cost.macs,
         "gflops": cost.gflops,
+        "value_range": found.value_range,
+        "outputs": found.outputs,
         "device": hardware.description,
         "split": split,
         "forms": rows,
@@ -143,8 +155,10 @@ def _profile(
 ) -> dict[str, Any]:
     """The row of one precision; `check` compares it with float32, None for float32 itself."""
     from trainer.models import quantize
+    from trainer.run.evaluator import EvalResult
 
-    metrics = evaluator.run(lambda images, training: teacher.logits(images), ()).metrics()  # noqa: ARG005
+    logits = evaluator.teacher_logits((teacher,))
+    metrics = EvalResult(evaluator.labels, logits, None).metrics()
     row: dict[str, Any] = {
         "bytes": quantize.cost(teacher.model, teacher.size).bytes,
         "images_per_second": _images_per_second(teacher, batch_size, jit_compile),

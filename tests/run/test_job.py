@@ -76,6 +76,7 @@ def test_files_and_metrics_of_a_finished_run(uninterrupted: str) -> None:
         "export",
         "result.json",
         "report.html",
+        "teacher.json",
     }
     metrics = json.loads(pathlib.Path(uninterrupted, "result.json").read_text())
     expected = {

@@ -355,9 +355,7 @@ def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
         if bit.is_functional(model) and any(isinstance(layer, bit.StdConv2D) for layer in bit.flat_layers(model)):
             model = bit.fold(model)
         model.trainable = False
-    return Teacher(
-        name, model, size, range_, **outputs, evidence=evidence, notes=loaded.notes, warnings=warnings
-    )
+    return Teacher(name, model, size, range_, **outputs, evidence=evidence, notes=loaded.notes, warnings=warnings)
 
 
 def _find_outputs(

@@ -227,6 +227,11 @@ class Evaluator:
         self._student: Callable[[np.ndarray, np.ndarray], tf.Tensor] | None = None
         self._model: keras.Model | None = None
 
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [n], -1 where there is none."""
+        return self._store.labels
+
     def run(self, student: keras.Model, teachers: tuple[Teacher, ...]) -> EvalResult:
         """Logits of student and teachers on the central crop of every example.
 

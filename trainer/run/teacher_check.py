@@ -444,10 +444,12 @@ class _Judge:
         if bad:
             self._fail(
                 f"gives outputs that are not finite (NaN or infinite) on {bad:,} of {len(logits):,} {where}: check its "
-                f"file, --{self._role}_range and --teacher_precision"
+                f"file and --{self._role}_range"
             )
         elif constant := statistics.is_constant(logits):
-            self._fail(f"gives the same outputs for all {len(logits):,} {where}: check its file and --{self._role}_range")
+            self._fail(
+                f"gives the same outputs for all {len(logits):,} {where}: check its file and --{self._role}_range"
+            )
         return not bad and not constant
 
     def _require_alive(self, logits: np.ndarray) -> bool:
@@ -495,7 +497,9 @@ class _Judge:
                 "names the teacher's classes in its order (prepare --classes=FILE)"
             )
         elif not accuracy.above_chance:
-            self._console.warning(f"{self._role} {self._name} may be at chance: {accuracy}; that is too few images to tell")
+            self._console.warning(
+                f"{self._role} {self._name} may be at chance: {accuracy}; that is too few images to tell"
+            )
         missing = statistics.never_answered(answers, self._labels, logits.shape[1])
         if len(missing) and accuracy.above_chance:
             listed = ", ".join(names[number] if names else str(number) for number in missing[:5])
