@@ -203,7 +203,7 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for precision, row in result["forms"].items():
-        top1 = f"{row['top1']:.2%}" if "top1" in row else ""
+        top1 = f"{row['top1']:.2%}" if "top1" in row else "no labels"
         agrees = f"{row['agreement_top1']:.2%} of {row['views']}" if "kl" in row else ""
         kl = f"{row['kl']:.2e}" if "kl" in row else ""
         lines.append(

@@ -116,6 +116,7 @@ def test_photographs_and_a_teacher_are_enough(
 ) -> None:
     """Everything that a run leaves says agreement and KL, and nothing about accuracy."""
     assert Dataset.load(str(photos / "data")).classes == NAMES
+    assert here("prepare", f"--verify={photos}/data").returncode == 0
     done = job(photos / "data", teacher_file, tmp_path / "run", "--keep_best=kl", "--export_from=best")
     assert done.returncode == 0, done.stderr
     metrics = result(tmp_path / "run")
@@ -142,6 +143,7 @@ def test_photographs_and_a_teacher_are_enough(
         html.unescape(page)
     )
     assert "no final result" not in page
+    assert ("disagree with the highest confidence" in page) == (metrics["agreement_top1"] < 1)
     assert "Most frequent disagreements" in page
     assert "Most frequent mistakes" not in page
     assert "class -1" not in page

@@ -417,7 +417,7 @@ def _record_classes(flag: str, layout: str, indices: list[_Index], options: Sour
             where = before.where if before else index.location(index.labels.index(label))
             found[label] = Found(where, count + (before.count if before else 0))
     if not options.labelled or found.keys() <= {""}:
-        return Classes((), {"": _NO_LABEL})
+        return Classes(options.classes, {"": _NO_LABEL})
     if widths := sorted(frozenset[int]().union(*(index.widths for index in indices))):
         classes = options.classes or tuple(map(str, range(widths[-1])))
         if len(widths) > 1 or len(classes) != widths[0]:

@@ -144,7 +144,7 @@ def _load_keras(spec: TeacherSpec) -> LoadedModel:
     one = heads.logits(model) if ends_in == "sigmoid" else model
     if model.output_shape[-1] != 1 or one is None:
         return LoadedModel(model, spec.size, spec.value_range, ends_in)
-    if spec.classes != 2:
+    if spec.classes not in (0, 2):
         raise DataError(
             f"--teacher={spec.name} has one output, which is for two classes; --data={spec.config.held_out} has {spec.classes}"
         )
@@ -339,6 +339,8 @@ def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
             f"--teacher={name} has {model.output_shape[-1]} classes; --data={config.held_out} has {spec.classes}: "
             "the teacher's head must have the classes of the data"
         )
+    if not spec.classes and model.output_shape[-1] < 2:
+        raise DataError(f"--teacher={name} has one output, and a classifier needs two: give the network with its classes")
     height, width = model.input_shape[1:3]
     if height != width:
         raise DataError(f"--teacher={name} takes images of {height} x {width} pixels; they must be square")
