@@ -99,8 +99,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             return {}
         workdir_lock.check()
         if hardware.chief:
-            effective = {"config": job.config.to_dict(), "identity": plan.identity}
-            write_json(files.join(config.workdir, "config.json"), effective)
+            job.plan.record()
         writer, checkpoints = build.open_run(job, workdir_lock.check)
         try:
             loop.train(job, writer, checkpoints, console)

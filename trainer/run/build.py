@@ -25,7 +25,7 @@ from trainer.run.fixed_targets import fixed_targets
 from trainer.run.job import Job
 from trainer.run.metric_writer import MetricWriter
 from trainer.run.plan import RunPlan, check_teachers
-from trainer.run.stores import Stores, choose_kinds, open_stores
+from trainer.run.stores import Stores, choose_kinds, fit_store_size, open_stores, print_fidelity
 
 
 def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
@@ -47,7 +47,10 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
     kinds = choose_kinds(plan, accelerator, console)  # fails at once where there is no room
     begun_before = teacher_check.begun_before(plan)
     loaded, student, plan = _load_models(plan, accelerator, console, begun_before)
+    view_size = max([config.image_size, *(teacher.size for teacher in loaded)])
+    plan = fit_store_size(plan, kinds, view_size, accelerator)
     stores = open_stores(plan, kinds, console)
+    print_fidelity(plan, kinds, stores.train.sizes, view_size, console)
     loaded, plan, decisions, evaluators = teacher_check.settle(
         plan, accelerator, loaded, stores, console, begun_before=begun_before
     )
