@@ -113,6 +113,9 @@ def run(model_config: Config, teacher_config: Config, split: str, console: Conso
     result = _evaluate(model_config, teacher_config, hardware, dataset, split, logits, console)
     renamed = {"student_top1": "top1", "student_top5": "top5"}
     metrics = {renamed.get(key, key): value for key, value in result.metrics().items()}
+    if result.labelled < examples:
+        some = f"{result.labelled:,} of {examples:,} images" if result.labelled else "no image"
+        console.info(f"{split} of {dataset.folder}: {some} with a label; accuracies {'are of those' if result.labelled else 'are not known'}")
     classes = per_class(result.student_logits, result.labels, dataset.classes)
     _print_summary(f"{name} on {split} of {dataset.folder} ({examples:,} images)", metrics, classes, console)
     return {"model": name, "split": split, "images": examples} | metrics | {"per_class": classes}
@@ -166,6 +169,7 @@ def _evaluate(
         except FunmatchError as error:
             text = str(error).replace("--teacher_image_size", "--image_size")
             raise type(error)(text.replace("--teacher", "--model")) from error
+        count = count or (models[0].classes if models else 0 if logits is None else logits.shape[1])
         loaded = teachers.load(teacher_config, count)
     teachers.print_notes((*models, *loaded), console)
     size = models[0].size if models else loaded[0].size if loaded else model_config.image_size
@@ -204,7 +208,7 @@ def _servable_logits(path: str, dataset: Dataset, split: str, console: Console) 
     from trainer.models import saved_models
 
     model = saved_models.SavedServable(path, "model")
-    if model.classes not in (None, len(dataset.classes)):
+    if dataset.classes and model.classes not in (None, len(dataset.classes)):
         raise DataError(
             f"--model=saved_model:{path} has {model.classes} classes; --data={dataset.folder} has {len(dataset.classes)}"
         )

@@ -73,13 +73,14 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     import tensorflow as tf
 
     from trainer.io import files, lock
-    from trainer.output.finish import finish, summary, write_json
+    from trainer.output.finish import finish, write_json
     from trainer.run import accelerator, build, check, loop
+    from trainer.run.evaluator import describe
     from trainer.run.plan import make_plan
 
     plan = make_plan(config)
     if result := _finished(plan):
-        console.info(f"{config.workdir} is finished: nothing to do. {summary(result)}")
+        console.info(f"{config.workdir} is finished: nothing to do. {describe(result)}")
         return result
     with contextlib.ExitStack() as stack:
         workdir_lock: lock.WorkdirLock = lock.Unlocked()

@@ -169,7 +169,7 @@ MUTANTS = [
     Mutant(
         "every example is evaluated once",
         "trainer.run.evaluator.Evaluator._run_over_split",
-        Replace("_1[:len(store)]", "_1"),
+        Replace("_1[:len(examples)]", "_1"),
         "verbs/test_evaluate.py::test_every_example_is_counted_once",
     ),
     Mutant(

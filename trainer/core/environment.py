@@ -227,6 +227,11 @@ def tensorboard_dir(flag: str) -> str:
 reported_metrics: deque[dict[str, str | float]] = deque(maxlen=MAX_REPORTED)
 
 
+def reports_metrics() -> bool:
+    """Whether this process is part of a hyperparameter study, which needs its metric."""
+    return bool(os.environ.get("CLOUD_ML_HP_METRIC_FILE", "") or trial())
+
+
 def report_metric(name: str, value: float, step: int) -> None:
     """Reports a trial's metric to Vertex AI; does nothing outside of a hyperparameter study.
 
@@ -241,11 +246,9 @@ def report_metric(name: str, value: float, step: int) -> None:
     Raises:
         DataError: the file cannot be written, so the study would get no metric.
     """
-    path = os.environ.get("CLOUD_ML_HP_METRIC_FILE", "")
-    if not path:
-        if not trial():
-            return
-        path = "/tmp/hypertune/output.metrics"
+    if not reports_metrics():
+        return
+    path = os.environ.get("CLOUD_ML_HP_METRIC_FILE", "") or "/tmp/hypertune/output.metrics"
     number = os.environ.get("CLOUD_ML_TRIAL_ID", "") or trial() or "0"
     reported_metrics.append(
         {

@@ -240,7 +240,7 @@ def number_classes(
     texts = set(labels) - {""}
     numbers = {"": -1}
     if not texts:
-        return options.classes if options.labelled else (), numbers
+        return options.classes, numbers  # without labels they say what the teacher's classes mean
     if options.classes and texts <= set(options.classes):
         return options.classes, numbers | {text: options.classes.index(text) for text in texts}
     if numeric and all(re.fullmatch(r"\d+", text) for text in texts):

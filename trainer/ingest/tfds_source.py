@@ -66,7 +66,7 @@ def tfds_source(name: str, data_dir: str, image: str, label: str, options: Sourc
     features = builder.info.features
     image = _feature("image", image, 0, tfds.features.Image, builder, name)
     label = _feature("label", label, 1, tfds.features.ClassLabel, builder, name) if options.labelled else ""
-    classes: tuple[str, ...] = ()
+    classes = options.classes
     if label:
         class_label = features[label]
         classes = options.classes or tuple(class_label.names or map(str, range(class_label.num_classes)))

@@ -294,7 +294,7 @@ def _record_classes(
     labels = {label for index in indices.values() for label in index.labels}
     texts = {label for label in labels if isinstance(label, str)}
     if not options.labelled or labels <= {_NO_LABEL}:
-        return (), lambda _: _NO_LABEL
+        return options.classes, lambda _: _NO_LABEL
     if texts:
         if len(texts) < len(labels - {_NO_LABEL}):
             raise DataError(f"{flag} has labels that are numbers and labels that are text")

@@ -50,6 +50,11 @@ class Teacher:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def classes(self) -> int:
+        """Width of the output."""
+        return int(self.model.output_shape[-1])
+
     def logits(self, views: tf.Tensor) -> tf.Tensor:
         """Float32 [n, size, size, 3] in [-1, 1] -> float32 logits [n, classes]."""
         outputs = tf.cast(self.model(to_range(views, self.value_range), training=False), tf.float32)
@@ -66,7 +71,7 @@ class TeacherSpec:
     Attributes:
         name: value of `--teacher`.
         argument: what follows the kind's colon; a path on this machine if `name` is of Kaggle.
-        classes: of the data.
+        classes: of the data; 0: it names none, so any number will do.
         size: `--teacher_image_size` in pixels; 0: not given.
         value_range: `--teacher_range`, "auto" included.
         config: of the job.
@@ -121,7 +126,7 @@ def _load_bit(spec: TeacherSpec) -> LoadedModel:
     name, text = spec.name, spec.argument
     if spec.value_range not in ("auto", "-1,1"):
         raise ConfigError(f"--teacher_range={spec.value_range}: {name} takes -1,1, as every BiT npz does")
-    if (published := bit_weights.PUBLISHED.get(text)) and published.classes != spec.classes:
+    if (published := bit_weights.PUBLISHED.get(text)) and spec.classes not in (0, published.classes):
         raise DataError(
             f"--teacher={name} has {published.classes:,} classes; --data={spec.config.held_out} has {spec.classes:,}"
         )
@@ -139,11 +144,17 @@ def _load_application(spec: TeacherSpec) -> LoadedModel:
             "itself; give 0,255 or auto"
         )
     size = spec.size or spec.config.image_size
-    model = students.application_teacher(application, path, spec.classes, size, f"teacher={spec.name}")
+    # The number of classes is the file's in any case.
+    model = students.application_teacher(application, path, spec.classes or 1000, size, f"teacher={spec.name}")
     return LoadedModel(model, size, "0,255")
 
 
 def _load_random(spec: TeacherSpec) -> LoadedModel:
+    if not spec.classes:
+        raise DataError(
+            f"--teacher={spec.name} has no classes of its own, and neither has --data={spec.config.held_out}: "
+            "give a teacher from a file, or prepare the data with --classes=FILE"
+        )
     size = spec.size or spec.config.image_size
     model = students.build(spec.argument, spec.classes, size, seed=spec.config.seed)
     return LoadedModel(model, spec.size, spec.value_range)
@@ -213,9 +224,11 @@ def _parse(name: str) -> tuple[Kind, str]:
 def load(config: Config, classes: int) -> tuple[Teacher, ...]:
     """Loads every `--teacher`.
 
+    `classes` is 0 for data that names none: the teachers then decide.
+
     Raises:
         ConfigError: unknown kind, or sizes that contradict the model.
-        DataError: a file does not load, or its classes are not `classes`.
+        DataError: a file does not load, or its classes are not `classes` or those of the first.
     """
     teachers = []
     for position, name in enumerate(config.teacher):
@@ -227,6 +240,11 @@ def load(config: Config, classes: int) -> tuple[Teacher, ...]:
         value_range = _of_teacher(config.teacher_range, position, "auto")
         spec = TeacherSpec(name, argument, classes, size, value_range, config)
         teachers.append(_teacher(spec, kind.load(spec)))
+        if teachers[-1].classes != teachers[0].classes:
+            raise DataError(
+                f"--teacher={name} has {teachers[-1].classes} classes and --teacher={config.teacher[0]} has "
+                f"{teachers[0].classes}: teachers of one student must have the same classes in the same order"
+            )
     return tuple(teachers)
 
 
@@ -250,7 +268,7 @@ def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
     """Checks a loaded model against the flags and the data, and freezes it."""
     name, config, model = spec.name, spec.config, loaded.model
     value_range = "-1,1" if loaded.value_range == "auto" else loaded.value_range
-    if model.output_shape[-1] != spec.classes:
+    if spec.classes and model.output_shape[-1] != spec.classes:
         raise DataError(
             f"--teacher={name} has {model.output_shape[-1]} classes; --data={config.held_out} has {spec.classes}: "
             "the teacher's head must have the classes of the data"

@@ -20,7 +20,8 @@ class Predictions:
     """The top-1 class of each model for every example of the final split.
 
     Attributes:
-        labels: int [n], the true classes in 0..len(classes)-1; None if unknown.
+        labels: int [n], the true classes in 0..len(classes)-1, -1 where there is none; None: all
+            unknown.
         teacher: int [n]; None without a teacher.
         student: int [n].
         classes: names, by class index.
@@ -41,9 +42,10 @@ def confusions(predictions: Predictions) -> dict[str, Any] | None:
     """The report's section on confusions.
 
     Returns:
-        `size` (number of examples), `tables` and `matrix` as the template takes them; None if there
-        is nothing to show. A table has a `title`, a `caption`, `columns` (names), `text_columns`
-        (how many of them are text), `rows` and `empty` (text shown without rows).
+        `size` (number of examples), `labelled` (how many have a label), `tables` and `matrix` as
+        the template takes them; None if there is nothing to show. Accuracies are of the examples
+        with a label, disagreements of all. A table has a `title`, a `caption`, `columns` (names),
+        `text_columns` (how many of them are text), `rows` and `empty` (text shown without rows).
     """
     student = np.asarray(predictions.student, np.int64)
     labels, teacher = (
@@ -51,26 +53,30 @@ def confusions(predictions: Predictions) -> dict[str, Any] | None:
     )
     if student.size == 0:
         return None
+    known = np.zeros(len(student), bool) if labels is None else labels >= 0
+    if not known.any():
+        labels = None
     highest = max(int(x.max()) for x in (labels, teacher, student) if x is not None)
     names = list(predictions.classes)
     names += [f"class {index}" for index in range(len(names), highest + 1)]
     tables = []
-    if labels is not None:
-        tables.append(_mistakes(labels, teacher, student, names))
     if teacher is not None:
         tables.append(_disagreements(labels, teacher, student, names))
-    if labels is not None:
-        tables.append(_worst(labels, teacher, student, names))
-    if labels is not None and teacher is not None:
-        tables.append(_who_is_right(labels, teacher, student))
     matrix = None
-    if 1 < len(names) <= _MATRIX_CLASSES and labels is not None:
-        matrix = _matrix(labels, student, names, "true class")
+    if labels is not None:
+        true, answer = labels[known], student[known]
+        reference = None if teacher is None else teacher[known]
+        tables.insert(0, _mistakes(true, reference, answer, names))
+        tables.append(_worst(true, reference, answer, names))
+        if reference is not None:
+            tables.append(_who_is_right(true, reference, answer))
+        if 1 < len(names) <= _MATRIX_CLASSES:
+            matrix = _matrix(true, answer, names, "true class")
     elif 1 < len(names) <= _MATRIX_CLASSES and teacher is not None:
         matrix = _matrix(teacher, student, names, "teacher's prediction")
     if not tables and not matrix:
         return None
-    return {"size": student.size, "tables": tables, "matrix": matrix}
+    return {"size": student.size, "labelled": int(known.sum()), "tables": tables, "matrix": matrix}
 
 
 def _name(names: list[str], index: int) -> str:
@@ -106,7 +112,8 @@ def _disagreements(
     caption = "A row counts the images with one prediction of the teacher and another of the student"
     columns = ["Teacher", "Student", "Images"]
     if labels is not None:
-        caption += ", and how often each is right"
+        some = "" if (labels >= 0).all() else ", where there is a label"
+        caption += f", and how often each is right{some}"
         columns += ["Teacher right", "Student right"]
     caption += f"; they agree on {formatting.percent((teacher == student).mean())} of all images."
     rows = []

@@ -25,6 +25,14 @@ from trainer.models import bit, keras_files, value_range
 
 TOP = 5
 
+# Names in the card's table of metrics whose own do not say what they are.
+CARD_NAMES = {
+    "kl": "kl (nats)",
+    "constant_kl": "kl of the best constant answer (nats)",
+    "constant_agreement": "agreement of the best constant answer",
+    "constant_top1": "top-1 of the best constant answer",
+}
+
 
 class Servable(tf.Module):
     """A student with its preprocessing.
@@ -183,6 +191,12 @@ EXPORTERS: dict[str, Callable[[Servable, str], None]] = {
 def _card(facts: dict[str, Any], config: Config) -> str:
     side, (low, high) = config.image_size, config.student_range.split(",")
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    limits = "Accuracy was measured on the split named above and may differ on other images."
+    if "agreement_top1" in facts and "student_top1" not in facts:
+        limits = (
+            "No image of the split named above has a label: agreement with the teacher was measured, and accuracy is not "
+            "known."
+        )
     return f"""# Image classifier trained by funmatch
 
 If the table names a teacher, the model was trained to match that teacher's outputs on cropped and mixed images (function
@@ -198,6 +212,5 @@ it without funmatch. `saved_model` takes encoded images (`serving_default`, `ima
 (`images`) and does the preprocessing itself. Class names are in `classes.json`, in the order of the logits.
 
 ## Limits
-Accuracy was measured on the split named above and may differ on other images. A distilled model also
-learns its teacher's errors.
+{limits} A distilled model also learns its teacher's errors.
 """

@@ -19,9 +19,11 @@ from trainer.output import export, report
 from trainer.output.confusions import Predictions
 from trainer.output.samples import eval_samples, train_samples
 from trainer.run import loop
-from trainer.run.evaluator import EvalResult
+from trainer.run.evaluator import EvalResult, describe, describe_verdict
 from trainer.run.job import Job
 from trainer.run.metric_writer import MetricWriter
+
+_REMEDY = "Train longer or with another --learning_rate, and check teacher and data"
 
 
 def finish(
@@ -44,8 +46,10 @@ def finish(
     config = job.config
     evaluation = loop.evaluate(job, config.final_split, "final", writer, console)
     result = _result(job, writer, evaluation)
+    if verdict := describe_verdict(evaluation.not_better()):
+        console.warning(f"{verdict} on {config.final_split}. {_what_is_constant(evaluation)} {_REMEDY}")
     if not job.accelerator.chief:
-        console.info(f"this machine is done: {summary(result)}; the chief writes the results")
+        console.info(f"this machine is done: {describe(result)}; the chief writes the results")
         return result
     before_commit()
     # A crash between export and result must not leave a result of other weights.
@@ -60,15 +64,9 @@ def finish(
     export.clean(folder)
     before_commit()
     write_json(files.join(config.workdir, "result.json"), result)
-    console.info(f"finished: {summary(result)}")
+    console.info(f"finished: {describe(result)}")
     console.info(f"report {files.join(config.workdir, 'report.html')}, model {folder}")
     return result
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The accuracies of a result in one line."""
-    names = {"student_top1": "student", "teacher_top1": "teacher", "agreement_top1": "agreement"}
-    return ", ".join(f"{word} {100 * result[name]:.1f}%" for name, word in names.items() if name in result)
 
 
 def write_json(path: str, value: dict[str, Any]) -> None:
@@ -93,6 +91,9 @@ def _result(job: Job, writer: MetricWriter, evaluation: EvalResult) -> dict[str,
     skipped = {name: [dataclasses.asdict(record) for record in part] for name, part in job.skipped_records.items()}
     return evaluation.metrics() | {
         "split": config.final_split,
+        "split_images": len(evaluation.labels),
+        "labelled_images": evaluation.labelled,
+        "not_better_than_constant": list(evaluation.not_better()),
         "left_out": skipped,
         "examples": len(job.train_store),
         "steps": job.step,
@@ -111,30 +112,49 @@ def _result(job: Job, writer: MetricWriter, evaluation: EvalResult) -> dict[str,
 
 def _card(job: Job, evaluation: EvalResult) -> dict[str, Any]:
     """Rows of the model card's table."""
-    config = job.config
-    return {
+    config, labelled, images = job.config, evaluation.labelled, len(evaluation.labels)
+    measured = f"{config.final_split} ({images:,} images)"
+    if labelled < images:
+        measured = f"{config.final_split} ({images:,} images, {labelled or 'none'} of them with a label)"
+    rows: dict[str, Any] = {
         "student": config.student,
         "parameters": f"{job.student.count_params():,}",
         "teacher": ", ".join(config.teacher) or "none, trained from labels",
         "trained on": f"{', '.join(config.data)}, {config.train_split} ({len(job.train_store):,} images)",
-        "measured on": f"{config.final_split} ({len(job.eval_stores[config.final_split]):,} images)",
-        **{name: f"{value:.4f}" for name, value in evaluation.metrics().items()},
+        "measured on": measured,
+        **{export.CARD_NAMES.get(name, name): f"{value:.4f}" for name, value in evaluation.metrics().items()},
         "steps": job.step,
         **({"weights of step": job.best["step"]} if config.export_from == "best" else {}),
         "images a step": config.batch_size,
     }
+    if verdict := describe_verdict(evaluation.not_better()):
+        rows["warning"] = f"{verdict}. {_what_is_constant(evaluation)}"
+    return rows
+
+
+def _what_is_constant(evaluation: EvalResult) -> str:
+    constant = evaluation.constant
+    if constant is None:
+        return ""
+    what = "commonest class of" if constant.logits is None else "teacher's mean answer on"
+    return f"The best constant answer, the same for every image, is the {what} {constant.images:,} training images."
 
 
 def _report(job: Job, writer: MetricWriter, result: dict[str, Any], evaluation: EvalResult) -> bytes:
     config = job.config
     teacher = evaluation.teacher_logits
+    samples, choice = eval_samples(job, evaluation)
+    verdict = describe_verdict(evaluation.not_better())
+    warning = f"{verdict[0].upper()}{verdict[1:]}. {_what_is_constant(evaluation)}" if verdict else ""
     page = report.render(
         title=files.join(config.workdir).rstrip("/").rsplit("/", 1)[-1],
         config=config.to_dict(),
         history=writer.rows,
         result=result,
         train_samples=train_samples(job),
-        eval_samples=eval_samples(job, evaluation),
+        eval_samples=samples,
+        eval_choice=choice,
+        warning=warning,
         predictions=Predictions(
             labels=evaluation.labels,
             teacher=None if teacher is None else teacher.argmax(1),

@@ -26,6 +26,7 @@ from trainer.output.confusions import Predictions
 
 _TEMPLATE = pathlib.Path(__file__).parent / "report.html"
 _EXTRA = ("jinja2", "matplotlib", "PIL")
+_FIGURES = ("student_top1", "teacher_top1", "agreement_top1", "kl")
 _MAX_IMAGE_SIDE = 256  # pixels; larger images are shrunk to keep the file small
 
 
@@ -58,6 +59,8 @@ def render(
     eval_samples: list[Sample],
     predictions: Predictions | None,
     cost: dict[str, Any] | None = None,
+    eval_choice: str = "",
+    warning: str = "",
 ) -> str:
     """Renders the report.
 
@@ -67,10 +70,12 @@ def render(
         history: rows of metrics.jsonl, `kind` "train" or "eval". Accuracies and agreements are
             shares in 0..1, KL is in nats at temperature 1. If a resumed run
             has several rows of one step, the last counts.
-        result: result.json; any key may be missing. Without accuracies, those of the last
-            evaluation are shown.
+        result: result.json; any key may be missing. Without accuracy, agreement and KL, those of
+            the last evaluation are shown.
         train_samples: training views.
         eval_samples: images of the final split.
+        eval_choice: a sentence on how they were chosen.
+        warning: what else the reader must know about the result; empty: nothing.
         predictions: of the final split, for the section on confusions; None leaves it out.
         cost: more rows for the table of costs, such as {"chip_hours": 1.5}.
 
@@ -98,9 +103,12 @@ def render(
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         headline=_headline(config, history, result, predictions),
+        warning=warning,
+        eval_choice=eval_choice,
         curves=charts.curves(history),
         train_cards=[_card(sample) for sample in train_samples],
         eval_cards=[_card(sample) for sample in eval_samples],
+        labelled_cards=any(sample.truth is not None for sample in eval_samples),
         disagreements=sum(_disagree(sample) for sample in eval_samples),
         confusions=None if predictions is None else confusions.confusions(predictions),
         cost={
@@ -131,21 +139,26 @@ def _headline(
     """The summary, the accuracy bars and the tiles at the top."""
     train, evaluations = formatting.rows(history, "train"), formatting.rows(history, "eval")
     source, note = result, ""
-    if formatting.number(result.get("student_top1")) is None and evaluations:
+    if all(formatting.number(result.get(key)) is None for key in _FIGURES) and evaluations:
         source = evaluations[-1]
         step = formatting.count(source["step"])
         note = f"This run has no final result; these figures are of its last evaluation, at step {step}."
-    student, teacher, agreement, kl = (
-        formatting.number(source.get(key)) for key in ("student_top1", "teacher_top1", "agreement_top1", "kl")
-    )
+    student, teacher, agreement, kl = (formatting.number(source.get(key)) for key in _FIGURES)
+    images, labelled = (formatting.number(source.get(key)) for key in ("split_images", "labelled_images"))
+    partly = labelled is not None and images is not None and 0 < labelled < images
     last = train[-1] if train else {}
     steps = result.get("steps", last.get("step"))
     rate = result.get("images_per_second", last.get("images_per_second"))
     gap = student - teacher if student is not None and teacher is not None else None
 
     summary = "No accuracy was measured."
-    if student is not None:
-        summary = f"The student classifies {formatting.percent(student)} of the images correctly"
+    if student is None and agreement is not None:
+        on = f"the {images:,.0f}" if images else "the"
+        summary = f"The student gives the teacher's class on {formatting.percent(agreement)} of {on} images."
+        note = (note + " No image has a label, so no accuracy is known.").strip()
+    elif student is not None:
+        which = f"the {labelled:,.0f} images (of {images:,.0f}) that have a label" if partly else "the images"
+        summary = f"The student classifies {formatting.percent(student)} of {which} correctly"
         if gap is None:
             summary += "; there was no teacher to compare it with."
         else:
@@ -160,6 +173,8 @@ def _headline(
         tiles.append(("Agreement", formatting.percent(agreement), "of images have the same top-1 class"))
     if kl is not None:
         tiles.append(("KL divergence", f"{formatting.real(kl)} nats", "teacher to student, temperature 1"))
+    if constant := _constant(source):
+        tiles.append(("Best constant answer", *constant))
     planned = formatting.number(config.get("steps"))
     done = formatting.number(steps)
     more = f"of {formatting.count(planned)}" if planned and done is not None and planned > done else ""
@@ -169,14 +184,38 @@ def _headline(
     bars = [("Student", "student", student)] if student is not None else []
     if teacher is not None:
         bars.append(("Teacher", "teacher", teacher))
-    return {"summary": summary, "note": note, "bars": bars, "tiles": tiles}
+    of_bars = "Top-1 accuracy: the share of images whose most likely class is the true one; a full bar is 100%."
+    constant_agreement = formatting.number(source.get("constant_agreement"))
+    if student is None and agreement is not None:
+        bars = [("Student", "student", agreement)]
+        if constant_agreement is not None:
+            bars.append(("Constant", "teacher", constant_agreement))
+        of_bars = (
+            "Agreement: the share of images whose most likely class is the teacher's; a full bar is 100%. "
+            "Constant: what a model reaches that gives one answer for all images."
+        )
+    return {"summary": summary, "note": note, "bars": bars, "of_bars": of_bars, "tiles": tiles}
+
+
+def _constant(source: dict[str, Any]) -> tuple[str, str] | None:
+    """The figures of the best constant answer, and what it is; None if it was not measured."""
+    top1, agreement, kl = (formatting.number(source.get(f"constant_{name}")) for name in ("top1", "agreement", "kl"))
+    if top1 is not None:
+        return formatting.percent(top1), "accuracy of always answering the commonest class"
+    if agreement is None and kl is None:
+        return None
+    figures = f"{formatting.percent(agreement)}, {formatting.real(kl)} nats"
+    return figures, "agreement and KL of one answer for all images, the teacher's mean"
 
 
 def _gap_interval(predictions: Predictions | None) -> str:
     """The 95 % interval of the gap, paired because both models saw the same images."""
     if predictions is None or predictions.labels is None or predictions.teacher is None:
         return "student minus teacher"
-    student, teacher = (np.equal(top1, predictions.labels) for top1 in (predictions.student, predictions.teacher))
+    known = np.asarray(predictions.labels) >= 0
+    student, teacher = (
+        np.equal(top1, predictions.labels)[known] for top1 in (predictions.student, predictions.teacher)
+    )
     size = len(student)
     if size < 2:
         return "student minus teacher"

@@ -57,8 +57,11 @@ def train_samples(job: Job, count: int = 16) -> list[Sample]:
     return [Sample(pixels, caption(share, a, b), t, s, None) for pixels, share, a, b, t, s in columns]
 
 
-def eval_samples(job: Job, evaluation: EvalResult, count: int = 16) -> list[Sample]:
-    """Evaluation views, evenly spaced over the final split.
+def eval_samples(job: Job, evaluation: EvalResult, count: int = 16) -> tuple[list[Sample], str]:
+    """Evaluation views of the final split, and how they were chosen, as a sentence.
+
+    They are evenly spaced. Where no image has a label to judge the answers by, up to half are those
+    on which the two models disagree with the highest confidence.
 
     Args:
         job: trained.
@@ -67,6 +70,15 @@ def eval_samples(job: Job, evaluation: EvalResult, count: int = 16) -> list[Samp
     """
     config, store = job.config, job.eval_stores[job.config.final_split]
     ids = np.linspace(0, len(store) - 1, min(count, len(store))).astype(int)
+    choice = "They are evenly spaced over the split."
+    if evaluation.teacher_logits is not None and not evaluation.labelled:
+        first = confident_disagreements(evaluation.teacher_logits, evaluation.student_logits, count // 2)
+        if len(first):
+            ids = np.concatenate([first, [i for i in ids if i not in first][: len(ids) - len(first)]]).astype(int)
+            choice = (
+                f"The first {len(first)} are those on which the models disagree with the highest confidence; "
+                "the others are evenly spaced over the split."
+            )
     images, sizes = tf.constant(store.take(ids)), tf.constant(store.sizes[ids])
     view = views.evaluation_view(config, images, sizes, config.image_size)
     student = _top_classes(evaluation.student_logits[ids], store.classes)
@@ -75,7 +87,24 @@ def eval_samples(job: Job, evaluation: EvalResult, count: int = 16) -> list[Samp
         teacher = _top_classes(evaluation.teacher_logits[ids], store.classes)
     labels = [store.classes[label] if label >= 0 else None for label in store.labels[ids]]
     columns = zip(_pixels(view), ids, teacher, student, labels, strict=True)
-    return [Sample(pixels, f"image {number}", t, s, label) for pixels, number, t, s, label in columns]
+    return [Sample(pixels, f"image {number}", t, s, label) for pixels, number, t, s, label in columns], choice
+
+
+def confident_disagreements(teacher: np.ndarray, student: np.ndarray, count: int) -> np.ndarray:
+    """The examples on which two models are sure of different classes.
+
+    Args:
+        teacher: float32 logits [n, classes].
+        student: the same.
+        count: largest number of examples.
+
+    Returns:
+        int [at most count]: examples with different top-1 classes, by the probability that the less
+        sure model gives its own, highest first.
+    """
+    confidence = np.minimum(*(tf.nn.softmax(logits).numpy().max(1) for logits in (teacher, student)))
+    different = np.flatnonzero(teacher.argmax(1) != student.argmax(1))
+    return different[np.argsort(-confidence[different], kind="stable")][:count]
 
 
 def _top_classes(logits: tf.Tensor | np.ndarray, classes: tuple[str, ...]) -> list[list[tuple[str, float]]]:

@@ -45,7 +45,7 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
     if config.workdir:
         open_checkpoints(plan).require_same_run()
     kinds = choose_kinds(plan, accelerator, console)  # fails at once where there is no room
-    loaded, student = _load_models(plan, accelerator, console)
+    loaded, student, plan = _load_models(plan, accelerator, console)
     check_teachers(plan, loaded)
     stores = open_stores(plan, kinds, console)
     jit_compile = accelerator.jit_compile(config.jit_compile)
@@ -95,8 +95,13 @@ def _fit_to_accelerator(plan: RunPlan, accelerator: Accelerator, console: Consol
     return dataclasses.replace(plan, config=config)
 
 
-def _load_models(plan: RunPlan, accelerator: Accelerator, console: Console) -> tuple[tuple[Teacher, ...], keras.Model]:
-    """Loads the teachers and makes the student, under the accelerator's strategy."""
+def _load_models(
+    plan: RunPlan, accelerator: Accelerator, console: Console
+) -> tuple[tuple[Teacher, ...], keras.Model, RunPlan]:
+    """Loads the teachers and makes the student, under the accelerator's strategy.
+
+    The plan comes back with the teacher's classes where the data has none.
+    """
     config = plan.config
     with accelerator.strategy.scope():
         loaded = teachers.load(config, plan.classes)
@@ -105,6 +110,12 @@ def _load_models(plan: RunPlan, accelerator: Accelerator, console: Console) -> t
             console.info(
                 f"teacher {teacher.name}: {teacher.model.count_params():,} parameters, {teacher.size} px, "
                 f"{teacher.value_range}"
+            )
+        if not plan.classes:
+            plan = plan.name_classes(loaded[0].classes)
+            console.info(
+                f"{plan.eval_set.folder} names no classes: they are {plan.classes:,}, numbered as the teacher's; "
+                "`prepare --unlabelled --classes=FILE` names them"
             )
         student = students.build(
             config.student,
@@ -116,7 +127,7 @@ def _load_models(plan: RunPlan, accelerator: Accelerator, console: Console) -> t
             root_pool=config.root_pool,
         )
     console.info(f"student {config.student}: {student.count_params():,} parameters, {config.image_size} px")
-    return loaded, student
+    return loaded, student, plan
 
 
 def _copy_to_device(stores: Stores, targets: tuple[np.ndarray, ...], accelerator: Accelerator) -> step.ExampleTables:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +16,11 @@ from trainer.data.store import ImageStore, prefetched
 from trainer.method import distances, views
 from trainer.models import value_range
 from trainer.models.teachers import Teacher, ensemble, teacher_logits
+from trainer.run import baseline
+from trainer.run.baseline import Constant
+
+# The constant answer's metric beside each of the student's.
+_CONSTANT = {"student_top1": "constant_top1", "agreement_top1": "constant_agreement", "kl": "constant_kl"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +31,25 @@ class EvalResult:
         labels: int32 [n], -1 where there is none.
         student_logits: float32 [n, classes].
         teacher_logits: float32 [n, classes], of the ensemble of teachers; None without teacher.
+        constant: the best answer that ignores the image, to compare with; None: not compared.
     """
 
     labels: np.ndarray
     student_logits: np.ndarray
     teacher_logits: np.ndarray | None
+    constant: Constant | None = None
+
+    @functools.cached_property
+    def labelled(self) -> int:
+        """Number of examples with a label."""
+        return int((self.labels >= 0).sum())
 
     def metrics(self) -> dict[str, float]:
         """student_top1, student_top5, teacher_top1, teacher_top5, agreement_top1 (0..1) and kl.
 
         kl is in nats at T = 1. Accuracies are over labelled examples, and missing if there are
-        none. Metrics of the teacher are missing without a teacher.
+        none. Metrics of the teacher are missing without a teacher. Of the constant answer:
+        constant_agreement and constant_kl, or, without a teacher, constant_top1.
         """
         metrics: dict[str, float] = {}
         student, teacher = self.student_logits, self.teacher_logits
@@ -46,7 +61,73 @@ class EvalResult:
         if teacher is not None:
             metrics["agreement_top1"] = float((teacher.argmax(1) == student.argmax(1)).mean())
             metrics["kl"] = float(distances.kl(teacher, student).numpy().mean(dtype=np.float64))
+        for name, (_, constant) in self._losses.items():
+            mean = float(constant.mean(dtype=np.float64))
+            metrics[_CONSTANT[name]] = mean if name == "kl" else 1.0 - mean
         return metrics
+
+    def not_better(self) -> tuple[str, ...]:
+        """The metrics in which the student is no better than the constant answer.
+
+        Returns:
+            Of "student_top1" without a teacher, and else of "agreement_top1" and "kl": all of them
+            if in none the student is better beyond chance (95 %, paired by image); otherwise those
+            in which its mean is not better. Empty if there is nothing to compare with.
+        """
+        if not any(baseline.is_better(student, constant) for student, constant in self._losses.values()):
+            return tuple(self._losses)
+        return tuple(name for name, (student, constant) in self._losses.items() if not student.mean() < constant.mean())
+
+    @functools.cached_property
+    def _losses(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For each metric that the constant has: the student's and the constant's loss by image."""
+        student, teacher, constant = self.student_logits, self.teacher_logits, self.constant
+        if constant is None:
+            return {}
+        if teacher is None or constant.logits is None:
+            rows = self.labels >= 0
+            labels, answers = self.labels[rows], student[rows].argmax(1)
+            return {"student_top1": (answers != labels, labels != constant.top1)} if rows.any() else {}
+        top1 = teacher.argmax(1)
+        return {
+            "agreement_top1": (student.argmax(1) != top1, top1 != constant.top1),
+            "kl": (distances.kl(teacher, student).numpy(), distances.kl(teacher, constant.logits[None]).numpy()),
+        }
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """The figures of an evaluation in one line; those that are missing are left out.
+
+    Args:
+        metrics: of `EvalResult.metrics`; more keys are ignored.
+    """
+    names = {"student_top1": "student", "teacher_top1": "teacher", "agreement_top1": "agreement"}
+    parts = [f"{word} {100 * metrics[name]:.1f}%" for name, word in names.items() if name in metrics]
+    if "kl" in metrics:
+        parts.append(f"KL {metrics['kl']:.3f} nats")
+    text = ", ".join(parts)
+    constant = [f"{100 * metrics[name]:.1f}%" for name in ("constant_top1", "constant_agreement") if name in metrics]
+    if "constant_kl" in metrics:
+        constant.append(f"{metrics['constant_kl']:.3f} nats")
+    return f"{text} (best constant answer: {', '.join(constant)})" if constant else text
+
+
+def describe_verdict(not_better: Collection[str]) -> str:
+    """What `EvalResult.not_better` means, as a clause; empty if the student is better."""
+    if not not_better:
+        return ""
+    if "kl" in not_better and "agreement_top1" not in not_better:
+        return "the student's KL is no better than a constant's"
+    if "agreement_top1" in not_better and "kl" not in not_better:
+        return "the student's agreement is no better than a constant's"
+    return "the student is no better than a constant"
+
+
+def describe_split(split: str, labels: np.ndarray) -> str:
+    """Name and number of images of a split, and how many have labels: int [n], -1 is none."""
+    labelled = int((labels >= 0).sum())
+    how_many = "" if labelled == len(labels) else f", {labelled:,} with labels" if labelled else " without labels"
+    return f"{split} ({len(labels):,} images{how_many})"
 
 
 def top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
@@ -107,6 +188,7 @@ class Evaluator:
         replicas = strategy.num_replicas_in_sync
         self._replica_batch = -(-min(config.eval_batch_size, max(1, len(store))) // replicas)
         self._teacher_logits: np.ndarray | None = None
+        self._teacher: Callable[[np.ndarray, np.ndarray], tf.Tensor] | None = None
         self._student: Callable[[np.ndarray, np.ndarray], tf.Tensor] | None = None
         self._model: keras.Model | None = None
 
@@ -124,14 +206,38 @@ class Evaluator:
                 {size}, lambda images: student(value_range.to_range(images[size], value_range_), training=False)
             )
         if teachers and self._teacher_logits is None:
+            self._teacher_logits = self._run_over_split(self._compiled_teacher(teachers))
+        assert self._student is not None
+        return EvalResult(self._store.labels, self._run_over_split(self._student), self._teacher_logits)
+
+    def logits_elsewhere(
+        self,
+        teachers: tuple[Teacher, ...],
+        store: ImageStore,
+        ids: np.ndarray,
+        progress: Callable[[int, int], None],
+    ) -> np.ndarray:
+        """The teachers' logits on the central crop of images of another split.
+
+        Args:
+            teachers: those of `run`, whose compiled function is used.
+            store: the other split.
+            ids: int32 [n], examples of `store`.
+            progress: called with the number of images done and in all.
+
+        Returns:
+            float32 [n, classes], of the ensemble.
+        """
+        return self._run_over_split(self._compiled_teacher(teachers), store, ids, progress)
+
+    def _compiled_teacher(self, teachers: tuple[Teacher, ...]) -> Callable:
+        if self._teacher is None:
             how = self._config.ensemble
-            forward = self._compile(
+            self._teacher = self._compile(
                 {teacher.size for teacher in teachers},
                 lambda images: ensemble(teacher_logits(teachers, images), how),
             )
-            self._teacher_logits = self._run_over_split(forward)
-        assert self._student is not None
-        return EvalResult(self._store.labels, self._run_over_split(self._student), self._teacher_logits)
+        return self._teacher
 
     def fixed_logits(self, teachers: tuple[Teacher, ...]) -> Callable[[int], np.ndarray]:
         """The teachers' logits on the fixed views (`--views=fix/...`).
@@ -173,14 +279,25 @@ class Evaluator:
 
         return tf.function(run, autograph=False)
 
-    def _run_over_split(self, run: Callable) -> np.ndarray:
-        """Concatenates a function's results on images, original sizes and ids of all batches."""
-        store, strategy = self._store, self._strategy
+    def _run_over_split(
+        self,
+        run: Callable,
+        store: ImageStore | None = None,
+        examples: np.ndarray | None = None,
+        progress: Callable[[int, int], None] = lambda *_: None,
+    ) -> np.ndarray:
+        """Concatenates a function's results on images, original sizes and ids of all batches.
+
+        By default of all examples of the evaluator's split.
+        """
+        strategy = self._strategy
+        store = self._store if store is None else store
+        examples = np.arange(len(store), dtype=np.int32) if examples is None else examples
         batch = self._replica_batch * strategy.num_replicas_in_sync
 
         def make(start: int) -> list:
-            # The last batch is padded with the split's last image, so that every shape is the same.
-            ids = np.minimum(np.arange(start, start + batch), len(store) - 1).astype(np.int32)
+            # The last batch is padded with the last image, so that every shape is the same.
+            ids = examples[np.minimum(np.arange(start, start + batch), len(examples) - 1)]
 
             def share(context: tf.distribute.ValueContext, source: np.ndarray) -> tf.Tensor:
                 first = context.replica_id_in_sync_group * self._replica_batch
@@ -190,7 +307,8 @@ class Evaluator:
             return [distribute(lambda c, s=source: share(c, s)) for source in (store.take(ids), store.sizes[ids], ids)]
 
         parts = []
-        for values in prefetched(make, range(0, len(store), batch)):
+        for number, values in enumerate(prefetched(make, range(0, len(examples), batch)), 1):
             local = strategy.experimental_local_results(run(*values))
             parts.append(np.concatenate([value.numpy() for value in local]))
-        return np.concatenate(parts)[: len(store)]
+            progress(min(number * batch, len(examples)), len(examples))
+        return np.concatenate(parts)[: len(examples)]

@@ -19,6 +19,7 @@ from trainer.data.store import ImageStore
 from trainer.method import step
 from trainer.method.feed import BatchPrefetcher
 from trainer.models.teachers import Teacher
+from trainer.run import baseline
 from trainer.run.accelerator import Accelerator
 from trainer.run.evaluator import Evaluator
 from trainer.run.plan import RunPlan
@@ -65,6 +66,7 @@ class Job:
     pending_metrics: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
     best: dict[str, Any] = dataclasses.field(default_factory=dict)
     _evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
+    _constant: baseline.Constant | None = None
 
     @property
     def config(self) -> Config:
@@ -81,6 +83,24 @@ class Job:
                 jit_compile=self.accelerator.jit_compile(self.config.jit_compile),
             )
         return self._evaluators[split]
+
+    def constant(self, progress: Callable[[int, int], None]) -> baseline.Constant:
+        """The best constant answer, computed at the first call; all machines must call it.
+
+        A function of data, teachers and configuration: a resumed run computes the same, to the bit.
+
+        Args:
+            progress: called with the number of the teachers' images done and in all.
+        """
+        if self._constant is None:
+            split, train = self.config.eval_split, self.train_store
+            if self.teachers:
+                ids = baseline.sample(len(train), len(self.eval_stores[split]))
+                logits = self.evaluator(split).logits_elsewhere(self.teachers, train, ids, progress)
+                self._constant = baseline.of_teacher(logits)
+            else:
+                self._constant = baseline.of_labels(train.labels)
+        return self._constant
 
     def is_due(self, every: int) -> bool:
         """Whether an action of every `every` steps is due; all are due at the end of the run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from trainer.core import environment
@@ -10,7 +11,7 @@ from trainer.core.errors import DataError, Stopped
 from trainer.core.signals import OTHER_MACHINE, StopRequest
 from trainer.io import files
 from trainer.run.checkpoint import Background, Checkpoints
-from trainer.run.evaluator import EvalResult
+from trainer.run.evaluator import EvalResult, describe, describe_split, describe_verdict
 from trainer.run.job import Job
 from trainer.run.metric_writer import MetricWriter
 from trainer.run.throughput import Throughput
@@ -155,13 +156,15 @@ def evaluate(job: Job, split: str, kind: str, writer: MetricWriter, console: Con
         console: shows the result as a line.
     """
     result = job.evaluator(split).run(job.student, job.teachers)
+    constant = job.constant(lambda done, total: console.progress("teacher on training images", done, total))
+    result = dataclasses.replace(result, constant=constant)
     metrics = result.metrics()
     writer.add(kind, job.step, {"split": split} | metrics)
     if kind == "eval" and job.accelerator.chief and job.config.hp_metric in metrics:
         environment.report_metric(job.config.hp_metric, metrics[job.config.hp_metric], job.step)
-    names = {"student_top1": "student", "teacher_top1": "teacher", "agreement_top1": "agreement"}
-    parts = [f"{word} {100 * metrics[name]:.1f}%" for name, word in names.items() if name in metrics]
-    console.info(f"step {job.step}, {split} ({len(result.labels)} images): {', '.join(parts)}")
+    not_better = result.not_better()
+    verdict = f": {describe_verdict(not_better)}" if not_better else ""
+    console.info(f"step {job.step}, {describe_split(split, result.labels)}: {describe(metrics)}{verdict}")
     return result
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.core import environment
 from trainer.core.config import Config, fingerprint
 from trainer.core.errors import ConfigError, DataError
 from trainer.data.dataset import Dataset
@@ -24,7 +25,8 @@ class RunPlan:
     Attributes:
         config: resolved: nothing in it depends on the data any more.
         train_sets: data sets to train on, in the order of `--data`.
-        eval_set: data set to evaluate on; its classes are the student's.
+        eval_set: data set to evaluate on; its classes are the student's. Empty until
+            `name_classes` if the data has none: the teacher then gives them.
         identity: JSON value of all that decides the weights: configuration, data, teachers'
             checksums.
         run_id: SHA-256 (hex) of `identity`; a checkpoint or result of another run is refused.
@@ -38,8 +40,15 @@ class RunPlan:
 
     @property
     def classes(self) -> int:
-        """Number of classes of the student."""
+        """Number of classes of the student; 0: as many as its teacher has, once that is loaded."""
         return len(self.eval_set.classes)
+
+    def name_classes(self, count: int) -> RunPlan:
+        """The plan with the teacher's classes, numbered from 0, where the data names none."""
+        if self.eval_set.classes:
+            return self
+        names = tuple(f"class {number}" for number in range(count))
+        return dataclasses.replace(self, eval_set=dataclasses.replace(self.eval_set, classes=names))
 
 
 def make_plan(config: Config) -> RunPlan:
@@ -80,17 +89,32 @@ def check_data(config: Config, train_sets: Sequence[Dataset], eval_set: Dataset)
         eval_set: data set to evaluate on.
 
     Raises:
-        DataError: a split is missing or empty, there are no classes to evaluate on, or the data
-            sets of `--distance=labels` do not name the same classes.
+        DataError: a split is missing or empty, or the data sets of `--distance=labels` name no
+            classes, or not the same.
     """
     for dataset in train_sets:
         dataset.split(config.train_split, "train_split")
+    if set(eval_set.splits) == {config.train_split} and config.train_split not in (
+        config.eval_split,
+        config.final_split,
+    ):
+        raise DataError(
+            f"{eval_set.folder} has only the split {config.train_split!r}, and no images to evaluate on "
+            f"(--eval_split={config.eval_split}, --final_split={config.final_split}): prepare it with "
+            "--splits=train:0.8,validation:0.1,test:0.1, or give --eval_data"
+        )
     for flag in ("eval_split", "final_split"):
         eval_set.split(getattr(config, flag), flag)
-    if not eval_set.classes:
-        raise DataError(f"{eval_set.folder} has no classes; evaluation needs labelled images: give --eval_data")
+    if DISTANCES[config.distance].needs_teacher:
+        return
+    for dataset in (eval_set, *train_sets):
+        if not dataset.classes:
+            raise DataError(
+                f"--distance={config.distance} needs labels, and {dataset.folder} has none: prepare it with labels, "
+                "or distil with a --teacher, which needs none"
+            )
     for dataset in train_sets:
-        if not DISTANCES[config.distance].needs_teacher and dataset.classes != eval_set.classes:
+        if dataset.classes != eval_set.classes:
             raise DataError(
                 f"--distance={config.distance}: {eval_set.folder} has {len(eval_set.classes)} classes and "
                 f"--data={dataset.folder} has {len(dataset.classes)}, or their names differ: "
@@ -108,7 +132,8 @@ def check_labels(plan: RunPlan, train_stores: Sequence[ImageStore], eval_labels:
 
     Raises:
         DataError: `--distance=labels`, and an image has no label.
-        ConfigError: `--keep_best=student_top1`, and no image of `--eval_split` has a label.
+        ConfigError: no image of `--eval_split` has a label, and `--keep_best` or, in a
+            hyperparameter study, `--hp_metric` is an accuracy.
     """
     config = plan.config
     for dataset, store in zip(plan.train_sets, train_stores, strict=True):
@@ -116,10 +141,12 @@ def check_labels(plan: RunPlan, train_stores: Sequence[ImageStore], eval_labels:
             raise DataError(
                 f"--distance={config.distance}, but {config.train_split} of {dataset.folder} has images without labels"
             )
-    if config.keep_best == "student_top1" and (eval_labels < 0).all():
-        raise ConfigError(
-            f"--keep_best=student_top1, but {config.eval_split} has no labels: choose agreement_top1 or kl"
-        )
+    if (eval_labels >= 0).any():
+        return
+    for flag, needed in (("keep_best", True), ("hp_metric", environment.reports_metrics())):
+        value = getattr(config, flag)
+        if needed and value.startswith("student_"):
+            raise ConfigError(f"--{flag}={value}, but {config.eval_split} has no labels: choose agreement_top1 or kl")
 
 
 def check_teachers(plan: RunPlan, loaded: Sequence[Teacher]) -> None:
