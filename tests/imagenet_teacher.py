@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import io
+import itertools
 import pathlib
 import pickle
 import zipfile
@@ -23,7 +24,8 @@ STAGES += [(3, 1, 6, 320, 1)]
 EPSILON = 1e-3
 TYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
 
-# ImageNet's 1,000 classes stand in WordNet's order, so that kinds of things are ranges of numbers (first, last).
+# ImageNet's 1,000 classes stand in WordNet's order, so that kinds of things are ranges of numbers
+# (first, last).
 KINDS = {
     "fish": [(0, 6), (389, 397)],
     "bird": [(7, 24), (80, 100), (127, 146)],
@@ -64,14 +66,6 @@ KINDS = {
     "landscape": [(970, 980)],
     "plant or food": [(923, 969), (984, 998)],
 }  # and "thing": all others
-
-
-class _Storage:
-    """The type of an array whose values follow later in the file."""
-
-    def __init__(self, kind: str) -> None:
-        self.dtype = TYPES[kind]
-        self.tensors: list[tuple[str, int, tuple[int, ...]]] = []
 
 
 class _StateDict(pickle.Unpickler):
@@ -174,7 +168,7 @@ def efficientnet_lite0(side: int) -> keras.Model:
 def kinds() -> dict[str, list[int]]:
     """The ImageNet classes of each of twelve kinds; each class is in one of them."""
     found = {name: [n for first, last in ranges for n in range(first, last + 1)] for name, ranges in KINDS.items()}
-    taken = sum(found.values(), [])
+    taken = list(itertools.chain.from_iterable(found.values()))
     assert len(taken) == len(set(taken))
     return found | {"thing": sorted(set(range(1000)) - set(taken))}
 

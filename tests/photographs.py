@@ -27,8 +27,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "photographs"
 REQUIREMENTS = ROOT / "tests" / "pictures" / "requirements.txt"
 
-# Patterns of the photographs in each Debian package; drawings and paintings are in other files. GCompris keeps its pictures
-# in containers, one after another.
+# Patterns of the photographs in each Debian package; drawings and paintings are in other files.
+# GCompris keeps its pictures in containers, one after another.
 DEBIAN = {
     "gcompris-qt-data": r"/(erase|explore_(farm_animals|monuments|world_animals|world_music)|categorization|clickgame)\.rcc$",
     "lomiri-wallpapers-16.04": r"/backgrounds/(?!analog|umang).*\.jpg$",
@@ -53,7 +53,7 @@ def _run(*command: str, cwd: pathlib.Path | None = None) -> str:
 
 
 def _once(name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """The folder `name` of the cache; `make` fills it if it is not there. Two processes may do so."""
+    """The folder `name` of the cache, filled by `make` if it is not there. Two processes may do so."""
     folder = CACHE / name
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,9 @@ def _webp(container: pathlib.Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _fingerprint(picture: Image.Image) -> int:
-    """64 bits: whether brightness rises from left to right, on a grid. Alike for copies in other sizes."""
+    """64 bits: where brightness rises from left to right, on a grid. Sizes and formats of a picture
+    have almost the same.
+    """
     grid = np.asarray(picture.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     return int("".join("01"[int(rises)] for rises in (grid[:, 1:] > grid[:, :-1]).ravel()), 2)
 
