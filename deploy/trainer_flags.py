@@ -25,10 +25,12 @@ class Flag(NamedTuple):
     Attributes:
         type: type of its value; tuple for a flag that may be repeated.
         choices: the values that it takes; empty if they are not listed.
+        auto: whether it also takes the text "auto".
     """
 
     type: type
     choices: tuple[str, ...]
+    auto: bool = False
 
 
 # Flags of every verb, defined in trainer/cli.py.
@@ -47,7 +49,8 @@ def task_flags(source: pathlib.Path = OPTIONS) -> dict[str, Flag]:
     for field in (field for options in classes for field in options.body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Call):
             choices = next((_strings(k.value, constants) for k in field.value.keywords if k.arg == "choices"), ())
-            flags[ast.unparse(field.target)] = Flag(_TYPES.get(ast.unparse(field.annotation), tuple), choices)
+            auto = any(k.arg == "auto" and ast.literal_eval(k.value) for k in field.value.keywords)
+            flags[ast.unparse(field.target)] = Flag(_TYPES.get(ast.unparse(field.annotation), tuple), choices, auto)
     return flags
 
 
@@ -105,7 +108,7 @@ def argument_errors(arguments: list[str]) -> Iterator[str]:
 def _value_errors(name: str, flag: Flag, value: str) -> Iterator[str]:
     if flag.choices and value not in flag.choices:
         yield f"trainer flag --{name}={value}: must be one of {', '.join(flag.choices)}{near(value, flag.choices)}"
-    if flag.type in (int, float):
+    if flag.type in (int, float) and not (flag.auto and value == "auto"):
         try:
             flag.type(value)
         except ValueError:

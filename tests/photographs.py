@@ -53,7 +53,7 @@ def _run(*command: str, cwd: pathlib.Path | None = None) -> str:
 
 
 def _once(name: str, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """The folder `name` of the cache, filled by `make` if it is not there. Two processes may do so."""
+    """The folder `name` of the cache, filled by `make` if it is not there. Processes may race."""
     folder = CACHE / name
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     import tensorflow as tf
 
     from trainer.io import files, lock
-    from trainer.output.finish import finish, write_json
+    from trainer.output.finish import finish
     from trainer.run import accelerator, build, check, loop
     from trainer.run.evaluator import describe
     from trainer.run.plan import make_plan
@@ -99,8 +99,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             return {}
         workdir_lock.check()
         if hardware.chief:
-            effective = {"config": job.config.to_dict(), "identity": plan.identity}
-            write_json(files.join(config.workdir, "config.json"), effective)
+            job.plan.record()
         writer, checkpoints = build.open_run(job, workdir_lock.check)
         try:
             loop.train(job, writer, checkpoints, console)

@@ -125,6 +125,14 @@ def test_flags_set_their_fields() -> None:
     )
 
 
+def test_store_size_takes_auto_and_integers() -> None:
+    assert parsed("--store_size=auto").store_size == parsed().store_size == 0
+    assert parsed("--store_size=384").store_size == 384
+    with pytest.raises(flags.IllegalFlagValueError, match="store_size=large"):
+        parsed("--store_size=large")
+    assert parsed("--store_size=auto", "--image_size=128").resolve(1).store_size == 256
+
+
 def test_every_flag_has_help() -> None:
     assert all(len(field.metadata["help"]) > 15 for field in dataclasses.fields(Config))
 

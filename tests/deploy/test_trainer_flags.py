@@ -33,6 +33,15 @@ def test_the_flags_that_the_checker_knows_are_the_trainers() -> None:
         assert not isinstance(values[name], flags.EnumFlag) or list(flag.choices) == values[name].parser.enum_values
 
 
+def test_auto_is_a_number_only_where_the_trainer_takes_it() -> None:
+    def errors(*arguments: str) -> list[str]:
+        return list(trainer_flags.argument_errors(["--steps=1", "--distance=labels", *arguments]))
+
+    assert errors("--store_size=auto") == []
+    assert errors("--store_size=large") == ["trainer flag --store_size=large: must be an integer"]
+    assert errors("--image_size=auto") == ["trainer flag --image_size=auto: must be an integer"]
+
+
 def test_the_trainers_help_lists_no_flag_that_the_checker_does_not_know() -> None:
     line = [sys.executable, "-m", "trainer.task", "--help"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -11,6 +11,16 @@ from trainer.core.config import GROUPS, Config
 from trainer.core.errors import ConfigError
 
 
+class _AutoIntegerParser(flags.IntegerParser):
+    """Parses an integer, or "auto" as 0."""
+
+    syntactic_help = "an integer or auto"
+
+    def parse(self, argument: Any) -> int:
+        """See the base class."""
+        return 0 if argument == "auto" else super().parse(argument)
+
+
 def define_flags(values: flags.FlagValues, *, skip: tuple[str, ...] = (), **defaults: Any) -> None:
     """Defines a flag for each field of `Config`.
 
@@ -36,6 +46,9 @@ def define_flags(values: flags.FlagValues, *, skip: tuple[str, ...] = (), **defa
             define(field.name, list(default), help_text, flag_values=values, module_name=module)
         elif choices:
             flags.DEFINE_enum(field.name, default, choices, help_text, flag_values=values, module_name=module)
+        elif field.metadata["auto"]:
+            serializer: flags.ArgumentSerializer[int] = flags.ArgumentSerializer()
+            flags.DEFINE(_AutoIntegerParser(), field.name, default, help_text, values, serializer, module)
         else:
             define = {
                 bool: flags.DEFINE_boolean,

@@ -37,6 +37,7 @@ def option(
     affects_weights: bool = True,
     choices: tuple[str, ...] = (),
     omit_default: bool = False,
+    auto: bool = False,
 ) -> Any:
     """A dataclass field of an options group, with the metadata of its flag.
 
@@ -48,8 +49,15 @@ def option(
         choices: the allowed values of a string; empty: any.
         omit_default: leaves the field out of the identity at its default. Set it for fields added
             after version 0.1 that affect weights, so that earlier runs still resume.
+        auto: whether the flag of an integer also takes the text "auto", which stands for 0.
     """
-    metadata = {"help": text, "affects_weights": affects_weights, "choices": choices, "omit_default": omit_default}
+    metadata = {
+        "help": text,
+        "affects_weights": affects_weights,
+        "choices": choices,
+        "omit_default": omit_default,
+        "auto": auto,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -480,8 +488,10 @@ class RunOptions:
 
     store_size: int = option(
         0,
-        "Images are stored as squares of this side in pixels before they are cropped, >= 0. 0: "
-        "--resize_size if set, else twice --image_size.",
+        "Images are stored as squares of this side in pixels before they are cropped, >= 0. auto "
+        "or 0: --resize_size if set, else twice --image_size; a new training run takes more, as "
+        "far as its crops need it and memory allows, and keeps that when it resumes.",
+        auto=True,
     )
     steps_per_loop: int = option(
         0,

@@ -6,6 +6,7 @@ import os
 
 from trainer.data.dataset import Split
 
+STORE_ORDER = ("device", "host", "disk")  # the fastest first
 _IMAGE_SHARE = 0.7  # of free memory; the rest is for models, encoded images and prefetched batches
 
 

@@ -64,6 +64,11 @@ class Accelerator:
         """
         return {"TPU": 2 << 30, "GPU": 4 << 30}.get(self.kind, 1 << 62)
 
+    @property
+    def reads_host_memory(self) -> bool:
+        """Whether images in the host's memory need no transfer to the device."""
+        return self.kind == "CPU"
+
     def jit_compile(self, flag: str) -> bool:
         """Whether to request XLA compilation: "on", "off" or "auto" as in `--jit_compile`.
 
@@ -118,6 +123,16 @@ class Accelerator:
         """Whether all machines have this value (below 2^53). A collective, as `any_worker`."""
         total = self._total(float(value))
         return not self.any_worker(total != float(value) * self.strategy.num_replicas_in_sync)
+
+    def least_of_all(self, value: int) -> int:
+        """The smallest of the machines' values, each 0 to 2^20. A collective, as `any_worker`."""
+        if self.workers == 1:
+            return value
+        low, high = 0, 1 << 20
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.any_worker(value <= middle) else (middle + 1, high)
+        return low
 
     def _total(self, value: float) -> float:
         """The sum of the replicas' values; with one machine it needs no device."""

@@ -25,7 +25,7 @@ from trainer.run.fixed_targets import fixed_targets
 from trainer.run.job import Job
 from trainer.run.metric_writer import MetricWriter
 from trainer.run.plan import RunPlan, check_teachers
-from trainer.run.stores import Stores, choose_kinds, open_stores
+from trainer.run.stores import Stores, choose_kinds, fit_store_size, open_stores, print_fidelity
 
 
 def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
@@ -47,7 +47,11 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
     kinds = choose_kinds(plan, accelerator, console)  # fails at once where there is no room
     loaded, student, plan = _load_models(plan, accelerator, console)
     check_teachers(plan, loaded)
+    view_size = max([config.image_size, *(teacher.size for teacher in loaded)])
+    plan = fit_store_size(plan, kinds, view_size, accelerator)
+    config = plan.config
     stores = open_stores(plan, kinds, console)
+    print_fidelity(plan, kinds, stores.train.sizes, view_size, console)
     jit_compile = accelerator.jit_compile(config.jit_compile)
     with strategy.scope():
         loaded = teacher_precision.convert_teachers(

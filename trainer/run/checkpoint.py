@@ -130,6 +130,29 @@ class Checkpoints:
             except (DataError, ValueError, KeyError, TypeError):
                 continue  # `restore` reports it
 
+    @classmethod
+    def saved_identity(cls, folder: str) -> dict[str, Any]:
+        """The identity of the run whose checkpoints are in a folder; empty: there is no readable
+        commit.
+
+        Raises:
+            DataError: the folder or a commit cannot be read now.
+        """
+        reader = cls(folder, {}, 1)
+        commits = cls._commits(files.names(folder))
+        for step in sorted(commits, reverse=True):
+            try:
+                identity = json.loads(reader._read(files.join(folder, commits[step]), "a checkpoint's commit"))[
+                    "identity"
+                ]
+                if isinstance(identity, dict):
+                    return identity
+            except _NoAnswer as error:
+                raise DataError(str(error)) from None
+            except (DataError, ValueError, KeyError, TypeError):
+                continue  # `restore` reports it
+        return {}
+
     def restore(self) -> Restored | None:
         """The newest complete checkpoint, or None; `passed_over` lists the damaged ones.
 

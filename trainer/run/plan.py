@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,13 @@ from trainer.core.config import Config, fingerprint
 from trainer.core.errors import ConfigError, DataError
 from trainer.data.dataset import Dataset
 from trainer.data.store import ImageStore
+from trainer.io import files
 from trainer.method.distances import DISTANCES
 from trainer.models import students, teachers
 from trainer.models.teachers import Teacher
+from trainer.run.checkpoint import Checkpoints
+
+CONFIG_FILE = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,8 @@ class RunPlan:
         identity: JSON value of all that decides the weights: configuration, data, teachers'
             checksums.
         run_id: SHA-256 (hex) of `identity`; a checkpoint or result of another run is refused.
+        store_size_from: what set `config.store_size`: "flags", an earlier "start" of this run, or
+            the "default", which `stores.fit_store_size` may raise.
     """
 
     config: Config
@@ -37,6 +44,23 @@ class RunPlan:
     eval_set: Dataset
     identity: dict[str, Any]
     run_id: str
+    store_size_from: str
+
+    def with_store_size(self, side: int) -> RunPlan:
+        """The plan with images kept as squares of another side in pixels."""
+        identity = self.identity | {"store_size": side}
+        config = dataclasses.replace(self.config, store_size=side)
+        return dataclasses.replace(self, config=config, identity=identity, run_id=fingerprint(identity))
+
+    def record(self) -> None:
+        """Writes config.json: all options and the identity, for people and for later starts.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        value = {"config": self.config.to_dict(), "identity": self.identity}
+        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+        files.write(files.join(self.config.workdir, CONFIG_FILE), text.encode(), "the configuration")
 
     @property
     def classes(self) -> int:
@@ -65,6 +89,7 @@ def make_plan(config: Config) -> RunPlan:
     eval_set = Dataset.load(config.eval_data, "eval_data") if config.eval_data else train_sets[0]
     check_data(config, train_sets, eval_set)
     splits = [dataset.split(config.train_split, "train_split") for dataset in train_sets]
+    given = config.store_size or config.resize_size
     config = config.resolve(sum(split.examples for split in splits))
     data = [f"{split.name}: {split.examples} examples, {split.crc32c}" for split in splits]
     if config.data_weights:
@@ -77,7 +102,35 @@ def make_plan(config: Config) -> RunPlan:
         "teacher": [teachers.checksum(config, name) for name in config.teacher],
         "student_files": students.checksums(config.student, config.student_weights),
     }
-    return RunPlan(config, train_sets, eval_set, identity, fingerprint(identity))
+    plan = RunPlan(config, train_sets, eval_set, identity, fingerprint(identity), "flags" if given else "default")
+    side = 0 if given else _earlier_store_size(plan)
+    return dataclasses.replace(plan.with_store_size(side), store_size_from="start") if side else plan
+
+
+def _earlier_store_size(plan: RunPlan) -> int:
+    """The store size that an earlier start of this run chose; 0: there was none.
+
+    The choice depends on the memory that was free then, so it is read and never made again. A
+    checkpoint decides, whatever the other flags, so that only the flags that differ are reported.
+    Without a checkpoint config.json decides, if it is of this very run.
+
+    Raises:
+        DataError: the workdir cannot be read now.
+    """
+    workdir = plan.config.workdir
+    if not workdir:
+        return 0
+    saved = Checkpoints.saved_identity(files.join(workdir, "checkpoints"))
+    path = files.join(workdir, CONFIG_FILE)
+    if not saved and files.exists(path):
+        try:
+            saved = json.loads(files.read(path, "the configuration"))["identity"]
+        except (ValueError, KeyError, TypeError):  # it is written again
+            return 0
+        if not isinstance(saved, dict) or saved != plan.identity | {"store_size": saved.get("store_size")}:
+            return 0
+    side = saved.get("store_size")
+    return side if isinstance(side, int) and side > 0 else 0
 
 
 def check_data(config: Config, train_sets: Sequence[Dataset], eval_set: Dataset) -> None:

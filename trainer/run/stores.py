@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
+
 from trainer.core.config import Config
 from trainer.core.console import Console
 from trainer.core.errors import DataError
 from trainer.data.cache import Cache, describe_shortage
 from trainer.data.dataset import Dataset, Split
-from trainer.data.memory import choose_stores, decoded_bytes, free_memory
+from trainer.data.memory import STORE_ORDER, choose_stores, decoded_bytes, free_memory
 from trainer.data.records import CorruptRecord, CorruptRecordLog
 from trainer.data.store import ConcatenatedStore, DiskStore, ImageStore, MemoryStore
 from trainer.io import files
+from trainer.method import fidelity
 from trainer.run.accelerator import Accelerator
 from trainer.run.plan import RunPlan, check_labels
 
@@ -146,12 +149,8 @@ def choose_kinds(plan: RunPlan, accelerator: Accelerator, console: Console) -> t
         DataError: there is no room, neither in memory nor on the disk; the message gives the sizes.
     """
     config = plan.config
-    train = [(dataset, dataset.split(config.train_split, "train_split")) for dataset in plan.train_sets]
-    names = dict.fromkeys((config.eval_split, config.final_split))
-    others = [(plan.eval_set, plan.eval_set.splits[name]) for name in names]
-    train_bytes, eval_bytes = (
-        sum(decoded_bytes(split, config.store_size) for _, split in group) for group in (train, others)
-    )
+    train, others = _splits(plan)
+    train_bytes, eval_bytes = _decoded_bytes(plan, config.store_size)
     kinds = choose_stores(config.store, accelerator.image_bytes, free_memory(), train_bytes, eval_bytes)
     on_disk = (train if kinds[0] == "disk" else []) + (others if kinds[1] == "disk" else [])
     if on_disk:
@@ -167,6 +166,104 @@ def choose_kinds(plan: RunPlan, accelerator: Accelerator, console: Console) -> t
             f"{train_bytes / 2**30:.2f} GiB of training images at {config.store_size} pixels: store {kinds[0]}"
         )
     return kinds
+
+
+def _splits(plan: RunPlan) -> tuple[list[tuple[Dataset, Split]], list[tuple[Dataset, Split]]]:
+    """The splits that a run trains on, and those that it evaluates on."""
+    config = plan.config
+    train = [(dataset, dataset.split(config.train_split, "train_split")) for dataset in plan.train_sets]
+    names = dict.fromkeys((config.eval_split, config.final_split))
+    return train, [(plan.eval_set, plan.eval_set.splits[name]) for name in names]
+
+
+def _decoded_bytes(plan: RunPlan, side: int) -> tuple[int, int]:
+    """Bytes of the images of training and of evaluation, decoded to squares of `side` pixels."""
+    train, others = _splits(plan)
+    return sum(decoded_bytes(split, side) for _, split in train), sum(decoded_bytes(split, side) for _, split in others)
+
+
+def fit_store_size(plan: RunPlan, kinds: tuple[str, str], view_size: int, accelerator: Accelerator) -> RunPlan:
+    """Raises an automatic store size as far as the training crops need it and memory allows.
+
+    It stays as it is where images are decoded or sent to the device at each step, since that takes
+    longer in proportion to their pixels. The chief writes the choice down at once: it depends
+    on the memory that is free now, and a run keeps it.
+
+    Args:
+        plan: of the run.
+        kinds: of training and evaluation, from `choose_kinds`; a larger size does not change them.
+        view_size: side of the largest view, in pixels.
+        accelerator: whose memory may hold the images. A collective of all machines.
+
+    Raises:
+        DataError: the choice cannot be written down.
+    """
+    if plan.store_size_from == "flags":
+        return plan
+    config = plan.config
+    side = (
+        _largest_side(plan, kinds, view_size, accelerator) if plan.store_size_from == "default" else config.store_size
+    )
+    plan = plan.with_store_size(accelerator.least_of_all(side))
+    if accelerator.chief and config.workdir and not (config.check or config.dry_run):
+        plan.record()
+    return plan
+
+
+def _largest_side(plan: RunPlan, kinds: tuple[str, str], view_size: int, accelerator: Accelerator) -> int:
+    """The store size for a new run on this machine."""
+    config = plan.config
+    smallest = largest = config.store_size
+    crops = fidelity.sample_crops(config, _median_sizes(plan))
+    if crops is None or kinds[0] == "disk" or (kinds[0] == "host" and not accelerator.reads_host_memory):
+        return smallest
+    memory = free_memory()
+    for side in fidelity.useful_sides(crops, smallest, view_size):
+        fastest, _ = choose_stores("auto", accelerator.image_bytes, memory, *_decoded_bytes(plan, side))
+        if STORE_ORDER.index(fastest) <= STORE_ORDER.index(kinds[0]):  # there is room in the same memory
+            largest = side
+    return largest
+
+
+def _median_sizes(plan: RunPlan) -> np.ndarray:
+    """Median heights and widths of the training sets' originals by their indices, each as often
+    as its share of the training images: float32 [k, 2].
+    """
+    examples = [dataset.splits[plan.config.train_split].examples for dataset in plan.train_sets]
+    shares = np.array(plan.config.data_weights or examples, float)
+    counts = np.ceil(100 * shares / shares.sum()).astype(int)
+    medians = [[d.image_size.get("median_height", 0), d.image_size.get("median_width", 0)] for d in plan.train_sets]
+    sizes = np.repeat(np.array(medians, np.float32), counts, axis=0)
+    return sizes[sizes.min(axis=1) > 0]
+
+
+def print_fidelity(plan: RunPlan, kinds: tuple[str, str], sizes: np.ndarray, view_size: int, console: Console) -> None:
+    """Prints how many training crops the store size blurs, and which size would not.
+
+    Args:
+        plan: of the run.
+        kinds: of training and evaluation, from `choose_kinds`.
+        sizes: float32 [k, 2], height and width of the training images' originals in pixels.
+        view_size: side of the largest view, in pixels.
+        console: gets a line; none if the share is below half a percent or has no meaning.
+    """
+    config = plan.config
+    crops = fidelity.sample_crops(config, sizes)
+    if crops is None or (share := fidelity.blurred_share(crops, config.store_size, view_size)) < 0.005:
+        return
+    line = (
+        f"images are kept at {config.store_size} x {config.store_size} pixels: {share:.0%} of training crops are blurrier "
+        f"than from the full-size pictures"
+    )
+    *_, side = fidelity.useful_sides(crops, config.store_size, view_size)
+    if side > config.store_size:
+        less = fidelity.blurred_share(crops, side, view_size)
+        needs = f"{sum(_decoded_bytes(plan, side)) / 2**30:.2f} GiB decoded"
+        if kinds[0] == "disk":
+            needs = f"{(side / config.store_size) ** 2:.1f} times the pixels for each image that is decoded"
+        where = "in a new run, " if plan.store_size_from == "start" else ""
+        line += f"; {where}--store_size={side} makes it {less:.0%}, needs {needs}"
+    console.info(line)
 
 
 def open_cache(config: Config) -> Cache:
