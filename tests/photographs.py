@@ -24,8 +24,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CACHE = ROOT / "build" / "photographs"
 REQUIREMENTS = ROOT / "tests" / "pictures" / "requirements.txt"
+# Another folder for another version of this file or of the requirements.
+_VERSION = hashlib.sha256(pathlib.Path(__file__).read_bytes() + REQUIREMENTS.read_bytes()).hexdigest()[:8]
+CACHE = ROOT / "build" / "photographs" / _VERSION
 
 # Patterns of the photographs in each Debian package; drawings and paintings are in other files.
 # GCompris keeps its pictures in containers, one after another.
@@ -39,8 +41,8 @@ WHEELS = (
     r"^skimage/data/(astronaut|brick|camera|chelsea|coffee|coins|grass|gravel|motorcycle_left|retina|rocket)\.(png|jpg)$",
     r"^sklearn/datasets/images/\w+\.jpg$",
 )
-FEWEST = 200  # pictures; another version of a package may have some fewer
-SIDE = 240  # shortest side in pixels of a picture that is kept
+FEWEST = 260  # pictures; another version of a package may have some fewer
+SIDE = 180  # shortest side in pixels of a picture that is kept
 SPLITS = ("train",) * 7 + ("validation",) + ("test",) * 2  # by a picture's hash
 
 
@@ -163,7 +165,8 @@ def tiles(side: int, each: int) -> pathlib.Path:
 
     Args:
         side: of a tile in pixels.
-        each: tiles of a picture. Their sides are from half to all of the picture's shorter side.
+        each: tiles of a picture. They cover from half to all of the picture's shorter side, but at
+            least `side` pixels of it if it has as many.
     """
 
     def make(folder: pathlib.Path) -> None:
@@ -174,8 +177,9 @@ def tiles(side: int, each: int) -> pathlib.Path:
             with Image.open(path) as file:
                 file.draft("RGB", (2 * side, 2 * side))  # a larger JPEG is decoded at a fraction of its size
                 picture = ImageOps.exif_transpose(file).convert("RGB")
+            shorter = min(picture.size)
             for number in range(each):
-                cut = max(1, round(min(picture.size) * rng.uniform(0.5, 1)))
+                cut = round(rng.uniform(max(shorter / 2, min(side, shorter)), shorter))
                 left, top = (int(rng.integers(length - cut + 1)) for length in picture.size)
                 tile = picture.resize((side, side), Image.Resampling.LANCZOS, (left, top, left + cut, top + cut))
                 tile.save(folder / split_of(path.name) / f"{path.stem}-{number:02}.jpg", quality=92)
