@@ -82,7 +82,8 @@ def wheels() -> pathlib.Path:
     return _once("wheels", make)
 
 
-def _packages(folder: pathlib.Path) -> None:
+def unpack_packages(folder: pathlib.Path) -> None:
+    """Downloads Debian packages and unpacks each into a folder of its name; installs nothing."""
     for tool in ("apt-get", "apt-cache", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise RuntimeError(f"photographs are needed: they are in Debian packages, and there is no {tool} here")
@@ -106,7 +107,7 @@ def _files() -> Iterator[tuple[str, bytes]]:
                 if any(re.search(pattern, name) for pattern in WHEELS):
                     yield name.rpartition("/")[2], archive.read(name)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        _packages(pathlib.Path(scratch))
+        unpack_packages(pathlib.Path(scratch))
         for package, pattern in DEBIAN.items():
             found = sorted(p for p in pathlib.Path(scratch, package).rglob("*") if p.is_file())
             for path in (p for p in found if re.search(pattern, str(p))):
