@@ -73,7 +73,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     import tensorflow as tf
 
     from trainer.io import files, lock
-    from trainer.output.finish import finish, write_json
+    from trainer.output.finish import finish
     from trainer.run import accelerator, build, check, loop
     from trainer.run.evaluator import describe
     from trainer.run.plan import make_plan
