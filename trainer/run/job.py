@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from trainer.method import step
 from trainer.method.feed import BatchPrefetcher
 from trainer.models.teachers import Teacher
 from trainer.run.accelerator import Accelerator
+from trainer.run.batch_statistics import BatchStatistics
 from trainer.run.evaluator import Evaluator
 from trainer.run.plan import RunPlan
 
@@ -41,6 +43,7 @@ class Job:
         targets: for each teacher its constant logits float32 [examples, classes] on the training
             split, where the views fix them; else empty.
         train_loop: the compiled loop of `step.make_train_loop`.
+        statistics: re-estimates the student's batch normalisations for evaluation and export.
         step: updates made so far.
         seconds: wall time of training so far, over all processes of this run.
         pending_metrics: steps and mean metrics of the device's loops since the last logged row.
@@ -60,6 +63,7 @@ class Job:
     targets: tuple[np.ndarray, ...]
     optimizer: keras.optimizers.Optimizer
     train_loop: Callable[..., dict[str, tf.Tensor]]
+    statistics: BatchStatistics
     step: int = 0
     seconds: float = 0.0
     pending_metrics: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
@@ -81,6 +85,11 @@ class Job:
                 jit_compile=self.accelerator.jit_compile(self.config.jit_compile),
             )
         return self._evaluators[split]
+
+    def for_inference(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the student is as it is evaluated and exported: see `batch_statistics`."""
+        # The updates that made the weights that are loaded, which may be those of an earlier step.
+        return self.statistics.reestimated(int(keras.ops.convert_to_numpy(self.optimizer.iterations)))
 
     def is_due(self, every: int) -> bool:
         """Whether an action of every `every` steps is due; all are due at the end of the run."""

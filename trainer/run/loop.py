@@ -154,7 +154,8 @@ def evaluate(job: Job, split: str, kind: str, writer: MetricWriter, console: Con
         writer: the run's metrics.
         console: shows the result as a line.
     """
-    result = job.evaluator(split).run(job.student, job.teachers)
+    with job.for_inference():
+        result = job.evaluator(split).run(job.student, job.teachers)
     metrics = result.metrics()
     writer.add(kind, job.step, {"split": split} | metrics)
     if kind == "eval" and job.accelerator.chief and job.config.hp_metric in metrics:
