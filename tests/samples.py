@@ -7,14 +7,17 @@ import pathlib
 import tarfile
 import zipfile
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
-from conftest import CLASSES, IMAGE
+from conftest import CLASSES, IMAGE, here
 from PIL import Image
 
+from trainer.data.dataset import Dataset
 from trainer.data.order import ExampleSampler
+from trainer.data.records import EncodedSplit
 from trainer.method import views
 from trainer.models import bit
 from trainer.run.job import Job
@@ -106,3 +109,32 @@ def entry(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "
     info = tarfile.TarInfo(name)
     info.size, info.type, info.linkname = size, kind, link
     return info
+
+
+class Prepared(NamedTuple):
+    """What `funmatch prepare` did: exit code, printed lines, and what it wrote, if it did."""
+
+    code: int
+    lines: list[str]
+    dataset: Dataset | None
+
+    def labels(self, split: str = "train") -> dict[str, int]:
+        """The class number of each record by its file name."""
+        assert self.dataset is not None, self.lines
+        records = EncodedSplit(self.dataset, self.dataset.splits[split])
+        return {records.record(i).filename: records.record(i).label for i in range(len(records))}
+
+    def line(self, *words: str) -> str:
+        """The one line that holds all of these texts."""
+        lines = [line for line in self.lines if all(word in line for word in words)]
+        assert len(lines) == 1, (words, self.lines)
+        return lines[0]
+
+
+def prepare(source: str, out: pathlib.Path, *flags: str) -> Prepared:
+    done = here("prepare", f"--dataset={source}", f"--out={out}", *flags)
+    lines = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr
+    assert len([line for line in lines if line.startswith("error: ")]) == (done.returncode > 0)
+    assert (out / "dataset.json").exists() == (done.returncode == 0)
+    return Prepared(done.returncode, lines, Dataset.load(str(out)) if done.returncode == 0 else None)

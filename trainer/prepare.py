@@ -44,6 +44,8 @@ _PLAN_FLAGS = (
     "features",
     "columns",
     "classes",
+    "class_order",
+    "encoding",
     "unlabelled",
     "exif",
     "seed",
@@ -94,6 +96,22 @@ def define_flags(values: flags.FlagValues) -> None:
         "",
         "Synthetic: number of species, at least 2 (102). Others: a file with one class name per "
         "line, in order. Empty: from the source.",
+        **group,
+    )
+    flags.DEFINE_enum(
+        "class_order",
+        "auto",
+        ["auto", "natural", "text"],
+        "Order of the class names of a folder, a table or TFRecord files. text: as Keras and "
+        "torchvision sort names (1, 10, 2). natural: numbers by value (1, 2, 10). auto: names that "
+        "are numbers by value, others as text; of a table or TFRecord files, numbers are class "
+        "numbers.",
+        **group,
+    )
+    text(
+        "encoding",
+        "",
+        "Of a table and of --classes, as cp1252 or utf-16. Empty: UTF-8, or what the file's byte order mark says.",
         **group,
     )
     switch(
@@ -192,11 +210,17 @@ def _source(values: flags.FlagValues, progress: Progress) -> Source:
 
 def _options(kind: str, values: flags.FlagValues) -> SourceOptions:
     """Returns the flags common to all kinds of existing images; rejects flags of other kinds."""
-    from trainer.ingest import sources
+    from trainer.ingest import labels, sources
+    from trainer.io.text import require_encoding
 
     for flag, flag_kind in _KIND_OF_FLAG.items():
         if getattr(values, flag) and kind != flag_kind:
             raise ConfigError(f"--{flag} is for --dataset={flag_kind}:..., not for {kind}")
+    if values.encoding:
+        require_encoding(values.encoding, "--encoding")
+    if values.class_order != "auto" and (values.classes or kind == "tfds"):
+        given = "--classes gives" if values.classes else "tensorflow-datasets gives"
+        raise ConfigError(f"--class_order={values.class_order}: {given} the order of the classes; leave the flag out")
     splits, shares = sources.parse_splits(values.splits)
     return sources.SourceOptions(
         splits=splits,
@@ -204,7 +228,9 @@ def _options(kind: str, values: flags.FlagValues) -> SourceOptions:
         seed=values.seed,
         labelled=not values.unlabelled,
         upright=values.exif == "upright",
-        classes=sources.read_class_names(values.classes) if values.classes else (),
+        classes=labels.read_class_names(values.classes, values.encoding) if values.classes else (),
+        class_order=values.class_order,
+        encoding=values.encoding,
     )
 
 

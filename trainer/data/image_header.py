@@ -153,3 +153,63 @@ _FORMATS = (
     (b"GIF8", "GIF", _gif),
     (b"BM", "BMP", _bmp),
 )
+
+SNIFF_BYTES = 32  # of a file's start, enough for `sniff`
+
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+)
+# Brands of ISO base media files that are images; films have others.
+_BRANDS = {
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+    b"heic": "HEIC",
+    b"heix": "HEIC",
+    b"heim": "HEIC",
+    b"heis": "HEIC",
+    b"hevc": "HEIC",
+    b"hevx": "HEIC",
+    b"mif1": "HEIC",
+    b"msf1": "HEIC",
+}
+_BMP_HEADERS = frozenset({12, 40, 52, 56, 64, 108, 124})  # lengths of the headers that BMP has had
+
+
+def sniff(head: bytes) -> str:
+    """Returns the format of an image file, whatever its name, from its first bytes.
+
+    Args:
+        head: the first `SNIFF_BYTES` bytes, or the whole file if it is shorter.
+
+    Returns:
+        "JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PNM", "AVIF", "HEIC", "JPEG XL", "JPEG 2000"
+        or "".
+    """
+    for magic, format_name in _MAGIC:
+        if head.startswith(magic):
+            return format_name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:8] == b"ftyp":
+        # The major brand, then, after a version, compatible ones: mif1 alone says HEIF of any
+        # codec.
+        brands = [head[8:12], *(head[start : start + 4] for start in range(16, len(head) - 3, 4))]
+        if brands[0] in _BRANDS:
+            return "AVIF" if b"avif" in brands else _BRANDS[brands[0]]
+        return ""
+    if head[:2] == b"BM" and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in _BMP_HEADERS:
+        return "BMP"
+    if len(head) > 2 and head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
+        return "PNM"
+    return ""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
-import csv
 import dataclasses
 import functools
-import io
 import os
 import posixpath
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from trainer.core.errors import ConfigError, DataError
+from trainer.core.errors import DataError
+from trainer.data.dataset import INDEX_FILE
 from trainer.ingest import images
-from trainer.ingest.images import SUFFIXES, ValidatedImage
+from trainer.ingest.images import ValidatedImage
+from trainer.ingest.labels import NO_LABEL, Classes, clean, number_classes, tally
+from trainer.ingest.listing import IMAGE_SUFFIXES, Listing, list_images, printable
 from trainer.ingest.sources import (
     SPLIT_NAMES,
     Loader,
@@ -22,20 +26,16 @@ from trainer.ingest.sources import (
     SourceOptions,
     SourceSplit,
     content_hash,
-    number_classes,
     run_in_order,
     select_splits,
     split_by_share,
 )
+from trainer.ingest.table import Row, read_table
 from trainer.io import destination, files
 
 _HASHES_AHEAD = 256  # files read at a time to assign them to splits by their content
-# Headers that name a column of a table, in lower case.
-_COLUMN_NAMES = {
-    "path": ("path", "file", "filename", "file_name", "filepath", "image", "image_path"),
-    "label": ("label", "class", "class_name", "category", "target"),
-    "split": ("split", "subset", "partition"),
-}
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+_NAMED = 5  # names in a message, at most
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,9 +58,9 @@ class _File:
 def folder_source(path: str, options: SourceOptions, progress: Progress) -> Source:
     """Image files as PATH/SPLIT/CLASS/IMAGE, PATH/CLASS/IMAGE, PATH/SPLIT/IMAGE or PATH/IMAGE.
 
-    Of two levels, the upper one is the split if all its names mean a split (`SPLIT_NAMES`), and the
-    class otherwise. Without a split level, all images are `train`; without a class level, images
-    are unlabelled.
+    Of two levels, the upper one is the split if all its names mean a split (`SPLIT_NAMES`) or
+    --splits names some of them, and the class otherwise. Without a split level, all images are
+    `train`; without a class level, images are unlabelled.
 
     Args:
         path: local folder or gs:// prefix.
@@ -71,42 +71,119 @@ def folder_source(path: str, options: SourceOptions, progress: Progress) -> Sour
         DataError: the folder is missing, or has no images, or has images at different depths.
     """
     flag = f"--dataset=folder:{path}"
-    if not files.is_remote(path) and not os.path.isdir(path):
-        raise DataError(f"{flag}: there is no such folder")
-    entries = [entry for entry in destination.tree(path) if entry[0][-1].lower().endswith(SUFFIXES)]
-    if not entries:
-        raise DataError(
-            f"{flag} has no images: they must lie as SPLIT/CLASS/NAME, for example train/daisy/1.jpg, as CLASS/NAME, or, "
-            f"without labels, as SPLIT/NAME or NAME, and end in {' '.join(SUFFIXES)}"
+    _require_folder(flag, path)
+    listing = list_images(path, progress)
+    depth = _depth(flag, path, listing)
+    notes, warnings = list[str](), list[str]()
+    if line := listing.left_out.line():
+        (warnings if "unreadable" in listing.left_out.counts else notes).append(line)
+    split_level = depth == 3 or (depth == 2 and _has_splits(flag, listing, options, warnings))
+    class_level = depth - split_level > 1
+    by_split: dict[str, list[_File]] = {}
+    for parts, mark in listing.images:
+        label = clean(parts[-2]) if class_level and options.labelled else ""
+        file = _File(files.join(path, *parts), "/".join(parts), label, mark)
+        by_split.setdefault(clean(parts[0]) if split_level else "", []).append(file)
+    if depth == 3:
+        unusual = [split for split in by_split if split.lower() not in SPLIT_NAMES]
+        if unusual:
+            notes.append(f"taken as splits, since they hold folders of images: {_first(unusual)}")
+    found = tally((file.label, file.name) for members in by_split.values() for file in members)
+    classes = number_classes(flag, found, options)
+    if empty := listing.empty_folders():
+        # An empty class folder in one split is reported as a class without images there.
+        lacking = [parts for parts in empty if len(parts) == depth - 1 and clean(parts[-1]) not in classes.names]
+        (warnings if lacking else notes).append(
+            f"{len(empty):,} {'folder has' if len(empty) == 1 else 'folders have'} no image: "
+            f"{_first(['/'.join(parts) for parts in lacking + [e for e in empty if e not in lacking]])}"
+            + ("; a class needs at least one" if lacking else "")
         )
-    depths = {len(parts): "/".join(parts) for parts, _ in entries}
-    if len(depths) > 1 or max(depths) > 3:
-        examples = " and ".join(sorted(depths.values())[:2])
+    metadata = {"not_taken": dict(sorted(listing.left_out.counts.items()))} if listing.left_out.counts else {}
+    name = f"folder {printable(posixpath.basename(path.rstrip('/')))}"
+    return _source_of_files(name, flag, by_split, classes, options, progress, metadata, notes, warnings)
+
+
+def _require_folder(flag: str, path: str) -> None:
+    """Raises if `path` is not a folder, on a disk."""
+    if files.is_remote(path) or os.path.isdir(path):
+        return
+    if not os.path.exists(path):
+        raise DataError(f"{flag}: there is no such folder")
+    if path.lower().endswith(_ARCHIVES):
+        raise DataError(f"{flag} is an archive: unpack it, and give the folder")
+    kind = "csv:" if path.lower().endswith((".csv", ".tsv")) else "tfrecord:" if ".tfrec" in path.lower() else ""
+    advice = f"for this kind of file, --dataset={kind}{path}" if kind else "give the folder that holds the images"
+    raise DataError(f"{flag} is a file: {advice}")
+
+
+def _depth(flag: str, path: str, listing: Listing) -> int:
+    """Returns the number of parts in the paths of all images.
+
+    Raises:
+        DataError: there are no images, or they lie at different depths or too deep.
+    """
+    depths: dict[int, list[str]] = {}
+    for parts, _ in listing.images:
+        depths.setdefault(len(parts), []).append("/".join(parts))
+    if len(depths) == 1 and max(depths) <= 3:
+        return max(depths)
+    if depths:
+        examples = " and ".join(
+            f"{names[0]}" + (f" (and {len(names) - 1:,} more so)" if len(names) > 1 else "")
+            for _, names in sorted(depths.items(), key=lambda item: len(item[1]))
+        )
         raise DataError(
             f"{flag} has images at {examples}: all must lie at one depth, as SPLIT/CLASS/NAME, CLASS/NAME, SPLIT/NAME or "
             "NAME"
         )
-    depth = max(depths)
-    split_level = depth == 3 or (depth == 2 and all(parts[0].lower() in SPLIT_NAMES for parts, _ in entries))
-    class_level = depth - split_level > 1
-    by_split: dict[str, list[_File]] = {}
-    for parts, mark in entries:
-        label = parts[-2] if class_level and options.labelled else ""
-        file = _File(files.join(path, *parts), "/".join(parts), label, mark)
-        by_split.setdefault(parts[0] if split_level else "", []).append(file)
-    name = f"folder {posixpath.basename(path.rstrip('/'))}"
-    return _source_of_files(name, flag, by_split, options, progress)
+    if not files.is_remote(path) and os.path.exists(os.path.join(path, INDEX_FILE)):
+        raise DataError(f"{flag} is a data set that is prepared already: give it to the job, as --data={path}")
+    others = listing.left_out.line()
+    raise DataError(
+        f"{flag} has no images: they must lie as SPLIT/CLASS/NAME, for example train/daisy/1.jpg, as CLASS/NAME, or, "
+        f"without labels, as SPLIT/NAME or NAME, and be files of kinds such as {' '.join(IMAGE_SUFFIXES[:6])}"
+        + (f"; {others}" if others else "")
+    )
+
+
+def _has_splits(flag: str, listing: Listing, options: SourceOptions, warnings: list[str]) -> bool:
+    """Whether the upper of two levels is splits rather than classes.
+
+    Args:
+        flag: the source as given by the user, for messages.
+        listing: images at a depth of two.
+        options: its `splits` or `shares` decide where names alone do not.
+        warnings: gets a line if names of splits are taken as classes.
+
+    Raises:
+        DataError: several names mean splits, and others do not.
+    """
+    tops = sorted({parts[0] for parts, _ in listing.images})
+    meaning = [top for top in tops if clean(top).lower() in SPLIT_NAMES]
+    others = [top for top in tops if top not in meaning]
+    if not others or set(options.splits.values()) & {clean(top) for top in tops}:
+        return True
+    if len(meaning) > 1 and not options.shares:
+        items, example = ",".join(f"{top}={top}" for top in meaning), "train" if "train" in meaning else meaning[0]
+        raise DataError(
+            f"{flag} has folders that are named as splits ({_first(meaning)}) beside others ({_first(others)}): put all "
+            f"images into a split, as {example}/{others[0]}/NAME, or take some folders as unlabelled splits with "
+            f"--splits={items}"
+        )
+    if meaning:
+        taken = f"{meaning[0]} is taken as a class" if len(meaning) == 1 else f"{_first(meaning)} are taken as classes"
+        warnings.append(f"{taken}, since folders beside are not named as splits: {_first(others)}")
+    return False
 
 
 def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progress: Progress) -> Source:
     """A CSV file with a line for each image: path, label, split; the last two may be missing.
 
-    The first line is a header unless one of its cells ends like an image file. Paths are relative
-    to the table's folder, absolute, or gs://. Labels are class names, or, if all are whole
-    numbers, class numbers.
+    Paths are relative to the table's folder, absolute, or gs://. Labels are class names, or, if all
+    are whole numbers, class numbers.
 
     Args:
-        path: the table, separated by comma, semicolon or tab.
+        path: the table, separated by comma, semicolon, tab or |.
         columns: of path, label and split: names in the header, or numbers from 0. Empty: found by
             usual names in the header; without one, path and label come first, and a third column
             that holds only split names is the split.
@@ -115,80 +192,139 @@ def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progr
 
     Raises:
         ConfigError: a column in `columns` does not exist.
-        DataError: not such a table; the message has the line number.
+        DataError: not such a table, or an image has two labels; the message has the line.
     """
     flag = f"--dataset=csv:{path}"
-    text = files.read(path, "a table").decode("utf-8-sig", errors="replace")
-    separator = max(",;\t", key=text.split("\n", 1)[0].count)
-    rows = [
-        (number, [cell.strip() for cell in row])
-        for number, row in enumerate(csv.reader(io.StringIO(text), delimiter=separator), 1)
-    ]
-    rows = [(number, row) for number, row in rows if any(row)]
-    if not rows:
-        raise DataError(f"{flag} is empty")
-    header = [] if any(cell.lower().endswith(SUFFIXES) for cell in rows[0][1]) else rows[0][1]
-    if header:
-        rows = rows[1:]
-    positions = _column_positions(flag, header, rows, columns)
+    table = read_table(path, flag, columns, options.encoding, SPLIT_NAMES)
     folder = posixpath.dirname(path)
     by_split: dict[str, list[_File]] = {}
-    for number, row in rows:
-        cells = {name: row[column] if column < len(row) else "" for name, column in positions.items()}
-        if not cells["path"]:
-            raise DataError(f"{flag}: line {number} names no file")
-        if "split" in positions and not cells["split"]:
-            raise DataError(f"{flag}: line {number} ({cells['path']}) has no split")
-        label = cells.get("label", "") if options.labelled else ""
-        image_path = cells["path"] if files.is_remote(cells["path"]) else files.join(folder, cells["path"])
-        file = _File(image_path, cells["path"], label, destination.mark(image_path))
-        by_split.setdefault(cells.get("split", ""), []).append(file)
-    if not by_split:
-        raise DataError(f"{flag} has a header and no images")
-    name = f"csv {posixpath.basename(path)}"
-    return _source_of_files(name, flag, by_split, options, progress, numeric_labels=True)
+    paths = []
+    for row in table.rows:
+        paths.append(_locate(folder, row.path))
+        label = row.label if options.labelled else ""
+        file = _File(paths[-1], row.path, label, destination.mark(paths[-1]))
+        by_split.setdefault(row.split, []).append(file)
+    found = tally((row.label if options.labelled else "", f"line {row.line}") for row in table.rows)
+    classes = number_classes(flag, found, options, numeric=True)
+    notes, warnings = list(table.notes), list(table.warnings) if options.labelled else []
+    _check_repetitions(flag, table.rows, paths, classes if options.labelled else None, notes, warnings)
+    name = f"csv {printable(posixpath.basename(path))}"
+    return _source_of_files(name, flag, by_split, classes, options, progress, {}, notes, warnings)
 
 
-def _column_positions(
-    flag: str, header: list[str], rows: list[tuple[int, list[str]]], columns: dict[str, str]
-) -> dict[str, int]:
-    """Returns the position of path, label and split in a row, as far as the table has them."""
-    names, width = [name.lower() for name in header], max((len(row) for _, row in rows), default=0)
-    positions: dict[str, int] = {}
-    for name, column in columns.items():
-        if column in header:
-            positions[name] = header.index(column)
-        elif column.isdigit() and int(column) < max(width, len(header)):
-            positions[name] = int(column)
+def _locate(folder: str, cell: str) -> str:
+    """Returns the path of an image that a table names.
+
+    If there is no such local file, backslashes are tried as slashes, and each name in the composed
+    and decomposed forms of Unicode: a table and the files often come from different systems.
+    """
+    path = cell if files.is_remote(cell) else files.join(folder, cell)
+    if files.is_remote(path) or os.path.exists(path):
+        return path
+    for relative in dict.fromkeys((cell, cell.replace("\\", "/"))):
+        found = "/" if relative.startswith("/") else folder
+        for part in filter(None, relative.split("/")):
+            forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+            found = files.join(found, next((form for form in forms if os.path.exists(files.join(found, form))), part))
+        if os.path.exists(found):
+            return found
+    return path
+
+
+def _check_repetitions(
+    flag: str, rows: Sequence[Row], paths: Sequence[str], classes: Classes | None, notes: list[str], warnings: list[str]
+) -> None:
+    """Looks for images that a table names more than once.
+
+    Args:
+        flag: the table as given by the user, for messages.
+        rows: of the table.
+        paths: of the image of each row.
+        classes: of the labels; None: labels are not used.
+        notes: gets a line about repetitions within a split.
+        warnings: gets a line about repetitions across splits.
+
+    Raises:
+        DataError: an image has two labels.
+    """
+
+    def label(row: Row) -> int:
+        return classes.number[row.label] if classes else NO_LABEL
+
+    first: dict[str, Row] = {}
+    again: list[str] = []
+    across: list[str] = []
+    for row, path in zip(rows, paths, strict=True):
+        place = path if files.is_remote(path) else posixpath.normpath(path)
+        before = first.setdefault(place, row)
+        if before is row:
+            continue
+        if NO_LABEL not in (label(before), label(row)) and label(before) != label(row):
+            raise DataError(
+                f"{flag}: lines {before.line} and {row.line} give {row.path} two labels, {before.label!r} and {row.label!r}: "
+                "an image has one"
+            )
+        if before.split != row.split:
+            across.append(f"{row.path} in {before.split} (line {before.line}) and {row.split} (line {row.line})")
         else:
-            available = ", ".join(header) if header else f"{width} without a header: 0 to {width - 1}"
-            raise ConfigError(f"--columns: {flag} has no column {column!r} for {name}; there are {available}")
-    for name, usual_names in _COLUMN_NAMES.items():
-        if name not in positions and (matches := [names.index(usual) for usual in usual_names if usual in names]):
-            positions[name] = matches[0]
-    positions.setdefault("path", 0)
-    if not header and not columns:
-        if width > 1:
-            positions["label"] = 1
-        if width == 3 and all(len(row) == 3 and row[2].lower() in SPLIT_NAMES for _, row in rows):
-            positions["split"] = 2
-    elif "label" not in positions and not columns and len(header) == 2 and positions["path"] == 0:
-        positions["label"] = 1
-    return positions
+            again.append(f"{row.path} (lines {before.line} and {row.line})")
+        if label(before) == NO_LABEL:
+            first[place] = row
+    if across:
+        warnings.append(
+            f"{len(across):,} {'image is' if len(across) == 1 else 'images are'} in two splits: {_first(across, '; ', 3)}"
+        )
+    if again:
+        notes.append(
+            f"{len(again):,} {'row repeats an image' if len(again) == 1 else 'rows repeat images'} of the same split: "
+            f"{_first(again, '; ', 3)}"
+        )
+
+
+def _first(words: Sequence[str], separator: str = ", ", most: int = _NAMED) -> str:
+    """Joins the first few of many names."""
+    more = f"{separator}and {len(words) - most:,} more" if len(words) > most else ""
+    return separator.join(map(printable, words[:most])) + more
 
 
 def _source_of_files(
     name: str,
     flag: str,
     by_split: dict[str, list[_File]],
+    classes: Classes,
     options: SourceOptions,
     progress: Progress,
-    *,
-    numeric_labels: bool = False,
+    metadata: dict[str, Any],
+    notes: Sequence[str],
+    warnings: Sequence[str],
 ) -> Source:
-    """A source of image files, given by the source's own split ("" where it has none)."""
+    """A source of image files.
+
+    Args:
+        name: of the source.
+        flag: the source as given by the user, for messages.
+        by_split: files by the source's own split; "" where it has none.
+        classes: of the labels of all files.
+        options: flags common to all sources.
+        progress: see `folder_source`.
+        metadata: of the source.
+        notes: of the source, without those of `classes`.
+        warnings: likewise.
+
+    Raises:
+        DataError: --splits does not fit the source's splits, or two of them differ only in case.
+    """
+    folded = collections.Counter(split.casefold() for split in by_split)
+    if alike := [split for split in by_split if folded[split.casefold()] > 1]:
+        raise DataError(
+            f"{flag} has the splits {_first(alike)}, which differ only in case: make them one, or rename one"
+        )
+    if unfit := [split for split in by_split if "/" in split or split.startswith(".")]:
+        raise DataError(
+            f"{flag} has the split {unfit[0]!r}: names of files begin with it, so it cannot have / or begin with ."
+        )
     all_files = [file for members in by_split.values() for file in members]
-    classes, numbers = number_classes(flag, (file.label for file in all_files), options, numeric=numeric_labels)
+    numbers = classes.number
     selected = select_splits(flag, by_split, options)
     if selected is None:
         hashes: list[bytes] = []
@@ -213,7 +349,9 @@ def _source_of_files(
 
         return SourceSplit(split, len(members), loaders, key)
 
-    return Source(name, classes, tuple(source_split(split, members) for split, members in members_of.items()))
+    splits = tuple(source_split(split, members) for split, members in members_of.items())
+    all_notes, all_warnings = (*notes, *classes.notes), (*warnings, *classes.warnings)
+    return Source(name, classes.names, splits, metadata, all_notes, all_warnings)
 
 
 def _hash(path: str, seed: int) -> bytes:

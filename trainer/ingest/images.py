@@ -26,7 +26,6 @@ from trainer.data import image_header
 from trainer.data.records import ImageRecord, decode
 from trainer.io import files
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _ORIENTATION = 0x0112  # EXIF tag
 # Modes that TensorFlow decodes to the pixels that Pillow gives.
 _MODES = {"JPEG": ("L", "RGB", "CMYK"), "PNG": ("1", "L", "P", "RGB"), "GIF": ("L", "P", "RGB"), "BMP": ("RGB",)}

@@ -1,4 +1,4 @@
-"""The interface of sources of images, and what they share: options, splits, class names.
+"""The interface of sources of images, and what they share: options and splits.
 
 A source has class names and, for each split, the number of images and a way to load any range of
 them. The order is fixed: any number of workers on any machine reads the same images in the same
@@ -19,7 +19,6 @@ import numpy as np
 
 from trainer.core.errors import ConfigError, DataError
 from trainer.ingest.images import ValidatedImage
-from trainer.io import files
 
 Loader = Callable[[], ValidatedImage]
 Progress = Callable[[str, int, int], None]  # (phase, items done, items in all)
@@ -69,6 +68,8 @@ class Source:
         classes: class names; empty: unlabelled.
         splits: in the order in which they are written.
         metadata: for the field `source` of dataset.json.
+        notes: lines about how the source was understood.
+        warnings: lines about what probably is a mistake in it.
         close: releases what the source holds, such as worker processes.
     """
 
@@ -76,6 +77,8 @@ class Source:
     classes: tuple[str, ...]
     splits: tuple[SourceSplit, ...]
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     close: Callable[[], None] = lambda: None
 
 
@@ -91,6 +94,8 @@ class SourceOptions:
         labelled: whether labels are taken.
         upright: whether EXIF rotations are applied.
         classes: class names in order; empty: the source's.
+        class_order: of the source's class names: auto, natural or text.
+        encoding: of text files, a Python codec; empty: UTF-8, or what a byte order mark says.
     """
 
     splits: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -99,6 +104,8 @@ class SourceOptions:
     labelled: bool = True
     upright: bool = False
     classes: tuple[str, ...] = ()
+    class_order: str = "auto"
+    encoding: str = ""
 
 
 def parse_splits(text: str) -> tuple[dict[str, str], dict[str, float]]:
@@ -156,22 +163,6 @@ def parse_pairs(flag: str, text: str, names: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
-def read_class_names(path: str) -> tuple[str, ...]:
-    """Reads class names from a text file, one per line.
-
-    Raises:
-        DataError: the file cannot be read, is empty, or repeats a name.
-    """
-    lines = files.read(path, "class names").decode("utf-8-sig", errors="replace").splitlines()
-    names = tuple(line.strip() for line in lines if line.strip())
-    if not names:
-        raise DataError(f"{path} has no class names: it must have one name per line")
-    if len(set(names)) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path} has the class name {repeated!r} twice: remove one")
-    return names
-
-
 def split_by_share(
     shares: dict[str, float], seed: int, labels: Sequence[int], hashes: Sequence[bytes]
 ) -> dict[str, list[int]]:
@@ -218,41 +209,6 @@ def split_by_share(
 def content_hash(content: bytes | memoryview, seed: int) -> bytes:
     """Returns the hash by which `split_by_share` orders images: 8 bytes, keyed by `seed`."""
     return hashlib.blake2b(content, digest_size=8, key=seed.to_bytes(8, "big")).digest()
-
-
-def number_classes(
-    flag: str, labels: Iterable[str], options: SourceOptions, *, numeric: bool = False
-) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Determines class names and numbers from the labels of a source.
-
-    Args:
-        flag: the source as given by the user, for messages.
-        labels: label texts; "" is no label.
-        options: its `classes`, if any, fix names and order.
-        numeric: whether labels that are all whole numbers are class numbers rather than names.
-
-    Returns:
-        Class names, and the class number of each label text; "" has -1.
-
-    Raises:
-        DataError: a label is not among `options.classes`.
-    """
-    texts = set(labels) - {""}
-    numbers = {"": -1}
-    if not texts:
-        return options.classes, numbers  # without labels they say what the teacher's classes mean
-    if options.classes and texts <= set(options.classes):
-        return options.classes, numbers | {text: options.classes.index(text) for text in texts}
-    if numeric and all(re.fullmatch(r"\d+", text) for text in texts):
-        count = len(options.classes) or max(map(int, texts)) + 1
-        if too_large := [text for text in texts if int(text) >= count]:
-            raise DataError(f"{flag} has label {too_large[0]}; --classes has {count} classes, from 0 to {count - 1}")
-        return options.classes or tuple(map(str, range(count))), numbers | {text: int(text) for text in texts}
-    if options.classes:
-        unknown = sorted(texts - set(options.classes))[0]
-        raise DataError(f"{flag} has class {unknown!r}, which is not in the file --classes")
-    classes = tuple(sorted(texts))
-    return classes, numbers | {text: number for number, text in enumerate(classes)}
 
 
 def select_splits(flag: str, available: Collection[str], options: SourceOptions) -> dict[str, str] | None:

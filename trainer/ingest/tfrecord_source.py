@@ -25,6 +25,7 @@ from trainer.core.errors import ConfigError, DataError
 from trainer.data.tfrecord import FOOTER, HEADER, location, masked_crc
 from trainer.ingest import images
 from trainer.ingest.images import ValidatedImage
+from trainer.ingest.labels import number_classes, read_class_names, tally
 from trainer.ingest.sources import (
     SPLIT_NAMES,
     Loader,
@@ -33,9 +34,7 @@ from trainer.ingest.sources import (
     SourceOptions,
     SourceSplit,
     content_hash,
-    number_classes,
     parse_pairs,
-    read_class_names,
     split_by_share,
 )
 from trainer.io import destination, files
@@ -298,8 +297,8 @@ def _record_classes(
     if texts:
         if len(texts) < len(labels - {_NO_LABEL}):
             raise DataError(f"{flag} has labels that are numbers and labels that are text")
-        classes, numbers = number_classes(flag, texts, options)
-        return classes, lambda label: numbers[str(label)] if label != _NO_LABEL else _NO_LABEL
+        numbered = number_classes(flag, tally((text, "a record") for text in texts), options, numeric=True)
+        return numbered.names, lambda label: numbered.number[str(label)] if label != _NO_LABEL else _NO_LABEL
     names_file = files.join(posixpath.dirname(paths[0]), _TFDS_CLASS_NAMES)
     classes = options.classes
     if not classes and layout in ("", "tfds") and files.exists(names_file):

@@ -137,6 +137,11 @@ def write_dataset(
             raise DataError(f"--out={out} holds a data set already: give another folder, or --overwrite")
         source = make_source()
         try:
+            if console:
+                for line in source.notes:
+                    console.info(line)
+                for line in source.warnings:
+                    console.warning(line)
             earlier_shards = _noted_shards(destination) | _shard_files(old_index)
             acquire(destination, plan, overwrite)
             if earlier_shards:  # noted so that a run after a kill can delete them

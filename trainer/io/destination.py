@@ -382,28 +382,6 @@ def _remove_abandoned() -> None:
                 os.close(handle)
 
 
-def tree(folder: str) -> list[tuple[tuple[str, ...], str]]:
-    """All files under `folder`, sorted.
-
-    Returns:
-        For each the parts of its relative path, and a text that changes when the file does.
-
-    Raises:
-        DataError: the folder does not exist, or cannot be listed.
-    """
-    if files.is_remote(folder):
-        names = BucketDestination(folder, "--dataset", reading=True).names()
-        return sorted((tuple(name.split("/")), version) for name, version in names.items())
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder}: there is no such folder")
-    paths: list[tuple[tuple[str, ...], str]] = []
-    for where, _, names_here in os.walk(folder, followlinks=True):
-        below = os.path.relpath(where, folder)
-        parts = () if below == "." else tuple(below.split(os.sep))
-        paths += [((*parts, name), mark(os.path.join(where, name))) for name in names_here]
-    return sorted(paths)
-
-
 def mark(path: str) -> str:
     """A text that changes when a local file does; empty for remote and missing files."""
     if files.is_remote(path):

@@ -83,12 +83,13 @@ _REFUSALS = (
 )
 
 
-def read(path: str, what: str) -> bytes:
-    """The whole content of `path`.
+def read(path: str, what: str, size: int = -1) -> bytes:
+    """The content of `path`.
 
     Args:
         path: on a disk or in a bucket.
         what: it holds, for errors.
+        size: bytes to read from its start, at most; negative: all.
 
     Raises:
         DataError: it cannot be read.
@@ -96,7 +97,7 @@ def read(path: str, what: str) -> bytes:
 
     def work() -> bytes:
         with tf.io.gfile.GFile(path, "rb") as file:
-            return bytes(file.read())
+            return bytes(file.read(size))
 
     try:
         return attempt(work, path)
