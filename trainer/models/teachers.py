@@ -337,7 +337,9 @@ def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
             "the teacher's head must have the classes of the data"
         )
     if not spec.classes and model.output_shape[-1] < 2:
-        raise DataError(f"--teacher={name} has one output, and a classifier needs two: give the network with its classes")
+        raise DataError(
+            f"--teacher={name} has one output, and a classifier needs two: give the network with its classes"
+        )
     height, width = model.input_shape[1:3]
     if height != width:
         raise DataError(f"--teacher={name} takes images of {height} x {width} pixels; they must be square")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from trainer.method.feed import BatchPrefetcher
 from trainer.models.teachers import Teacher
 from trainer.run import baseline
 from trainer.run.accelerator import Accelerator
+from trainer.run.batch_statistics import BatchStatistics
 from trainer.run.evaluator import Evaluator
 from trainer.run.plan import RunPlan
 from trainer.run.teacher_check import Decision
@@ -45,6 +47,7 @@ class Job:
         train_loop: the compiled loop of `step.make_train_loop`.
         decisions: what was found out about each teacher.
         evaluators: of `eval_stores`, by the split's name; made when they are first needed.
+        statistics: re-estimates the student's batch normalisations for evaluation and export.
         step: updates made so far.
         seconds: wall time of training so far, over all processes of this run.
         pending_metrics: steps and mean metrics of the device's loops since the last logged row.
@@ -64,6 +67,7 @@ class Job:
     targets: tuple[np.ndarray, ...]
     optimizer: keras.optimizers.Optimizer
     train_loop: Callable[..., dict[str, tf.Tensor]]
+    statistics: BatchStatistics
     decisions: tuple[Decision, ...] = ()
     evaluators: dict[str, Evaluator] = dataclasses.field(default_factory=dict)
     step: int = 0
@@ -105,6 +109,11 @@ class Job:
             else:
                 self._constant = baseline.of_labels(train.labels)
         return self._constant
+
+    def for_inference(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the student is as it is evaluated and exported: see `batch_statistics`."""
+        # The updates that made the weights that are loaded, which may be those of an earlier step.
+        return self.statistics.reestimated(int(keras.ops.convert_to_numpy(self.optimizer.iterations)))
 
     def is_due(self, every: int) -> bool:
         """Whether an action of every `every` steps is due; all are due at the end of the run."""
