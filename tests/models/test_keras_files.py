@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import shlex
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +17,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, IMAGE, here
+from conftest import CLASSES, IMAGE, ROOT, here
 
 from trainer.core.config import Config
 from trainer.core.errors import ConfigError, DataError
@@ -259,7 +263,7 @@ def test_one_output_for_two_classes_becomes_two_logits(activation: str | None, t
     probability = call(model, x)[:, 0] if activation else 1 / (1 + np.exp(-call(model, x)[:, 0]))
     assert np.allclose(np.exp(log_softmax(teacher.logits(tf.constant(x)).numpy()))[:, 1], probability, atol=1e-5)
     assert any("second class" in note for note in teacher.notes)
-    with pytest.raises(DataError, match="has 1 classes"):
+    with pytest.raises(DataError, match="has one output, which is for two classes"):
         load(path)
 
 
@@ -604,6 +608,8 @@ def test_a_student_from_a_file_gives_logits(tmp_path: pathlib.Path) -> None:
         students.build(f"keras:{saved(tta(), tmp_path / 't.keras')}", CLASSES, 4)
     with pytest.raises(DataError, match=r"has 2 outputs .* it must have one"):
         students.build(f"keras:{saved(several('list'), tmp_path / 't.keras')}", CLASSES, 4)
+    with pytest.raises(DataError, match="takes images of 4 x 4 pixels, but --image_size is 6: give --image_size=4"):
+        students.build(f"keras:{tmp_path / '0.keras'}", CLASSES, 6)
 
 
 def test_evaluate_takes_an_output_and_refuses_in_one_line(data: str, tmp_path: pathlib.Path) -> None:
@@ -620,3 +626,33 @@ def test_evaluate_takes_an_output_and_refuses_in_one_line(data: str, tmp_path: p
     done = here("evaluate", f"--model=keras:{tmp_path}", f"--data={data}")
     assert done.returncode == 3
     assert "it is a folder: give a file; there is a model in it: t.keras" in done.stderr
+
+
+@pytest.mark.slow
+def test_files_that_keras_2_wrote(tmp_path: pathlib.Path) -> None:
+    """Its `.h5` files load and give the same; the command in the error turns a `.keras` into
+    one."""
+    folder, packages = ROOT / "tests" / "keras2", tmp_path / "k2"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--require-hashes", "--target", str(packages)]
+    subprocess.run([*install, "-r", str(folder / "requirements.txt")], check=True, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(packages), "TF_USE_LEGACY_KERAS": "1"}
+    make = [sys.executable, str(folder / "make_files.py"), str(tmp_path), str(CLASSES), "32"]
+    subprocess.run(make, check=True, env=environment)
+    x = tf.constant(np.load(tmp_path / "images.npy"))
+
+    def same(name: str) -> bool:
+        expected = np.load(tmp_path / f"{name}.npy")
+        logits = load(f"{tmp_path}/{name}.h5", teacher_image_size=(32,)).logits(x).numpy()
+        return np.allclose(np.exp(log_softmax(logits)) if name == "chain" else logits, expected, rtol=1e-4, atol=1e-5)
+
+    assert same("tutorial")
+    assert same("chain")
+    with pytest.raises(DataError, match="TensorFlow operations between its layers"):
+        same("operations")
+    for name in ("tutorial", "chain"):
+        (tmp_path / f"{name}.h5").unlink()
+        with pytest.raises(DataError, match=r"it is a file of Keras 2\.19\.0, which Keras 3 cannot read") as error:
+            load(f"{tmp_path}/{name}.keras")
+        arguments = shlex.split(str(error.value).split("`")[1])
+        subprocess.run([sys.executable, *arguments[1:]], check=True, env=environment, cwd=tmp_path)
+        assert same(name)

@@ -223,6 +223,12 @@ def _bit(arch: str, spec: StudentSpec) -> keras.Model:
 
 def _keras_file(spec: StudentSpec) -> keras.Model:
     model, ends_in = keras_files.load_keras(spec.argument, "student")
+    height, width = model.input_shape[1:3]
+    if {height, width} - {None, spec.image_size}:
+        advice = f"give --image_size={height}" if height == width else "they must be square"
+        raise DataError(
+            f"--student={spec.name} takes images of {height} x {width} pixels, but --image_size is {spec.image_size}: {advice}"
+        )
     if not ends_in:
         return model
     if (bare := heads.logits(model)) is None:

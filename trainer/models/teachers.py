@@ -141,13 +141,16 @@ class LoadedModel:
 
 def _load_keras(spec: TeacherSpec) -> LoadedModel:
     model, ends_in = keras_files.load_keras(spec.argument, "teacher", spec.output)
-    if model.output_shape[-1] == 1 and spec.classes in (0, 2) and ends_in in ("", "sigmoid"):
-        one = heads.logits(model) if ends_in else model
-        if one is not None:
-            what = "is the sigmoid of a logit" if ends_in else "is taken as a logit"
-            notes = (f"{spec.name}: its one output {what}, of the second class against the first: two logits, 0 and z",)
-            return LoadedModel(heads.two_logits(one), spec.size, spec.value_range, returns_logits=True, notes=notes)
-    return LoadedModel(model, spec.size, spec.value_range, ends_in)
+    one = heads.logits(model) if ends_in == "sigmoid" else model
+    if model.output_shape[-1] != 1 or one is None:
+        return LoadedModel(model, spec.size, spec.value_range, ends_in)
+    if spec.classes not in (0, 2):
+        raise DataError(
+            f"--teacher={spec.name} has one output, which is for two classes; --data={spec.config.held_out} has {spec.classes}"
+        )
+    what = "is the sigmoid of a logit" if ends_in else "is taken as a logit"
+    notes = (f"{spec.name}: its one output {what}, of the second class against the first: two logits, 0 and z",)
+    return LoadedModel(heads.two_logits(one), spec.size, spec.value_range, returns_logits=True, notes=notes)
 
 
 def _load_saved_model(spec: TeacherSpec) -> LoadedModel:
