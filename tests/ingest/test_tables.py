@@ -28,7 +28,7 @@ def labels(done: Prepared) -> dict[str, str]:
         "path\tlabel\ra/1.jpg\tx\ra/2.jpg\ty\r",
         "path|label\na/1.jpg|x\na/2.jpg|y",
         "sep=;\r\npath;label\r\na/1.jpg;x\r\na/2.jpg;y\r\n",
-        "# made today, by hand\npath,label\n\na/1.jpg,x\n# the rest\na/2.jpg,y\n,\n",
+        "# made by hand\npath,label\n\na/1.jpg,x\n# the rest\na/2.jpg,y\n,\n",
         "#label,path\nx,a/1.jpg\ny,a/2.jpg\n",
         "a/1.jpg x\na/2.jpg\ty\n",
         "Image Path,Class Name\na/1.jpg,x\na/2.jpg,y\n",

@@ -5,15 +5,19 @@ its resize and NumPy.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 
+import keras
 import numpy as np
 import pytest
 import reference
 import tensorflow as tf
+from PIL import Image
 from scipy import stats
 
 from trainer.core import options
 from trainer.core.config import Config
+from trainer.data.store import squash
 from trainer.method import counter_rng, crops, views
 from trainer.models import value_range
 
@@ -388,3 +392,24 @@ def test_ranges(name: str, low: float, high: float) -> None:
 def test_half_of_the_views_are_mirrored() -> None:
     draws = counter_rng.uniform(0, tf.constant(0), tf.range(4000), crops.DRAWS_PER_CROP).numpy()
     assert abs((draws[:, -1] < 0.5).mean() - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (48, 48)])
+def test_whole_views_are_those_of_image_dataset_from_directory(shape: tuple[int, int], tmp_path: pathlib.Path) -> None:
+    """Squashed and padded, against Keras reading the same file. Images are kept at twice the size,
+    so that fine detail differs slightly.
+    """
+    rng, size = np.random.default_rng(3), 24
+    coarse = rng.uniform(0, 255, (5, 5, 3))
+    pixels = tf.image.resize(coarse, shape, "bicubic").numpy().clip(0, 255).astype(np.uint8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "0.png")
+    stored = squash(tf.constant(pixels[None]), 2 * size)
+    sizes = tf.constant([shape], tf.float32)
+    for kind, options in (("squash", {}), ("pad", {"pad_to_aspect_ratio": True})):
+        data = keras.utils.image_dataset_from_directory(tmp_path, image_size=(size, size), verbose=False, **options)
+        expected = next(iter(data))[0].numpy()[0]
+        view = (views.evaluation_view(Config(), stored, sizes, size, kind).numpy()[0] + 1) * 127.5
+        assert np.abs(view - expected).mean() < 2, kind
+        if kind == "pad":
+            assert ((view == 0).all(-1) == (expected == 0).all(-1)).mean() > 0.95

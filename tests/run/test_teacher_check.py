@@ -167,7 +167,7 @@ def test_without_a_clear_winner_the_job_stops_and_asks(tmp_path: pathlib.Path, i
 def test_a_given_range_that_leaves_the_teacher_at_chance_is_refused(tmp_path: pathlib.Path, images: Images) -> None:
     name = teacher(tmp_path, 0, 255)
     with pytest.raises(
-        DataError, match="takes 0,1 .--teacher_range.*but 0,255 is much better.*give --teacher_range=0,255"
+        DataError, match=r"takes 0,1 .--teacher_range.*but 0,255 is much better.*give --teacher_range=0,255"
     ):
         judge(name, images, teacher_range=("0,1",))
 
@@ -175,7 +175,7 @@ def test_a_given_range_that_leaves_the_teacher_at_chance_is_refused(tmp_path: pa
 def test_a_layer_that_labels_contradict_is_refused(tmp_path: pathlib.Path, images: Images) -> None:
     """It divides by 255, and was trained on images that were divided before."""
     name = teacher(tmp_path, 0, 1 / 255, head=keras.layers.Rescaling(1 / 255))
-    with pytest.raises(DataError, match="takes 0,255 .it begins with Rescaling.*but 0,1 is much better"):
+    with pytest.raises(DataError, match=r"takes 0,255 .it begins with Rescaling.*but 0,1 is much better"):
         judge(name, images)
     assert judge(name, images, teacher_range=("0,1",))[0].top1 == 1.0
 
@@ -197,7 +197,7 @@ def test_classes_in_another_order_are_named(tmp_path: pathlib.Path, images: Imag
 
 def test_any_other_order_is_named_too(tmp_path: pathlib.Path, images: Images) -> None:
     name = teacher(tmp_path, 0, 1, order=np.random.default_rng(2).permutation(12))
-    with pytest.raises(DataError, match="in another order than the data: its output .* means .*--classes=FILE"):
+    with pytest.raises(DataError, match=r"in another order than the data: its output .* means .*--classes=FILE"):
         judge(name, images, teacher_range=("0,1",))
 
 

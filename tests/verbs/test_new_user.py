@@ -128,7 +128,7 @@ ORDINARY: dict[str, Callable[[], keras.Model]] = {
 def test_an_ordinary_teacher_needs_no_flag(name: str, colours: pathlib.Path, tmp_path: pathlib.Path) -> None:
     code, output = start(colours, saved(ORDINARY[name](), tmp_path / "teacher.keras"))
     assert code == 0, output
-    assert re.search(r"teacher .*100\.0 %", output), output
+    assert re.search(r"teacher .*100\.0%", output), output
 
 
 def untrained() -> keras.Model:
@@ -209,7 +209,7 @@ def test_a_mistake_with_paths_is_one_line(colours: pathlib.Path, tmp_path: pathl
 def test_a_teacher_in_hdf5_works(colours: pathlib.Path, tmp_path: pathlib.Path) -> None:
     code, output = start(colours, saved(colour_classifier(0, 1, before=rescaling), tmp_path / "teacher.h5"))
     assert code == 0, output
-    assert re.search(r"teacher .*100\.0 %", output), output
+    assert re.search(r"teacher .*100\.0%", output), output
 
 
 def test_images_that_were_not_prepared_are_one_line(colours: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -48,13 +48,11 @@ class _EpochStream:
         Takes time independent of `start`.
         """
         epochs = range(start // self._examples, -(-stop // self._examples))
-        # Replaced as a whole: the thread that makes the next loop's input and an estimate of batch
-        # statistics may call this at the same time.
-        old = self._cache
-        cache = self._cache = {
-            e: old[e] if e in old else permutation(self._seed, e, self._examples, self._stream) for e in epochs
+        self._cache = {
+            e: self._cache[e] if e in self._cache else permutation(self._seed, e, self._examples, self._stream)
+            for e in epochs
         }
-        parts = [cache[e][max(0, start - e * self._examples) : max(0, stop - e * self._examples)] for e in epochs]
+        parts = [self._cache[e][max(0, start - e * self._examples) : max(0, stop - e * self._examples)] for e in epochs]
         return np.concatenate([np.zeros(0, np.int32), *parts])
 
 

@@ -15,6 +15,7 @@ estimate.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -70,7 +71,9 @@ class BatchStatistics:
         if views.mode(config).mixup and config.mixup == "batch":
             config = dataclasses.replace(config, views="same/ic")  # the same crops, not mixed
         self.config, self._strategy, self._student = config, strategy, student
-        self._store, self._sampler, self._jit = store, sampler, jit_compile
+        self._store, self._jit = store, jit_compile
+        # A copy: the thread that makes the next loop's input may be using the original.
+        self._sampler = copy.deepcopy(sampler)
         norms = students.batch_norms(student) if config.batch_norm == "reestimate" else []
         # The same layer may be in several nested models.
         self.layers = tuple({id(x): x for x in norms if x.trainable and x.momentum < 1.0}.values())

@@ -45,9 +45,9 @@ class Job:
         targets: for each teacher its constant logits float32 [examples, classes] on the training
             split, where the views fix them; else empty.
         train_loop: the compiled loop of `step.make_train_loop`.
-        statistics: re-estimates the student's batch normalisations for evaluation and export.
         decisions: what was found out about each teacher.
         evaluators: of `eval_stores`, by the split's name; made when they are first needed.
+        statistics: re-estimates the student's batch normalisations for evaluation and export.
         step: updates made so far.
         seconds: wall time of training so far, over all processes of this run.
         pending_metrics: steps and mean metrics of the device's loops since the last logged row.
