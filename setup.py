@@ -34,6 +34,9 @@ EXTRAS = {
     # It reads oxford_flowers102 with scipy and does not require it.
     "datasets": ["tensorflow-datasets>=4.9.9", "tensorflow-metadata<1.18", "scipy"],
     "kaggle": ["kaggle>=2.2,<3"],
+    # HEIC and JPEG XL. Their wheels contain libraries under the GPL, so they are in no image.
+    # Pillow reads AVIF since 11.3.
+    "images": ["pillow>=11.3", "pillow-heif>=1", "pillow-jxl-plugin>=1.3"],
     "report": ["jinja2>=3.1", "matplotlib>=3.8"],
     # Job specs are YAML (deploy/).
     "deploy": ["pyyaml>=6"],
@@ -68,6 +71,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "rich>=13",
+        "simplejpeg>=1.8",
         "setuptools<82",  # TensorBoard 2.19 imports pkg_resources, which 82 dropped.
         "tensorboard>=2.19",
     ],
