@@ -340,7 +340,7 @@ def test_unusable_images_are_counted_or_left_out(tmp_path: pathlib.Path) -> None
     assert "left out 4 of 11" in process.stderr
     dataset = Dataset.load(str(tmp_path / "out"))
     assert dataset.splits["train"].examples == 6
-    assert dataset.source == {"left_out": 4}
+    assert dataset.source == {"left_out": 4, "labels": {"train": [6], "test": [1]}}
     assert not (tmp_path / "out/.incomplete").exists()
     (tmp_path / "in/test/a/x.jpg").write_bytes(b"no")
     line = refused(tmp_path / "y", f"folder:{tmp_path}/in", "--skip_bad")

@@ -20,6 +20,9 @@ _SOF = frozenset(range(0xC0, 0xD0)) - {
     0xC8,
     0xCC,
 }  # start of frame; the excluded three are tables and an extension
+# Sequential and progressive, with Huffman's or arithmetic coding. The others are lossless or
+# hierarchical, which TensorFlow does not decode.
+_DECODED_SOF = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # markers without a length
 
 
@@ -88,6 +91,8 @@ def _jpeg(encoded: bytes) -> tuple[int, int]:
             bits, *size = struct.unpack_from(">BHH", encoded, position + 4)
             if bits != 8:
                 raise InvalidImage(f"a JPEG of {bits} bits per channel: training decodes 8")
+            if marker not in _DECODED_SOF:
+                raise InvalidImage("a lossless or hierarchical JPEG: training decodes the common kinds")
         if marker == 0xDA:
             break
         position += 2 + length

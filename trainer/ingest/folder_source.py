@@ -368,5 +368,5 @@ def _load(file: _File, label: int, upright: bool) -> ValidatedImage:
     try:
         encoded = files.read(file.path, "an image")
     except DataError as error:
-        raise images.UnusableImage(str(error)) from error
+        raise images.UnusableImage(file.path, str(error)) from error
     return images.validate_image(encoded, label, file.name, file.path, upright)

@@ -13,7 +13,7 @@ import tensorflow as tf
 from trainer.core.errors import DataError
 from trainer.data import image_header
 from trainer.data.dataset import INDEX_FILE, Dataset, Shard
-from trainer.data.records import check_record, decode
+from trainer.data.records import check_pixels, check_record, decode
 from trainer.data.tfrecord import location, payloads
 from trainer.ingest.sources import Progress, run_in_order
 from trainer.io import files
@@ -82,6 +82,10 @@ def _check_image(dataset: Dataset, payload: bytes, where: str) -> None:
         image = check_record(dataset, payload)
     except image_header.InvalidImage as error:
         raise DataError(f"{where}: {error}") from error
+    try:
+        check_pixels(image)
+    except image_header.InvalidImage as error:
+        raise DataError(f"{where} ({image.filename}): the image cannot be decoded: {error}") from error
     try:
         height, width, _ = decode(tf.constant(image.encoded)).shape
     except tf.errors.OpError as error:

@@ -14,6 +14,8 @@ resume:
 
 from __future__ import annotations
 
+import array
+import base64
 import collections
 import concurrent.futures
 import dataclasses
@@ -21,16 +23,21 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
 
 from trainer.core.console import Console, SilentConsole
 from trainer.core.errors import DataError
 from trainer.data import records
 from trainer.data.dataset import INDEX_FILE, Dataset, Shard, Split
 from trainer.data.records import ImageRecord
-from trainer.ingest.images import UnusableImage
+from trainer.ingest.duplicates import UNUSABLE, SplitImages, find_duplicates
+from trainer.ingest.images import NO_DIGEST, UnusableImage
+from trainer.ingest.labels import NO_LABEL, coverage_warnings
 from trainer.ingest.sources import Progress, Source, SourceSplit, run_in_order
 from trainer.io.destination import Destination, open_destination
 
@@ -43,6 +50,10 @@ _PLAN = f"{INCOMPLETE}/plan.json"
 _SHARDS = f"{INCOMPLETE}/shards.json"
 _UNUSABLE = f"{INCOMPLETE}/unusable.txt"
 _COMMIT = f"{INCOMPLETE}/commit"
+_RECORD_FORMAT = 2  # of `ShardRecord`; shards with notes of another format are written again
+_REASONS = 3  # that a message lists, at most
+
+K = TypeVar("K", int, str)
 
 
 @dataclasses.dataclass
@@ -58,8 +69,15 @@ class ShardRecord:
         heights: number of images by height in pixels.
         widths: number of images by width in pixels.
         rotation_ignored: number of images with an EXIF rotation that was not applied.
-        converted: number of images re-encoded as PNG.
-        unusable: a message for each image that cannot be used.
+        dark: number of images of 16 bits that use 12 of them.
+        converted: number of images re-encoded as PNG, by kind of file.
+        first_of_several: number of files with several images, of which the first was taken, by kind
+            of file.
+        unusable: location and reason for each image that cannot be used.
+        needs_decoder: number of those that an optional package would read.
+        labels: class number of each image of the source, int32 as base64; -1: none, `UNUSABLE`: it
+            cannot be used.
+        digests: 8 bytes for each image of the source as base64, equal for equal pixels.
     """
 
     key: str
@@ -70,8 +88,13 @@ class ShardRecord:
     heights: dict[int, int] = dataclasses.field(default_factory=dict)
     widths: dict[int, int] = dataclasses.field(default_factory=dict)
     rotation_ignored: int = 0
-    converted: int = 0
-    unusable: list[str] = dataclasses.field(default_factory=list)
+    dark: int = 0
+    converted: dict[str, int] = dataclasses.field(default_factory=dict)
+    first_of_several: dict[str, int] = dataclasses.field(default_factory=dict)
+    unusable: list[list[str]] = dataclasses.field(default_factory=list)
+    needs_decoder: int = 0
+    labels: str = ""
+    digests: str = ""
 
     def to_json(self) -> bytes:
         """Serializes the record."""
@@ -297,11 +320,13 @@ class _Writer:
         """Writes shard `number` of `count`, unless an earlier run did."""
         start, stop = split.count * number // count, split.count * (number + 1) // count
         file = _shard_name(split, number, count)
-        key = hashlib.sha256(f"{file} {start} {stop}\n{split.key(start, stop)}".encode()).hexdigest()
+        text = f"{_RECORD_FORMAT} {file} {start} {stop}\n{split.key(start, stop)}"
+        key = hashlib.sha256(text.encode()).hexdigest()
         note = f"{INCOMPLETE}/{file}.json"
         content = self._destination.read(note)
         earlier = ShardRecord.parse(content) if content else None
-        if earlier and earlier.key == key and self._is_intact(earlier):
+        # A missing decoder may have been installed since.
+        if earlier and earlier.key == key and not earlier.needs_decoder and self._is_intact(earlier):
             self._count(split, stop - start)
             return earlier
         record = ShardRecord(key, file)
@@ -319,6 +344,7 @@ class _Writer:
 
     def _images(self, split: SourceSplit, start: int, stop: int, record: ShardRecord) -> Iterator[ImageRecord]:
         """Yields the usable images [start, stop), and adds their statistics to `record`."""
+        labels, digests = array.array("i"), bytearray()
         for result in run_in_order(self._pool, split.loaders(start, stop), ahead=IMAGES_AHEAD):
             if self._stop.is_set():
                 raise _Stopped("stopped, since another shard failed")
@@ -326,13 +352,25 @@ class _Writer:
             try:
                 image = result()
             except UnusableImage as error:
-                record.unusable.append(str(error))
+                record.unusable.append([error.location, error.reason])
+                record.needs_decoder += error.needs_decoder
+                labels.append(UNUSABLE)
+                digests += NO_DIGEST
                 continue
+            labels.append(image.record.label)
+            digests += image.digest
             record.heights[image.record.height] = record.heights.get(image.record.height, 0) + 1
             record.widths[image.record.width] = record.widths.get(image.record.width, 0) + 1
             record.rotation_ignored += image.rotation_ignored
-            record.converted += image.converted
+            record.dark += image.dark
+            for kinds, kind in (
+                (record.converted, image.converted),
+                (record.first_of_several, image.first_of_several),
+            ):
+                if kind:
+                    kinds[kind] = kinds.get(kind, 0) + 1
             yield image.record
+        record.labels, record.digests = base64.b64encode(labels).decode(), base64.b64encode(digests).decode()
 
     def _count(self, split: SourceSplit, images: int) -> None:
         with self._lock:
@@ -345,10 +383,11 @@ class _Writer:
         Raises:
             DataError: some cannot be used, and are not to be skipped.
         """
-        unusable = [message for record in shard_records for message in record.unusable]
+        unusable = [(location, reason) for record in shard_records for location, reason in record.unusable]
         if unusable:
-            first = "; ".join(unusable[:3])
-            self._destination.write(_UNUSABLE, ("\n".join(unusable) + "\n").encode())
+            first = _by_reason(unusable)
+            lines = "".join(f"{location}: {reason}\n" for location, reason in unusable)
+            self._destination.write(_UNUSABLE, lines.encode())
             if not self._skip_bad:
                 listed = f"; all are listed in {self._destination.folder}/{_UNUSABLE}" if len(unusable) > 3 else ""
                 raise DataError(
@@ -356,14 +395,75 @@ class _Writer:
                     "them out with --skip_bad"
                 )
             self._console.info(f"left out {len(unusable):,} of {self._total:,} images that cannot be used: {first}")
-        if converted := sum(record.converted for record in shard_records):
+        if converted := _sum(record.converted for record in shard_records):
             self._console.info(
-                f"{converted:,} images were converted to PNG, since TensorFlow does not decode them everywhere alike"
+                f"{_were(converted.total())} converted to PNG, since TensorFlow does not decode them everywhere alike: "
+                f"{_by_kind(converted)}"
+            )
+        if several := _sum(record.first_of_several for record in shard_records):
+            self._console.info(
+                f"of {several.total():,} files with several images the first was taken: {_by_kind(several)}"
+            )
+        if dark := sum(record.dark for record in shard_records):
+            self._console.warning(
+                f"{dark:,} images of 16 bits have no value above 4095 of 65535 and became nearly black: if they have 12 bits, "
+                "scale their values by 16"
             )
         if rotated := sum(record.rotation_ignored for record in shard_records):
             self._console.info(
                 f"{rotated:,} images have an EXIF rotation, which is not applied (docs/data.md); --exif=upright applies it"
             )
+
+    def _statistics(self, shard_records: dict[str, list[ShardRecord]]) -> dict[str, Any]:
+        """Reports classes without images and images that occur twice.
+
+        Returns:
+            Counts for the field `source` of dataset.json: `labels`, for each split the number of
+            images of each class, `without_label` and `duplicates`.
+        """
+        splits = [
+            SplitImages(
+                name,
+                np.concatenate([np.frombuffer(base64.b64decode(r.labels), np.int32) for r in split_records]),
+                np.concatenate([np.frombuffer(base64.b64decode(r.digests), np.uint64) for r in split_records]),
+            )
+            for name, split_records in shard_records.items()
+        ]
+        statistics: dict[str, Any] = {}
+        classes = self._source.classes
+        if any((split.labels >= 0).any() for split in splits):
+            statistics["labels"] = {
+                split.name: np.bincount(split.labels[split.labels >= 0], minlength=len(classes)).tolist()
+                for split in splits
+            }
+            without = {split.name: int((split.labels == NO_LABEL).sum()) for split in splits}
+            if any(without.values()):
+                statistics["without_label"] = {name: count for name, count in without.items() if count}
+            counts = {
+                name: dict(enumerate(labels)) | {NO_LABEL: without[name]}
+                for name, labels in statistics["labels"].items()
+            }
+            for line in coverage_warnings(classes, counts):
+                self._console.warning(line)
+        # An image of train and test is reported as one of test.
+        splits.sort(key=lambda split: split.name != "train")
+        duplicates = find_duplicates(splits, classes, self._image_name)
+        for line in duplicates.notes:
+            self._console.info(line)
+        for line in duplicates.warnings:
+            self._console.warning(line)
+        if duplicates.counts:
+            statistics["duplicates"] = duplicates.counts
+        return statistics
+
+    def _image_name(self, split_name: str, number: int) -> str:
+        """Names image `number` of a split, which is loaded again for it."""
+        split = next(split for split in self._source.splits if split.name == split_name)
+        try:
+            name = next(iter(split.loaders(number, number + 1)))().record.filename
+        except (DataError, StopIteration):
+            name = f"image {number}"
+        return name if name.startswith(f"{split_name}/") else f"{split_name}/{name}"
 
     def _finish(self, shard_records: dict[str, list[ShardRecord]], all_shards: set[str]) -> Dataset:
         """Writes dataset.json, if every shard is still what was written, and cleans up."""
@@ -380,10 +480,11 @@ class _Writer:
                 f"{self._destination.folder}/{changed[0]} was changed by another process: let one job finish, then run "
                 "this one again, or choose another --out"
             )
+        statistics = self._statistics(shard_records)
         heights, widths = _sum(r.heights for r in all_written), _sum(r.widths for r in all_written)
         counts = {
             "left_out": sum(len(r.unusable) for split_records in shard_records.values() for r in split_records),
-            "became_png": sum(r.converted for r in all_written),
+            "became_png": _sum(r.converted for r in all_written).total(),
             "exif_rotation_not_applied": sum(r.rotation_ignored for r in all_written),
         }
         dataset = Dataset(
@@ -397,7 +498,7 @@ class _Writer:
                 "median_height": _median_low(heights),
                 "median_width": _median_low(widths),
             },
-            self._source.metadata | {name: count for name, count in counts.items() if count},
+            self._source.metadata | {name: count for name, count in counts.items() if count} | statistics,
         )
         index = dataset.to_json()
         self._destination.write(_COMMIT, _commit(self._plan, index))
@@ -410,14 +511,36 @@ class _Stopped(DataError):
     """A shard was abandoned because another one failed."""
 
 
-def _sum(histograms: Iterable[dict[int, int]]) -> dict[int, int]:
-    total: collections.Counter[int] = collections.Counter()
+def _by_reason(unusable: Sequence[tuple[str, str]]) -> str:
+    """Lists images that cannot be used: for each of the most frequent reasons, the first image."""
+    first: dict[str, tuple[str, str]] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    for location, reason in unusable:
+        kind = re.sub(r"\d[\d,.]*", "#", reason)
+        first.setdefault(kind, (location, reason))
+        counts[kind] += 1
+    return "; ".join(
+        f"{first[kind][0]}{f' and {count - 1:,} more' if count > 1 else ''}: {first[kind][1]}"
+        for kind, count in counts.most_common(_REASONS)
+    )
+
+
+def _were(count: int) -> str:
+    return "1 image was" if count == 1 else f"{count:,} images were"
+
+
+def _by_kind(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{counts[kind]:,} {kind}" for kind in sorted(counts, key=lambda kind: (-counts[kind], kind)))
+
+
+def _sum(histograms: Iterable[dict[K, int]]) -> collections.Counter[K]:
+    total: collections.Counter[K] = collections.Counter()
     for histogram in histograms:
         total.update(histogram)
     return total
 
 
-def _median_low(histogram: dict[int, int]) -> int:
+def _median_low(histogram: Mapping[int, int]) -> int:
     """Returns the median of values given with their counts; of the two middle ones, the lower."""
     middle, seen = (sum(histogram.values()) - 1) // 2, 0
     for value in sorted(histogram):
