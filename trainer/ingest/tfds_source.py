@@ -21,8 +21,11 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from trainer.core.errors import ConfigError, DataError
 from trainer.ingest import images
+from trainer.ingest.labels import clean
 from trainer.ingest.sources import Loader, Source, SourceOptions, SourceSplit
 from trainer.io import files
 
@@ -65,11 +68,13 @@ def tfds_source(name: str, data_dir: str, image: str, label: str, options: Sourc
     _prepare(tfds, builder, name)
     features = builder.info.features
     image = _feature("image", image, 0, tfds.features.Image, builder, name)
+    _require_integers(features[image], image, name)
     label = _feature("label", label, 1, tfds.features.ClassLabel, builder, name) if options.labelled else ""
     classes: tuple[str, ...] = ()
     if label:
         class_label = features[label]
-        classes = options.classes or tuple(class_label.names or map(str, range(class_label.num_classes)))
+        names = map(clean, class_label.names) if class_label.names else map(str, range(class_label.num_classes))
+        classes = options.classes or tuple(names)
         if len(classes) != class_label.num_classes:
             raise DataError(f"--classes has {len(classes)} classes; {name} has {class_label.num_classes}")
     filename = next((f for f in ("file_name", "filename", "image/filename") if f in features), "")
@@ -227,6 +232,22 @@ def _feature(flag: str, requested: str, position: int, kind: type, builder: Any,
         names = ", ".join(features) if is_dict else type(features).__name__
         raise DataError(f"--dataset=tfds:{name} is not a data set of images: its features are {names}")
     raise ConfigError(f"--dataset=tfds:{name} has several: choose one of --{flag}={', '.join(candidates)}")
+
+
+def _require_integers(image: Any, key: str, name: str) -> None:
+    """Raises if tensorflow-datasets stores an image's floats as if they were the bytes of a PNG.
+
+    Args:
+        image: the feature.
+        key: of the feature.
+        name: of the data set, for messages.
+    """
+    dtype = image.np_dtype.name if isinstance(image.np_dtype, np.dtype) else image.np_dtype.__name__
+    if dtype not in ("uint8", "uint16"):
+        raise DataError(
+            f"--dataset=tfds:{name}: its images ({key}) are stored as {dtype}, and it is not known what is black and "
+            "white: images of uint8 and uint16 are read"
+        )
 
 
 def _source_split(tfds: Any, builder: Any, split: str, expression: str, keys: _Keys, upright: bool) -> SourceSplit:
