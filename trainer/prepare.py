@@ -81,8 +81,8 @@ def define_flags(values: flags.FlagValues) -> None:
         "features",
         "",
         "Layout of tfrecord: image:KEY,label:KEY,filename:KEY (the last two may be left out), or "
-        "funmatch, notebook (the FunMatch-Distillation notebooks) or tfds. Empty: found from the "
-        "first record.",
+        "funmatch, notebook (the FunMatch-Distillation notebooks), tfds or imagenet (the scripts of "
+        "TF-Slim). Empty: found from the first records.",
         **group,
     )
     text(

@@ -220,6 +220,11 @@ def test_places_that_are_no_folder_of_images(tmp_path: pathlib.Path, name: str, 
     done.line("error: ", message)
 
 
+def test_a_blank_name_is_no_class(tmp_path: pathlib.Path) -> None:
+    put(tmp_path / "in", "a/1.jpg", " /2.jpg")
+    prepared(tmp_path).line("error", "the folder of  /2.jpg has a blank name")
+
+
 def test_class_names_survive_without_labels(tmp_path: pathlib.Path) -> None:
     put(tmp_path / "in", "a/1.jpg")
     (tmp_path / "names.txt").write_text("x\ny\n")

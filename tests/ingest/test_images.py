@@ -176,6 +176,7 @@ CUT = {
     "png, one bit": flipped(encode(COLOUR, "PNG", **STORED), 200),
     "png that is converted, one bit": flipped(encode(RGBA, "PNG", **STORED), 200),
     "png of 16 bits, one bit": flipped(encode((GREY * 65535).astype(np.uint16), "PNG", **STORED), 200),
+    "png that is converted, its checksum": flipped(encode(RGBA, "PNG"), len(encode(RGBA, "PNG")) - 14),
     "gif": encode(COLOUR, "GIF")[:-300],
     "bmp": encode(COLOUR, "BMP")[:-9],
     "webp": encode(COLOUR, "WEBP")[:-90],

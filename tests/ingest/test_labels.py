@@ -34,6 +34,7 @@ DIGITS = [str(number) for number in range(12)]
         DIGITS,
         DIGITS[::-1],
         [f"{number}.0" for number in range(12)],
+        [f"{number},0" for number in range(12)],  # as a decimal comma has it
         [f" {number:02d} " for number in range(12)],
         [*DIGITS, "1.0", "01", "1e0", "+1"],
         [*DIGITS, "-1", "-1.0", "nan", "NaN", "None", "NULL", "<NA>", "n/a", ""],
@@ -43,7 +44,7 @@ def test_spellings_of_numbers_are_one_label_and_odd_ones_do_not_reorder(labels: 
     classes = numbered(labels)
     assert classes.names == tuple(DIGITS)
     for label in map(clean, labels):
-        expected = int(float(label)) if label[:1] in {*"0123456789+"} and label else NO_LABEL
+        expected = int(float(label.replace(",", "."))) if label[:1] in {*"0123456789+"} and label else NO_LABEL
         assert classes.number[label] == expected
 
 

@@ -74,6 +74,7 @@ class Runner:
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
     folder = tmp_path_factory.mktemp("prepare")
     put(folder / "in", *[f"{split}/{name}/1.jpg" for split in SPLITS for name in "ab"])
+    shutil.copyfile(folder / f"in/{SPLITS[0]}/a/1.jpg", folder / f"in/{SPLITS[1]}/a/1.jpg")  # dataset.json says so
     with Zygote("hooks", "trainer.prepare", "trainer.io.destination", "trainer.ingest.sources", root=ROOT) as zygote:
         runner = Runner(zygote, folder / "in", folder, {}, [])
         assert runner.prepare(folder / "whole", record=str(folder / "changes")) == 0
@@ -91,6 +92,8 @@ def first_step(runner: Runner, kind: str, part: str, after: str = "") -> int:
 def test_after_a_kill_the_same_command_writes_the_same_bytes(runner: Runner) -> None:
     """In a shard, after it, in its record, in dataset.json, after it, and in cleaning up."""
     assert sorted(runner.expected) == ["dataset.json", *(f"{split}-00000-of-00001.tfrecord" for split in SPLITS)]
+    source = json.loads(runner.expected["dataset.json"])["source"]
+    assert source == {"duplicates": {"validation": {"train": 1}}, "labels": {"train": [1, 1], "validation": [1, 1]}}
     points = {
         first_step(runner, "half", "train-00000"),
         first_step(runner, "renamed", "train-00000"),

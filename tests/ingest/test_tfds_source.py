@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from conftest import here
 from PIL import Image
 
+from trainer.data import records
 from trainer.data.dataset import Dataset
 from trainer.data.records import EncodedSplit
 from trainer.ingest import tfds_source, verify, writer
@@ -93,6 +94,28 @@ class LocalWords(tfds.core.GeneratorBasedBuilder):
         yield 0, {"text": "word"}
 
 
+class LocalDeep(tfds.core.GeneratorBasedBuilder):
+    """Images of 16 bits and of floats, labels of which some are missing, a name in parts (NFD)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "deep": tfds.features.Image(shape=(8, 11, 1), dtype=np.uint16, encoding_format="png"),
+            "height": tfds.features.Image(shape=(8, 11, 1), dtype=np.float32),
+            "label": tfds.features.ClassLabel(names=["cafe\u0301", "tea"]),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, object]:  # noqa: ARG002
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, object]]]:
+        for number, label in enumerate((1, -1)):
+            deep = np.full((8, 11, 1), 32768 + number, np.uint16)
+            yield number, {"deep": deep, "height": np.ones((8, 11, 1), np.float32), "label": label}
+
+
 class LocalFar(LocalFlowers):
     """A data set whose download fails."""
 
@@ -156,6 +179,18 @@ def test_a_local_builder_keeps_bytes_labels_and_names(
     assert dataset.source["tensorflow_datasets"] == "local_flowers/1.2.3"
     one, three = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in "13")
     assert one == three
+
+
+def test_images_of_more_than_8_bits_and_missing_labels(tmp_path: pathlib.Path, data_dir: str) -> None:
+    dataset = run(tmp_path, "local_deep", data_dir, "--image=deep")
+    assert dataset.classes == ("caf\u00e9", "tea")
+    split = EncodedSplit(dataset, dataset.splits["train"])
+    assert sorted(split.labels.tolist()) == [-1, 1]
+    assert (records.decode(tf.constant(split.record(0).encoded)).numpy() == 128).all()
+    assert dataset.source["became_png"] == 2
+    # A float image is stored as a PNG whose four bytes per pixel are the bits of a float.
+    line = refused(tmp_path / "x", "local_deep", data_dir, "--image=height")
+    assert "its images (height) are stored as float32" in line
 
 
 def test_split_expressions(tmp_path: pathlib.Path, data_dir: str) -> None:

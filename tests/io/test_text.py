@@ -39,6 +39,7 @@ def test_text_is_decoded_by_mark_or_name(content: bytes, encoding: str) -> None:
         ("Bär".encode("utf-16-le"), "", "line 1, .*--encoding=utf-16-le"),
         ("Bär".encode("utf-16-be"), "", "--encoding=utf-16-be"),
         (b"rose\nda\0isy", "", "zero bytes in line 2"),
+        (NAMES.encode(), "cp1252", r"x\.txt is UTF-8, not cp1252"),
         (b"\x81", "cp1252", "not CP1252: line 1, byte 1"),
     ],
 )

@@ -89,6 +89,8 @@ def folder_source(path: str, options: SourceOptions, progress: Progress) -> Sour
         if unusual:
             notes.append(f"taken as splits, since they hold folders of images: {_first(unusual)}")
     found = tally((file.label, file.name) for members in by_split.values() for file in members)
+    if class_level and options.labelled and "" in found:
+        raise DataError(f"{flag}: the folder of {found[''].where} has a blank name: name the class")
     classes = number_classes(flag, found, options)
     if empty := listing.empty_folders():
         # An empty class folder in one split is reported as a class without images there.

@@ -21,6 +21,7 @@ NO_LABEL = -1  # the class number of an image without a label
 # What pandas and others write for a missing value, in lower case.
 _MISSING = frozenset({"nan", "null", "none", "na", "n/a", "<na>", "#n/a", "nat"})
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
+_COMMA = re.compile(r"[+-]?[0-9]+,00?")  # a whole number with decimals, where a comma separates them
 # Numbers are class numbers if at least one in so many, up to the largest, occurs. Sparser ones are
 # identifiers.
 _SPARSEST = 10
@@ -202,6 +203,8 @@ def _similar(classes: Sequence[str]) -> list[str]:
 
 def _number(label: str) -> decimal.Decimal | None:
     """Returns the value of a label that is a decimal number of a usual size, else None."""
+    if _COMMA.fullmatch(label):
+        label = label.partition(",")[0]
     if not _NUMBER.fullmatch(label):
         return None
     value = decimal.Decimal(label).normalize()

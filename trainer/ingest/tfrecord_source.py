@@ -415,9 +415,9 @@ def _record_classes(flag: str, layout: str, indices: list[_Index], options: Sour
         for label, count in collections.Counter(index.labels).items():
             before = found.get(label)
             where = before.where if before else index.location(index.labels.index(label))
-            found[label] = Found(where, count + (before.count if before else 0))
-    if not options.labelled or found.keys() <= {""}:
-        return Classes(options.classes, {"": _NO_LABEL})
+            found[label] = Found(where, count + (before.images if before else 0))
+    if not options.labelled:
+        return number_classes(flag, found, options, numeric=True)
     if widths := sorted(frozenset[int]().union(*(index.widths for index in indices))):
         classes = options.classes or tuple(map(str, range(widths[-1])))
         if len(widths) > 1 or len(classes) != widths[0]:

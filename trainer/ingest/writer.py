@@ -431,7 +431,7 @@ class _Writer:
         ]
         statistics: dict[str, Any] = {}
         classes = self._source.classes
-        if classes:
+        if any((split.labels >= 0).any() for split in splits):
             statistics["labels"] = {
                 split.name: np.bincount(split.labels[split.labels >= 0], minlength=len(classes)).tolist()
                 for split in splits

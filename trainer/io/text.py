@@ -70,9 +70,22 @@ def decode(content: bytes, path: str, encoding: str = "") -> str:
             f"{path} is not {(encoding or 'utf-8').upper()}: line {line}, byte {byte} of the line is "
             f"0x{content[error.start]:02x}; {hint}"
         ) from None
+    if encoding and len(decoded) == len(content) and not content.isascii() and _is_utf8(content):
+        # Text of one byte per letter is UTF-8 by chance only where it is not text.
+        raise DataError(
+            f"{path} is UTF-8, not {encoding}: its letters would be taken apart; leave --encoding out, or save it so"
+        )
     if "\0" in decoded:
         raise _zeros(path, decoded[: decoded.index("\0")].count("\n") + 1, content)
     return decoded.removeprefix("\ufeff")
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _zeros(path: str, line: int, content: bytes) -> DataError:
