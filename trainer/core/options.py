@@ -146,8 +146,8 @@ class DataOptions:
     store: str = option(
         "auto",
         "Where images are kept. device: decoded, in accelerator memory; host: decoded, in RAM; "
-        "disk: encoded, decoded as the steps need them; auto: the first of these with room. The "
-        "training result does not depend on it.",
+        "disk: encoded, decoded as the steps need them; auto: the first of these with room. With "
+        "one --store_size the training result does not depend on it.",
         affects_weights=False,
         choices=STORES,
     )
