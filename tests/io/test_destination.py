@@ -259,9 +259,13 @@ def test_verify_reads_a_bucket_back(gcs_here: fake_gcs.Server, local: dict[str, 
 def test_a_folder_and_a_table_in_a_bucket(gcs_here: fake_gcs.Server, tmp_path: pathlib.Path, data: str) -> None:
     dataset = Dataset.load(data)
     split = records.EncodedSplit(dataset, dataset.splits["validation"])
-    for number in range(6):
-        gcs_here.put("bucket", f"raw/{'ab'[number % 2]}/{number}.jpg", split.record(number).encoded)
-    lines = [f"gs://bucket/raw/{'ab'[number % 2]}/{number}.jpg,{number % 2}" for number in range(6)]
+    # The last has no suffix, so that its first bytes are read.
+    names = [f"{'ab'[number % 2]}/{number}{'.jpg' if number < 5 else ''}" for number in range(6)]
+    for number, name in enumerate(names):
+        gcs_here.put("bucket", f"raw/{name}", split.record(number).encoded)
+    for name in ("@eaDir/0.jpg", "a/.DS_Store", "a/notes.txt", "a/LICENSE"):
+        gcs_here.put("bucket", f"raw/{name}", b"no image")
+    lines = [f"gs://bucket/raw/{name},{number % 2}" for number, name in enumerate(names)]
     gcs_here.put("bucket", "lists/all.csv", "\n".join(lines).encode())
     for kind, count in (("folder:gs://bucket/raw", 2), ("csv:gs://bucket/lists/all.csv", 2)):
         out = str(tmp_path / kind[:3])
@@ -270,6 +274,8 @@ def test_a_folder_and_a_table_in_a_bucket(gcs_here: fake_gcs.Server, tmp_path: p
         made = Dataset.load(out)
         assert made.splits["train"].examples == 6
         assert len(made.classes) == count
+        left_out = {".txt": 1, "hidden": 1, "system": 1, "without suffix": 1}
+        assert made.source == ({"not_taken": left_out} if kind.startswith("folder") else {})
         again = records.EncodedSplit(made, made.splits["train"])
         assert sorted(again.record(i).encoded for i in range(6)) == sorted(split.record(i).encoded for i in range(6))
 
