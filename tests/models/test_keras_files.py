@@ -628,6 +628,19 @@ def test_evaluate_takes_an_output_and_refuses_in_one_line(data: str, tmp_path: p
     assert "it is a folder: give a file; there is a model in it: t.keras" in done.stderr
 
 
+def test_another_version_of_keras_is_told(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "t.h5"
+    simple(dense()).save(path)
+    with h5py.File(path, "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        config["config"]["layers"][2]["config"]["setting_of_the_future"] = 1
+        file.attrs["model_config"] = json.dumps(config)
+        file.attrs["keras_version"] = "3.99.0"
+    with pytest.raises(DataError, match=r"\(saved by Keras 3\.99\.0, read by 3\.") as error:
+        load(str(path))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_files_that_keras_2_wrote(tmp_path: pathlib.Path) -> None:
     """Its `.h5` files load and give the same; the command in the error turns a `.keras` into
