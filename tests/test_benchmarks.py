@@ -9,8 +9,10 @@ import shutil
 import sys
 import types
 
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import CLASSES, ROOT
+from PIL import Image
 
 
 def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
@@ -170,3 +172,24 @@ def test_saving_holds_the_loop_no_longer_than_the_copy(tmp_path: pathlib.Path) -
     assert found["state_mb"] > 55
     assert found["in_the_background_s"] < 0.6 * found["in_the_loop_s"]
     assert found["in_the_background_s"] < found["until_committed_s"]
+
+
+def test_view_fidelity_finds_larger_squares_more_faithful(
+    teacher_file: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Squares as large as the originals give the originals' views, but for resampling twice."""
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 256, (24, 32, 3), np.uint8)
+        Image.fromarray(noise).resize((160, 120), Image.Resampling.BICUBIC).save(tmp_path / f"{number}.png")
+    Image.fromarray(noise).save(tmp_path / "small.png")
+    program = benchmark("view_fidelity", monkeypatch)
+    monkeypatch.setattr(program, "REPEATS", 1)
+    inputs = f"--photographs={tmp_path}", f"--teacher=keras:{teacher_file}", f"--classes={CLASSES}"
+    program.main([*inputs, "--side=120", "--crops=8", "--factors=2,5,7"])
+    printed = capsys.readouterr()
+    assert printed.err.startswith("3 photographs, 8 crops of each, views of 24 pixels")
+    small, large, whole = map(json.loads, printed.out.splitlines()[:3])
+    assert [row["store_size"] for row in (small, large, whole)] == [48, 120, 168]
+    assert small["blurred"] > 0.3 > 0.1 > large["blurred"] >= whole["blurred"] == 0
+    assert small["kl"] > 4 * large["kl"]
+    assert "| 168 | 0.0% |" in printed.out

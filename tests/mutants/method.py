@@ -7,6 +7,12 @@ REPLICAS = "method/test_step.py::test_one_two_and_four_replicas_give_the_same_we
 MODES = "method/test_views.py::test_every_mode_is_the_numpy_reference_pixel_for_pixel"
 
 MUTANTS = [
+    Mutant(
+        "a crop loses nothing where the original has no more pixels",
+        "trainer.method.fidelity.blurred_share",
+        Replace("_ < crops.sizes", "True"),
+        "method/test_fidelity.py::test_originals_with_fewer_pixels_than_the_square_lose_nothing",
+    ),
     # The update.
     Mutant(
         "gradients are clipped after the all-reduce",

@@ -40,6 +40,36 @@ MUTANTS = [
         "method/test_feed.py::test_sets_with_other_classes_or_none_train_without_labels",
     ),
     Mutant(
+        "a run keeps the size of its stored images",
+        "trainer.run.plan._earlier_store_size",
+        Replace("Checkpoints.saved_identity(_)", "{}"),
+        "run/test_store_size.py::test_a_run_keeps_its_size",
+    ),
+    Mutant(
+        "a start writes down the size that it chose",
+        "trainer.run.stores.fit_store_size",
+        Skip("plan.record()"),
+        "run/test_store_size.py::test_a_start_without_a_checkpoint_decides_too",
+    ),
+    Mutant(
+        "the configuration of another run does not decide the size",
+        "trainer.run.plan._earlier_store_size",
+        Never("not isinstance(saved, dict) or _"),
+        "run/test_store_size.py::test_a_start_without_a_checkpoint_decides_too",
+    ),
+    Mutant(
+        "larger squares stay in the memory that holds the smallest",
+        "trainer.run.stores._largest_side",
+        Replace("STORE_ORDER.index(_1) <= STORE_ORDER.index(_2)", "True"),
+        "run/test_store_size.py::test_memory_limits_the_size",
+    ),
+    Mutant(
+        "all machines store images in one size",
+        "trainer.run.stores.fit_store_size",
+        Replace("accelerator.least_of_all(_1)", "_1"),
+        "run/test_store_size.py::test_a_run_takes_what_all_machines_have_room_for",
+    ),
+    Mutant(
         "labels of other classes are not used",
         "trainer.run.stores._drop_foreign_labels",
         Never("_.classes != _.classes"),

@@ -188,6 +188,18 @@ def test_the_share_of_blurred_crops_is_printed(automatic: Callable[..., Config])
     assert re.search(r"pixels: \d% of .* --store_size=120 makes", line), line
 
 
+def test_a_run_takes_what_all_machines_have_room_for(automatic: Callable[..., Config]) -> None:
+    class Pair(Accelerator):
+        """Two machines, the other with less memory."""
+
+        def least_of_all(self, value: int) -> int:
+            return min(value, 60)
+
+    plan = stores.fit_store_size(make_plan(automatic()), DEVICE, IMAGE, Pair(strategy(1), "CPU", 10))
+    assert plan.config.store_size == plan.identity["store_size"] == 60
+    assert plan.run_id == make_plan(automatic(store_size=60)).run_id
+
+
 def test_machines_agree_on_the_least() -> None:
     values, barrier, answers = [384, 640, 256], threading.Barrier(3), {}
     votes = [False] * 3

@@ -200,12 +200,10 @@ def fit_store_size(plan: RunPlan, kinds: tuple[str, str], view_size: int, accele
     """
     if plan.store_size_from == "flags":
         return plan
-    config = plan.config
-    side = (
-        _largest_side(plan, kinds, view_size, accelerator) if plan.store_size_from == "default" else config.store_size
-    )
+    config, new = plan.config, plan.store_size_from == "default"
+    side = _largest_side(plan, kinds, view_size, accelerator) if new else config.store_size
     plan = plan.with_store_size(accelerator.least_of_all(side))
-    if accelerator.chief and config.workdir and not (config.check or config.dry_run):
+    if new and accelerator.chief and config.workdir and not (config.check or config.dry_run):
         plan.record()
     return plan
 
