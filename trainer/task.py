@@ -127,6 +127,7 @@ def _finished(plan: RunPlan) -> dict[str, Any] | None:
     try:
         result = json.loads(files.read(path, "the result"))
         run_id, exported = result["fingerprint"], result.get("exported", "last")
+        batch_norm = result.get("batch_norm", plan.config.batch_norm)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error!r}): delete it, and the same command makes it again") from error
     if run_id != plan.run_id:
@@ -134,7 +135,7 @@ def _finished(plan: RunPlan) -> dict[str, Any] | None:
             f"--workdir={workdir} holds a finished run of another configuration (see its config.json): "
             "choose another workdir"
         )
-    return result if exported == plan.config.export_from else None
+    return result if (exported, batch_norm) == (plan.config.export_from, plan.config.batch_norm) else None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from trainer.core.options import option
 # Job specs, recipes and scripts rely on these names.
 FLAGS = frozenset(
     [
+        "batch_norm",
         "batch_size",
         "cache_dir",
         "cache_gb",
@@ -280,8 +281,8 @@ def test_schedule_within_the_warmup_is_an_error() -> None:
 
 # These may change between two processes of one run. All others affect the weights.
 NOT_IN_IDENTITY = """
-    cache_dir cache_gb check checkpoint_every data data_weights dry_run eval_batch_size eval_data eval_every eval_split
-    export_from final_split hp_metric jit_compile keep_best keep_checkpoints lease_seconds log_every max_warmup
+    batch_norm cache_dir cache_gb check checkpoint_every data data_weights dry_run eval_batch_size eval_data eval_every
+    eval_split export_from final_split hp_metric jit_compile keep_best keep_checkpoints lease_seconds log_every max_warmup
     min_teacher_agreement model_dir recipe steps_per_loop store student_weights teacher teacher_sha256 tensorboard_dir tpu
     workdir
 """

@@ -126,4 +126,22 @@ MUTANTS = [
         ),
         "output/test_export.py::test_a_bucket_gets_whole_objects_and_refusals_that_pass_are_not_felt",
     ),
+    Mutant(
+        "an evaluation leaves the moving averages to training",
+        "trainer.run.batch_statistics.BatchStatistics.reestimated",
+        Replace("for _1, _2 in own:\n    _1.assign(_2)", "pass"),
+        "run/test_batch_statistics.py::test_evaluations_do_not_change_training",
+    ),
+    Mutant(
+        "the variance of batches' means is part of the variance",
+        "trainer.run.batch_statistics.BatchStatistics.estimate",
+        Replace("_1.mean(0) + _2.var(0)", "_1.mean(0)"),
+        "run/test_batch_statistics.py::test_statistics_equal_numpys",
+    ),
+    Mutant(
+        "what is exported has the statistics that were evaluated",
+        "trainer.run.job.Job.for_inference",
+        Replace("int(_)", "self.step"),
+        "run/test_batch_statistics.py::test_export_of_the_best_step_has_its_statistics",
+    ),
 ]

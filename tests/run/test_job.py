@@ -20,6 +20,7 @@ import tensorflow as tf
 from conftest import CLASSES, IMAGE, ROOT, SIDE, build_job, funmatch, here, reconfigure
 from matrix import final_state, result, rows
 from PIL import Image
+from samples import batch_normalized
 
 from trainer.core.config import Config
 from trainer.core.console import Console
@@ -143,6 +144,21 @@ def test_other_methods_resume_to_the_bit(flags: list[str], tmp_path: pathlib.Pat
     )
     assert here(*flags, *way, f"--workdir={tmp_path}/cut/run").returncode == 0
     assert_equal_runs(f"{tmp_path}/whole/run", f"{tmp_path}/cut/run")
+
+
+@pytest.mark.slow
+def test_batch_norm_students_resume_to_the_bit(flags: list[str], tmp_path: pathlib.Path) -> None:
+    """Killed in the loop after the evaluation of step 6, and again in the export."""
+    way = [*flags, f"--student=keras:{batch_normalized(tmp_path / 's.keras', dropout=0.5)}"]
+    assert here(*way, f"--workdir={tmp_path}/whole/run").returncode == 0
+    cut = f"{tmp_path}/cut/run"
+    for where, count in (("run.job:Job.run_steps", 4), ("output.export:write", 0)):
+        assert run_with_signal(way, cut, where, count, "SIGKILL") == -signal.SIGKILL
+    assert here(*way, f"--workdir={cut}").returncode == 0
+    assert_equal_runs(f"{tmp_path}/whole/run", cut)
+    exported = (f"{tmp_path}/{name}/run/export/model.keras" for name in ("whole", "cut"))
+    one, other = (keras.saving.load_model(path).get_weights() for path in exported)
+    assert all((a == b).all() for a, b in zip(one, other, strict=True))
 
 
 def test_recipe_of_the_keras_example(flags: list[str], tmp_path: pathlib.Path) -> None:

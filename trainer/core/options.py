@@ -15,6 +15,7 @@ from trainer.core.errors import ConfigError
 RANGES = ("-1,1", "0,1", "0,255")
 OUTPUTS = ("auto", "logits", "probabilities")
 PRECISIONS = ("float32", "mixed_bfloat16")
+BATCH_NORMS = ("reestimate", "moving")
 TEACHER_PRECISIONS = ("float32", "bfloat16", "int8")
 DISTANCES = ("kl", "hard", "l2", "euclidean", "labels")
 VIEWS = ("fix/rs", "fix/cc", "fix/ic_ens", "ind/rc", "ind/ic", "same/rc", "same/ic", "mix")
@@ -294,6 +295,15 @@ class StudentOptions:
         "always float32. It affects the weights, so the default is the same on all hardware; "
         "mixed_bfloat16 is usual on a TPU.",
         choices=PRECISIONS,
+    )
+    batch_norm: str = option(
+        "reestimate",
+        "Statistics of the student's batch normalisations in evaluation and export. reestimate: "
+        "those of the current weights on training views; moving: the moving averages, which lag "
+        "behind a short run (with momentum 0.999 by thousands of steps). Training does not depend "
+        "on it.",
+        affects_weights=False,
+        choices=BATCH_NORMS,
     )
 
     def validate(self) -> None:

@@ -15,6 +15,7 @@ import tensorflow as tf
 from trainer import __version__
 from trainer.core.console import Console
 from trainer.io import files
+from trainer.models import students
 from trainer.output import export, report
 from trainer.output.confusions import Predictions
 from trainer.output.samples import eval_samples, train_samples
@@ -43,6 +44,12 @@ def finish(
     Raises:
         DataError: a file cannot be written.
     """
+    # All that shows the student in inference uses the same statistics.
+    with job.for_inference():
+        return _finish(job, writer, console, before_commit)
+
+
+def _finish(job: Job, writer: MetricWriter, console: Console, before_commit: Callable[[], None]) -> dict[str, Any]:
     config = job.config
     evaluation = loop.evaluate(job, config.final_split, "final", writer, console)
     result = _result(job, writer, evaluation)
@@ -107,6 +114,7 @@ def _result(job: Job, writer: MetricWriter, evaluation: EvalResult) -> dict[str,
         "exported_step": job.best["step"] if config.export_from == "best" else job.step,
         "best": job.best,
         "versions": versions(),
+        **({"batch_norm": config.batch_norm} if students.batch_norms(job.student) else {}),
     }
 
 

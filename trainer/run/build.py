@@ -20,6 +20,7 @@ from trainer.models import students, teachers
 from trainer.models.teachers import Teacher
 from trainer.run import teacher_precision
 from trainer.run.accelerator import Accelerator
+from trainer.run.batch_statistics import BatchStatistics
 from trainer.run.checkpoint import Checkpoints
 from trainer.run.fixed_targets import fixed_targets
 from trainer.run.job import Job
@@ -73,19 +74,21 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
         config, strategy, student, loaded, optimizer, resident, jit_compile=compiled, local_replicas=local
     )
     streamed = None if resident else stores.train
+    sampler = ExampleSampler(config.seed, stores.train_sizes, config.batch_size, config.data_weights)
     return Job(
         plan=plan,
         accelerator=accelerator,
         train_store=stores.train,
         eval_stores=stores.eval,
         skipped_records=stores.skipped,
-        sampler=ExampleSampler(config.seed, stores.train_sizes, config.batch_size, config.data_weights),
+        sampler=sampler,
         prefetcher=BatchPrefetcher(config, strategy.num_replicas_in_sync, local, streamed, targets),
         student=student,
         teachers=loaded,
         targets=targets,
         optimizer=optimizer,
         train_loop=train_loop,
+        statistics=BatchStatistics(config, strategy, student, stores.train, sampler, jit_compile=jit_compile),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from trainer.method.feed import BatchPrefetcher
 from trainer.models.teachers import Teacher
 from trainer.run import baseline
 from trainer.run.accelerator import Accelerator
+from trainer.run.batch_statistics import BatchStatistics
 from trainer.run.evaluator import Evaluator
 from trainer.run.plan import RunPlan
 
@@ -42,6 +44,7 @@ class Job:
         targets: for each teacher its constant logits float32 [examples, classes] on the training
             split, where the views fix them; else empty.
         train_loop: the compiled loop of `step.make_train_loop`.
+        statistics: re-estimates the student's batch normalisations for evaluation and export.
         step: updates made so far.
         seconds: wall time of training so far, over all processes of this run.
         pending_metrics: steps and mean metrics of the device's loops since the last logged row.
@@ -61,6 +64,7 @@ class Job:
     targets: tuple[np.ndarray, ...]
     optimizer: keras.optimizers.Optimizer
     train_loop: Callable[..., dict[str, tf.Tensor]]
+    statistics: BatchStatistics
     step: int = 0
     seconds: float = 0.0
     pending_metrics: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
@@ -83,6 +87,11 @@ class Job:
                 jit_compile=self.accelerator.jit_compile(self.config.jit_compile),
             )
         return self._evaluators[split]
+
+    def for_inference(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the student is as it is evaluated and exported: see `batch_statistics`."""
+        # The updates that made the weights that are loaded, which may be those of an earlier step.
+        return self.statistics.reestimated(int(keras.ops.convert_to_numpy(self.optimizer.iterations)))
 
     def constant(self, progress: Callable[[int, int], None]) -> baseline.Constant:
         """The best constant answer, computed at the first call; all machines must call it.

@@ -155,7 +155,8 @@ def evaluate(job: Job, split: str, kind: str, writer: MetricWriter, console: Con
         writer: the run's metrics.
         console: shows the result as a line.
     """
-    result = job.evaluator(split).run(job.student, job.teachers)
+    with job.for_inference():
+        result = job.evaluator(split).run(job.student, job.teachers)
     constant = job.constant(lambda done, total: console.progress("teacher on training images", done, total))
     result = dataclasses.replace(result, constant=constant)
     metrics = result.metrics()
