@@ -166,8 +166,9 @@ def test_a_student_learns_from_photographs(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_student_with_batch_norm_evaluates_as_it_trains(prepared: str, teacher: str, tmp_path: pathlib.Path) -> None:
-    """Keras' MobileNetV3 averages its moving statistics over 1,000 steps; this run has 300. With them
-    it evaluated at 40 %, which is the constant answer's; with its own at 56 %, and trained at 49 %.
+    """Keras' MobileNetV3 averages its moving statistics over 1,000 steps; this run has 300. With
+    them it evaluated at 40 %, as the constant answer does; with its own at 56 %; it trained at
+    49 %.
     """
     run = distil(prepared, teacher, tmp_path / "run", "mobilenetv3-small", learning_rate=0.003, steps=300)
     trained = [row["agreement"] for row in rows(run.workdir) if row["kind"] == "train"][-1]
