@@ -84,16 +84,17 @@ def wheels() -> pathlib.Path:
 
 def unpack_packages(folder: pathlib.Path) -> None:
     """Downloads Debian packages and unpacks each into a folder of its name; installs nothing."""
-    for tool in ("apt-get", "apt-cache", "dpkg-deb"):
+    for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise RuntimeError(f"photographs are needed: they are in Debian packages, and there is no {tool} here")
-    try:
-        # Fails on a new machine, which has no list of packages yet. Only root can fetch it.
-        _run("apt-cache", "show", *DEBIAN)
-    except RuntimeError:
-        _run("apt-get", "update", "--quiet")
     # As root, apt would download as another user, who cannot write here.
-    _run("apt-get", "download", "--quiet", "--option=APT::Sandbox::User=root", *DEBIAN, cwd=folder)
+    download = ("apt-get", "download", "--quiet", "--option=APT::Sandbox::User=root", *DEBIAN)
+    try:
+        _run(*download, cwd=folder)
+    except RuntimeError:
+        # A new machine has no list of packages yet; an old list names files that are gone.
+        _run("apt-get", "update", "--quiet")
+        _run(*download, cwd=folder)
     for package in sorted(folder.glob("*.deb")):
         _run("dpkg-deb", "--extract", str(package), str(folder / package.name.partition("_")[0]))
         package.unlink()
