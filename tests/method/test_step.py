@@ -294,9 +294,10 @@ def test_another_runs_workdir_is_refused_before_targets_are_computed(make_config
 
 
 def test_l2_refuses_a_teacher_with_probabilities(make_config: Callable[..., Config], tmp_path: pathlib.Path) -> None:
-    model = bit.bit("tiny", CLASSES, IMAGE)
+    model = opinionated(bit.bit("tiny", CLASSES, IMAGE))
     inputs = keras.Input((IMAGE, IMAGE, 3))
-    keras.Model(inputs, keras.ops.softmax(model(inputs))).save(tmp_path / "p.keras")
+    probabilities = keras.ops.softmax(model(inputs))
+    keras.Model(inputs, 0.5 * probabilities + 0.5 * probabilities).save(tmp_path / "p.keras")
     with pytest.raises(ConfigError, match="up to a constant"):
         build_job(make_config(distance="l2", teacher=(f"keras:{tmp_path}/p.keras",)))
 

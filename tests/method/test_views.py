@@ -406,8 +406,8 @@ def test_whole_views_are_those_of_image_dataset_from_directory(shape: tuple[int,
     Image.fromarray(pixels).save(tmp_path / "a" / "0.png")
     stored = squash(tf.constant(pixels[None]), 2 * size)
     sizes = tf.constant([shape], tf.float32)
-    for kind, keywords in (("squash", {}), ("pad", {"pad_to_aspect_ratio": True})):
-        data = keras.utils.image_dataset_from_directory(tmp_path, image_size=(size, size), verbose=False, **keywords)
+    for kind, more in (("squash", {}), ("pad", {"pad_to_aspect_ratio": True})):
+        data = keras.utils.image_dataset_from_directory(tmp_path, image_size=(size, size), verbose=False, **more)
         expected = next(iter(data))[0].numpy()[0]
         view = (views.evaluation_view(Config(), stored, sizes, size, kind).numpy()[0] + 1) * 127.5
         assert np.abs(view - expected).mean() < 2, kind

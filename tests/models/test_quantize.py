@@ -262,7 +262,11 @@ def test_a_saved_model_cannot_be_quantized(make_config: Callable[..., Config], t
         f"{tmp_path}/saved", verbose=False
     )
     with pytest.raises(ConfigError, match="program whose layers cannot be exchanged"):
-        build_job(make_config(teacher=(f"saved_model:{tmp_path}/saved",), teacher_precision=("bfloat16",)))
+        build_job(
+            make_config(
+                teacher=(f"saved_model:{tmp_path}/saved",), teacher_range=("-1,1",), teacher_precision=("bfloat16",)
+            )
+        )
 
 
 def test_quantized_logits_must_be_finite(make_config: Callable[..., Config], tmp_path: object) -> None:

@@ -135,7 +135,7 @@ def test_the_job_trains_alike_at_one_and_two_replicas(
     network().save(tmp_path / "same.keras")
     metrics = {}
     for replicas, teacher in ((1, name), (2, name), (0, f"keras:{tmp_path}/same.keras")):
-        job = build_job(make_config(teacher=(teacher,)), max(1, replicas))
+        job = build_job(make_config(teacher=(teacher,), teacher_range=("-1,1",)), max(1, replicas))
         metrics[replicas] = job.run_steps(2, ExampleSampler(0, len(job.train_store), 8))
     for variant in (2, 0):
         assert metrics[variant] == pytest.approx(metrics[1], rel=2e-3)

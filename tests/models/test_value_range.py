@@ -38,12 +38,20 @@ def chain(*parts: keras.Layer) -> Callable[[Any], Any]:
         (lambda: chain(layers.Rescaling(255.0)), "0,1"),
         (lambda: chain(layers.Rescaling(1.0)), ""),
         (lambda: chain(layers.Resizing(16, 16), layers.RandomFlip(), layers.Rescaling(1 / 255)), "0,255"),
-        (lambda: chain(keras.Sequential([layers.RandomFlip(), layers.RandomRotation(0.1)]), layers.Rescaling(1 / 255)), "0,255"),
+        (
+            lambda: chain(
+                keras.Sequential([layers.RandomFlip(), layers.RandomRotation(0.1)]), layers.Rescaling(1 / 255)
+            ),
+            "0,255",
+        ),
         (lambda: chain(keras.Sequential([layers.RandomFlip(), layers.Rescaling(1 / 255)])), "0,255"),
         (lambda: chain(layers.Normalization(mean=[123, 117, 104], variance=[3364, 3249, 3249])), "0,255"),
         (lambda: chain(layers.Normalization(mean=IMAGENET[0], variance=IMAGENET[1])), "0,1"),
         (lambda: chain(layers.Normalization(mean=0.13, variance=0.31**2)), ""),  # dark images: not sure
-        (lambda: chain(layers.Rescaling(1 / 255), layers.Normalization(mean=IMAGENET[0], variance=IMAGENET[1])), "0,255"),
+        (
+            lambda: chain(layers.Rescaling(1 / 255), layers.Normalization(mean=IMAGENET[0], variance=IMAGENET[1])),
+            "0,255",
+        ),
         (lambda: keras.applications.mobilenet_v2.preprocess_input, "0,255"),
         (lambda: keras.applications.vgg16.preprocess_input, "0,255"),
         (lambda: keras.applications.densenet.preprocess_input, "0,255"),

@@ -94,7 +94,7 @@ def teacher(
         mask = np.ones((SIDE, SIDE, 3), np.float32)
         mask[crop:-crop, crop:-crop] = 0
         x = keras.layers.Multiply()([x, keras.ops.convert_to_tensor(mask[None] / mask.mean())])
-    dense = keras.layers.Dense(12, activation=end, dtype=dtype)
+    dense = keras.layers.Dense(len(colours), activation=end, dtype=dtype)
     outputs = dense(keras.layers.GlobalAveragePooling2D()(x))
     factor = 1.0 / (high - low)
     weights = (scale * colours * factor).T
@@ -115,7 +115,7 @@ def judge(name: str, store: Images, *, names: tuple[str, ...] = NAMES, **flags: 
         batch_size=64,
         **flags,  # type: ignore[arg-type]
     ).resolve(1)
-    (loaded,) = teachers.load(config, 12)
+    (loaded,) = teachers.load(config, len(names))
     console = RecordingConsole()
 
     def make(images: ImageStore) -> Evaluator:
@@ -155,10 +155,10 @@ def test_labelled_images_tell_the_range_where_the_model_does_not(
 def test_between_two_ranges_that_are_equally_often_right_the_likelihood_decides(
     tmp_path: pathlib.Path, images: Images, low: float, high: float, end: str
 ) -> None:
-    """Four colours so different that both ranges tell them apart."""
-    chosen = np.isin(images.labels, (0, 1, 2, 9))
-    few = Images(images.images[chosen], images.labels[chosen])
-    decision, lines = judge(teacher(tmp_path, low, high, end=end, scale=20.0), few)
+    """Five colours so different that both ranges tell them apart."""
+    chosen, names = images.labels < 5, NAMES[:5]
+    few = Images(images.images[chosen], images.labels[chosen], names)
+    decision, lines = judge(teacher(tmp_path, low, high, end=end, order=np.arange(5)), few, names=names)
     assert decision.value_range == f"{low},{high}"
     assert lines[0].count("100.0%") == 2
     assert "cross-entropy with the labels" in lines[0]

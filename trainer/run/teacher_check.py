@@ -238,7 +238,7 @@ def as_before(loaded: tuple[Teacher, ...], console: Console) -> tuple[Decision, 
         if teacher.evidence.value_range not in ("", value_range):
             console.warning(
                 f"teacher {teacher.name} seems to take {teacher.evidence.value_range} ({teacher.evidence.reason}), but "
-                f"this run began with a version that showed it {value_range}, and goes on so; start it again in another "
+                f"this run began with a version that showed it {value_range}, and keeps that; start it again in another "
                 "--workdir for the right range"
             )
         decisions.append(
@@ -419,7 +419,9 @@ class _Judge:
             correct: by range, which labelled images are right.
         """
         rivals = RANGES[:2]
-        if any(statistics.clear_winner({name: correct[name], RANGES[2]: correct[RANGES[2]]}) != name for name in rivals):
+        if any(
+            statistics.clear_winner({name: correct[name], RANGES[2]: correct[RANGES[2]]}) != name for name in rivals
+        ):
             return {}
         losses = {}
         for name in rivals:

@@ -116,7 +116,13 @@ class Accuracy:
 
     @classmethod
     def of(cls, correct: np.ndarray, labels: np.ndarray, classes: int) -> Accuracy:
-        """From right answers bool [n] and labels int [n] >= 0 of this many classes."""
+        """From answers.
+
+        Args:
+            correct: bool [n], which are right.
+            labels: int [n], >= 0.
+            classes: number of them.
+        """
         commonest = int(np.bincount(labels).max()) / len(labels)
         return cls(int(correct.sum()), len(labels), max(1.0 / classes, commonest))
 
