@@ -379,15 +379,10 @@ class _Judge:
             accuracy = self._accuracy(self._right(self._logits(self._teacher, "central")))
             if accuracy.above_chance and (accuracy.share >= _GOOD or evidence.strength == "flag"):
                 return
-        outputs = {name: self._logits(self._with_range(name), "central") for name in RANGES}
-        correct = {name: self._right(values) for name, values in outputs.items()}
+        correct = {name: self._right(self._logits(self._with_range(name), "central")) for name in RANGES}
         figures = ", ".join(f"{name} {rows.mean():.1%}" for name, rows in correct.items())
         tried = f"tried on {len(self._rows):,} labelled images of {self._pictures.split}: {figures}"
         winner = statistics.clear_winner(correct)
-        if not winner and (losses := self._losses_of_rivals(outputs, correct)):
-            winner = statistics.clearly_likelier(losses)
-            figures = ", ".join(f"{name} {rows.mean():.3g}" for name, rows in losses.items())
-            tried += f"; cross-entropy with the labels: {figures} nats"
         if evidence.strength == "none":
             best = winner or max(correct, key=lambda name: correct[name].sum())
             self._set_range(best, tried)
@@ -405,31 +400,6 @@ class _Judge:
                 self._fail(
                     f"takes {now} ({evidence.reason}), but {winner} is much better ({tried}): give --{self._role}_range={winner}"
                 )
-
-    def _losses_of_rivals(
-        self, outputs: dict[str, np.ndarray], correct: dict[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
-        """Cross-entropies with -1,1 and 0,1 if these two alone may be the best by accuracy.
-
-        Not with 0,255: it only scales what 0,1 gives. A network without biases then answers the
-        same with more confidence, and a few labels cannot tell which confidence is right.
-
-        Args:
-            outputs: by range, on all images.
-            correct: by range, which labelled images are right.
-        """
-        rivals = RANGES[:2]
-        if any(
-            statistics.clear_winner({name: correct[name], RANGES[2]: correct[RANGES[2]]}) != name for name in rivals
-        ):
-            return {}
-        losses = {}
-        for name in rivals:
-            values = outputs[name][self._rows]
-            if not self._teacher.outputs and teachers.outputs_of_values(values) == "probabilities":
-                values = np.log(np.maximum(values, 1e-30))
-            losses[name] = statistics.cross_entropy(values, self._labels)
-        return losses
 
     def _explain(self, tried: str) -> None:
         """Refuses a teacher for which no range is clearly the best, if there is a better reason."""

@@ -66,39 +66,6 @@ def clear_winner(correct: Mapping[str, np.ndarray]) -> str:
     return best if clear else ""
 
 
-def clearly_likelier(losses: Mapping[str, np.ndarray]) -> str:
-    """The one of two settings under which the labels are clearly likelier.
-
-    A classifier is trained to a low cross-entropy on the images as it knows them, so this tells two
-    settings apart that are equally often right.
-
-    Args:
-        losses: for each of two settings float [n], the cross-entropy of each image in nats.
-
-    Returns:
-        The setting with the smaller mean that is also smaller on more images than not (sign test,
-        two-sided, p < 0.01); empty if there is none.
-    """
-    one, other = sorted(losses, key=lambda name: losses[name].mean())
-    smaller, larger = int((losses[one] < losses[other]).sum()), int((losses[one] > losses[other]).sum())
-    clear = smaller > larger and 2 * binomial_tail(smaller, smaller + larger, 0.5) < _CLEAR
-    return one if clear else ""
-
-
-def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Of each image, in nats, float64 [n]; infinite where logits [n, classes] are not finite.
-
-    Args:
-        logits: float [n, classes].
-        labels: int [n], >= 0.
-    """
-    with np.errstate(invalid="ignore", over="ignore"):
-        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-        of_label = np.take_along_axis(shifted, labels[:, None].astype(np.int64), axis=1)[:, 0]
-        losses = np.log(np.exp(shifted).sum(axis=1)) - of_label
-    return np.where(np.isfinite(losses), losses, np.inf)
-
-
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
     """Top-1 on labelled images.
