@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import marshal
 import os
 import pathlib
 import pickle
@@ -156,6 +158,70 @@ def test_a_hostile_keras_file(what: str, good: Members, canary: pathlib.Path, tm
     mark = canary / "here/ran"
     refused(pack(tmp_path / "evil.keras", CHANGES[what](dict(good), mark)), canary)
     assert not mark.exists()
+
+
+def in_config(change: dict[str, object]) -> Callable[[h5py.File], None]:
+    """Changes the entry of the pooling layer in an `.h5` file."""
+
+    def apply(file: h5py.File) -> None:
+        config = json.loads(file.attrs["model_config"])
+        entry = next(x for x in config["config"]["layers"] if x["class_name"] == "GlobalAveragePooling2D")
+        entry |= change
+        file.attrs["model_config"] = json.dumps(config)
+
+    return apply
+
+
+def old_lambda(mark: str) -> dict[str, object]:
+    """A Lambda as Keras 2 writes it: code, defaults, closure."""
+
+    def write(x: tf.Tensor) -> tf.Tensor:
+        open("MARK", "w").close()
+        return x
+
+    code = write.__code__.replace(co_consts=tuple(mark if c == "MARK" else c for c in write.__code__.co_consts))
+    text = base64.b64encode(marshal.dumps(code)).decode()
+    return {"class_name": "Lambda", "config": {"name": "x", "function": [text, None, None], "function_type": "lambda"}}
+
+
+def linked(file: h5py.File) -> None:
+    group = file["model_weights/head/head"]
+    del group["kernel"]
+    group["kernel"] = h5py.ExternalLink("/etc/passwd", "/x")
+
+
+def enormous(file: h5py.File) -> None:
+    group = file["model_weights/head/head"]
+    del group["kernel"]
+    group.create_dataset("kernel", shape=(1 << 50,), dtype="float64", chunks=(1 << 20,))
+
+
+H5_CHANGES: dict[str, Callable[[str], Callable[[h5py.File], None]]] = {
+    "Lambda": lambda mark: in_config(old_lambda(mark)),
+    "a function of keras.layers": lambda _: in_config({"class_name": "deserialize", "config": {"config": {}}}),
+    "a SavedModel elsewhere": lambda mark: in_config({"class_name": "TFSMLayer", "config": {"filepath": mark}}),
+    "a pickled torch module": lambda _: in_config(
+        {"class_name": "TorchModuleWrapper", "config": {"module": "gASVHg=="}}
+    ),
+    "weights from another file": lambda _: linked,
+    "a shape bomb": lambda _: enormous,
+}
+
+
+@pytest.mark.parametrize("what", H5_CHANGES)
+def test_a_hostile_h5_file(what: str, canary: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    inputs = keras.Input((24, 24, 3))
+    hidden = keras.layers.GlobalAveragePooling2D()(inputs)
+    path = tmp_path / "evil.h5"
+    keras.Model(inputs, keras.layers.Dense(conftest.CLASSES, name="head")(hidden)).save(path)
+    mark = canary / "here/ran"
+    keras_files.load_keras(str(path), "teacher")
+    with h5py.File(path, "r+") as file:
+        H5_CHANGES[what](str(mark))(file)
+    message = refused(str(path), canary)
+    assert not mark.exists()
+    # Layers that are programs are found before Keras reads the file.
+    assert ("does not load: it has a" in message) == (what not in ("weights from another file", "a shape bomb"))
 
 
 def test_a_link_in_a_keras_file(good: Members, canary: pathlib.Path, tmp_path: pathlib.Path) -> None:

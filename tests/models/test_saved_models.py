@@ -230,3 +230,40 @@ def test_what_is_not_a_classifier_is_refused(tmp_path: pathlib.Path, data: str) 
     done = here(*flags, f"--image_size={IMAGE}", "--batch_size=4", f"--workdir={tmp_path}/run")
     assert done.returncode == 3
     assert f"has {CLASSES + 1} classes" in done.stderr
+
+
+def test_one_of_several_outputs_of_a_saved_model(tmp_path: pathlib.Path) -> None:
+    inputs = keras.Input((IMAGE, IMAGE, 3))
+    x = keras.layers.GlobalAveragePooling2D()(inputs)
+    outputs = {"classes": keras.layers.Dense(CLASSES)(x), "features": keras.layers.Dense(7)(x)}
+    model = keras.Model(inputs, outputs)
+    model.export(str(tmp_path / "s"), verbose=False)
+    name = f"saved_model:{tmp_path}/s"
+    with pytest.raises(DataError) as error:
+        load(name)
+    assert "has 2 outputs (0: classes (batch, 5), 1: features (batch, 7)): choose one" in str(error.value)
+    for output in ("classes", "0"):
+        logits = load(name, teacher_output=(output,)).logits(view())
+        assert np.allclose(logits, model(view())["classes"], atol=1e-5)
+    with pytest.raises(DataError, match=r"--teacher_output=third: .* has no such; it has 0: classes"):
+        load(name, teacher_output=("third",))
+    with pytest.raises(DataError, match="has 7 classes"):
+        load(name, teacher_output=("features",))
+
+
+def test_what_else_may_be_given_as_a_saved_model(tmp_path: pathlib.Path) -> None:
+    inputs = keras.Input((IMAGE, IMAGE, 3))
+    binary = keras.layers.Dense(1, activation="sigmoid")(keras.layers.GlobalAveragePooling2D()(inputs))
+    model = keras.Model(inputs, binary)
+    model.export(str(tmp_path / "s"), verbose=False)
+    model.save(tmp_path / "t.keras")
+    for name, words in (
+        (f"{tmp_path}/s", "has one output, and does not say whether"),
+        (f"{tmp_path}/s/saved_model.pb", "give the folder that it is in"),
+        (f"{tmp_path}/t.keras", f"give keras:{tmp_path}/t.keras"),
+        (f"{tmp_path}/nothing", "there is no such folder"),
+        (str(tmp_path), "there is no saved_model.pb in it"),
+    ):
+        with pytest.raises(DataError) as error:
+            load(f"saved_model:{name}")
+        assert words in str(error.value)

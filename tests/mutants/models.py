@@ -63,9 +63,21 @@ MUTANTS = [
     ),
     Mutant(
         "code inside a .keras file does not run",
-        "trainer.models.keras_files.load_keras",
+        "trainer.models.keras_files._load",
         Replace("keras.saving.load_model(_1, ...)", "keras.saving.load_model(_1, compile=False, safe_mode=False)"),
         "models/test_bit.py::test_code_inside_a_file_does_not_run",
+    ),
+    Mutant(
+        "a head without its softmax keeps its weights",
+        "trainer.models.heads._before",
+        Skip("linear.set_weights(operation.get_weights())"),
+        "models/test_keras_files.py::test_a_softmax_is_taken_off_at_its_call",
+    ),
+    Mutant(
+        "a layer of a program in an .h5 file is refused before it loads",
+        "trainer.models.keras_files._load",
+        Never("legacy and (program := keras_config.programs(config))"),
+        "models/test_hostile_models.py::test_a_hostile_h5_file",
     ),
     Mutant(
         "a download is whole",

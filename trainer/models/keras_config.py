@@ -129,9 +129,9 @@ def unknown(config: Any) -> str:
         if name in _OPERATIONS:
             operations.append(str(item.get("name")))
         elif not name.startswith("__") and not _is_known(registered, name, module):
-            known_module = isinstance(module, str) and module not in ("builtins", "__main__")
+            root = module.split(".")[0] if isinstance(module, str) and module not in ("builtins", "__main__") else ""
             # "Custom" is the package of a class that was registered without one.
-            source = package if not known_module or package not in ("", "Custom") else module.split(".")[0]
+            source = root if root and package in ("", "Custom") else package
             listed = packages.setdefault(source, [])
             if short not in listed:
                 listed.append(short)

@@ -46,7 +46,11 @@ def load_keras(path: str, role: str, output: str = "") -> tuple[keras.Model, str
     """
     where = f"--{role}=keras:{path}"
     local = os.path.abspath(_local(path, role))
-    if foreign := file_kinds.foreign(local):
+    try:
+        foreign = file_kinds.foreign(local)
+    except OSError as error:
+        raise DataError(f"{where} cannot be read: {files.reason(error)}") from error
+    if foreign:
         raise DataError(f"{where} is not a model that Keras 3 loads: {foreign}")
     model = _load(local, where)
     model = _classifier(model, where, role, output)
@@ -82,7 +86,7 @@ def _load(local: str, where: str) -> keras.Model:
     config = keras_config.config(local)
     if legacy and (program := keras_config.programs(config)):
         raise DataError(f"{where} does not load: {program}")
-    known = keras_config.known(file_kinds.keras_version(local))
+    version = file_kinds.keras_version(local)
     with tempfile.TemporaryDirectory() as folder:
         # Keras chooses the format by the file's name.
         link = os.path.join(folder, "model.h5" if legacy else "model.keras")
@@ -90,16 +94,18 @@ def _load(local: str, where: str) -> keras.Model:
             keras_config.copy_without_losses(local, link)
         else:
             os.symlink(local, link)
+        known = keras_config.known(version)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = keras.saving.load_model(link, custom_objects=known, compile=False, safe_mode=True)
         except Exception as error:  # Keras raises nearly every type for a damaged or foreign file
-            reason = (
-                keras_config.programs(config)
-                or keras_config.unknown(config)
-                or files.reason(error).replace(link, "the file")
-            )
+            reason = keras_config.programs(config) or keras_config.unknown(config)
+            if not reason:
+                other = (
+                    f" (saved by Keras {version}, read by {keras.__version__})" if version != keras.__version__ else ""
+                )
+                reason = files.reason(error).replace(link, "the file") + other
             raise DataError(f"{where} does not load as a Keras 3 model: {reason}") from error
     if not isinstance(model, keras.Model):
         raise DataError(f"{where} holds a {type(model).__name__}, which is not a model")

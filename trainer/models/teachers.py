@@ -160,9 +160,13 @@ def _load_saved_model(spec: TeacherSpec) -> LoadedModel:
         known = Evidence("-1,1", "certain", "it is a converted BiT")
         return LoadedModel(converted.model, spec.size, "-1,1", returns_logits=True, evidence=known, notes=notes)
     warnings = (f"{spec.name} runs as it was saved, not as a Keras BiT: {converted}",) if converted else ()
-    return LoadedModel(
-        SavedClassifier(spec.argument, "teacher", spec.output), spec.size, spec.value_range, warnings=warnings
-    )
+    model = SavedClassifier(spec.argument, "teacher", spec.output)
+    if model.output_shape[-1] == 1 and spec.classes != 1:
+        raise DataError(
+            f"--teacher={spec.name} has one output, and does not say whether it is a logit or its sigmoid: give the "
+            "Keras file, or export the model with an output for each class"
+        )
+    return LoadedModel(model, spec.size, spec.value_range, warnings=warnings)
 
 
 def _load_bit(spec: TeacherSpec) -> LoadedModel:
