@@ -72,6 +72,10 @@ class Decision:
     chance: float | None = None
     own_view_top1: float | None = None
 
+    def findings(self) -> dict[str, Any]:
+        """The fields but for `teacher`, which holds a path, as JSON."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "teacher"}
+
     def apply(self, teacher: Teacher) -> Teacher:
         """The teacher with what was found."""
         return dataclasses.replace(
@@ -208,7 +212,10 @@ def _read(path: str, plan: RunPlan, loaded: tuple[Teacher, ...], console: Consol
         content = json.loads(files.read(path, "what was found about the teachers"))
         if content["run"] != plan.run_id or len(content["teachers"]) != len(loaded):
             return None  # of a run that was stopped before its first checkpoint
-        decisions = tuple(Decision(**_tuples(teacher)) for teacher in content["teachers"])
+        found = [_tuples(value) for value in content["teachers"]]
+        decisions = tuple(
+            Decision(**(value | {"teacher": teacher.name})) for value, teacher in zip(found, loaded, strict=True)
+        )
     except (ValueError, KeyError, TypeError):
         raise DataError(
             f"{path} is damaged, and it says what the teachers of this run take: restore it, or take another --workdir"
