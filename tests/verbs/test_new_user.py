@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+import zipfile
 from collections.abc import Callable
 
 import keras
@@ -12,16 +13,17 @@ import pytest
 from conftest import here
 from PIL import Image
 
-COLOURS = np.array([(230, 25, 75), (60, 180, 75), (0, 130, 200), (255, 225, 25), (145, 30, 180)], np.float32) / 255
-NAMES = ("blue", "green", "purple", "red", "yellow")  # as folders are sorted
-ORDER = (2, 1, 4, 0, 3)  # row of COLOURS of each name
+# Colours of equal hue and other brightness, which are told apart in the right value range only.
+COLOURS = np.array([(30, 90, 38), (115, 12, 37), (60, 180, 75), (128, 128, 128), (230, 25, 75)], np.float32) / 255
+NAMES = ("dark green", "dark red", "green", "grey", "red")
+ORDER = (0, 1, 2, 3, 4)
 LAYERS = keras.layers
 
 
 def colour_folder(folder: pathlib.Path, counts: dict[str, int]) -> None:
     """Writes SPLIT/COLOUR/N.png: noise around one colour."""
     for split, count in counts.items():
-        for name, row in zip(NAMES, ORDER, strict=True):
+        for row, name in enumerate(NAMES):
             (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 rng = np.random.default_rng([len(split), row, number])
@@ -190,7 +192,8 @@ def test_a_mistake_with_paths_is_one_line(colours: pathlib.Path, tmp_path: pathl
     model.export(tmp_path / "saved", verbose=False)
     model.save_weights(tmp_path / "teacher.weights.h5")
     model.save(tmp_path / "teacher.keras")
-    (tmp_path / "teacher.pth").write_bytes(b"PK\x03\x04" + bytes(200))
+    with zipfile.ZipFile(tmp_path / "teacher.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"")
     expected = {
         f"{tmp_path / 'teacher.keras'}": "keras:",
         f"keras:{tmp_path / 'missing.keras'}": "missing.keras",
