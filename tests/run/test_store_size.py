@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import re
 import shutil
@@ -17,6 +18,7 @@ from trainer import task
 from trainer.core.config import Config
 from trainer.core.errors import DataError
 from trainer.ingest.synthetic_source import write_synthetic_dataset
+from trainer.method import fidelity
 from trainer.run import stores
 from trainer.run.accelerator import Accelerator
 from trainer.run.build import open_checkpoints
@@ -55,9 +57,12 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return give
 
 
-def fit(plan: RunPlan, kinds: tuple[str, str] = DEVICE, view: int = IMAGE, kind: str = "CPU") -> int:
+def fit(
+    plan: RunPlan, kinds: tuple[str, str] = DEVICE, view: int = IMAGE, kind: str = "CPU", macs: float = math.inf
+) -> int:
     """The size that a run takes."""
-    return stores.fit_store_size(plan, kinds, view, Accelerator(strategy(1), kind, 10)).config.store_size
+    accelerator = Accelerator(strategy(1), kind, 10)
+    return stores.fit_store_size(plan, kinds, [view], accelerator, lambda: macs).config.store_size
 
 
 def needed(side: int) -> int:
@@ -83,6 +88,16 @@ def test_memory_limits_the_size(automatic: Callable[..., Config], free: Callable
         assert fit(plan) == side
         free(needed(side) - 2)
         assert fit(plan) == max(48, side - 12)
+
+
+def test_the_models_operations_limit_the_size(automatic: Callable[..., Config]) -> None:
+    """Views are two products of matrices: [24, 60] x [60, 60 x 3], then [24, 60] x [60, 24 x 3]."""
+    plan = make_plan(automatic(workdir=""))
+    views = 24 * 60 * 60 * 3 + 24 * 60 * 24 * 3
+    assert fidelity.view_macs(60, [24, 24]) == views
+    assert fit(plan, macs=4 * views) == 60
+    assert fit(plan, macs=4 * views - 1) == 2 * IMAGE
+    assert fit(plan, macs=0) == 2 * IMAGE
 
 
 def test_images_that_are_sent_or_decoded_at_each_step_stay_small(
@@ -195,7 +210,7 @@ def test_a_run_takes_what_all_machines_have_room_for(automatic: Callable[..., Co
         def least_of_all(self, value: int) -> int:
             return min(value, 60)
 
-    plan = stores.fit_store_size(make_plan(automatic()), DEVICE, IMAGE, Pair(strategy(1), "CPU", 10))
+    plan = stores.fit_store_size(make_plan(automatic()), DEVICE, [IMAGE], Pair(strategy(1), "CPU", 10))
     assert plan.config.store_size == plan.identity["store_size"] == 60
     assert plan.run_id == make_plan(automatic(store_size=60)).run_id
 

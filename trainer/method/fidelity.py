@@ -7,7 +7,7 @@ than its view where it covers a small part of the image.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -19,6 +19,8 @@ from trainer.method.crops import DRAWS_PER_CROP
 
 _CROPS = 8192  # sampled; the standard error of a share is at most 0.6 %
 NEGLIGIBLE = 0.02  # as many crops of a file of 500 x 667 pixels have fewer than 128 pixels there
+
+VIEW_SHARE = 0.25  # of the models' operations, which resampling the views may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,17 @@ def blurred_share(crops: CropSample, side: int, view_size: int) -> float:
     """
     too_few = crops.extents * side < view_size
     return float((too_few & (side < crops.sizes)).any(axis=1).mean())
+
+
+def view_macs(side: int, view_sizes: Iterable[int]) -> int:
+    """Multiplications and additions (pairs) of resampling one image: two products of matrices for
+    each size of view.
+
+    Args:
+        side: of the stored squares, in pixels.
+        view_sizes: sides of the views, in pixels; equal ones are made once.
+    """
+    return sum(3 * size * side * (side + size) for size in set(view_sizes))
 
 
 def useful_sides(crops: CropSample, smallest: int, view_size: int) -> Iterator[int]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from trainer.core.config import Config
 from trainer.core.console import Console
 from trainer.data.order import ExampleSampler
 from trainer.data.store import MemoryStore
 from trainer.io import files
 from trainer.method import optim, step
 from trainer.method.feed import BatchPrefetcher
-from trainer.models import students, teachers
+from trainer.models import quantize, students, teachers
 from trainer.models.teachers import Teacher
 from trainer.run import teacher_check, teacher_precision
 from trainer.run.accelerator import Accelerator
@@ -48,10 +50,10 @@ def build(plan: RunPlan, accelerator: Accelerator, console: Console) -> Job:
     kinds = choose_kinds(plan, accelerator, console)  # fails at once where there is no room
     begun_before = teacher_check.begun_before(plan)
     loaded, student, plan = _load_models(plan, accelerator, console, begun_before)
-    view_size = max([config.image_size, *(teacher.size for teacher in loaded)])
-    plan = fit_store_size(plan, kinds, view_size, accelerator)
+    view_sizes = [config.image_size, *(teacher.size for teacher in loaded)]
+    plan = fit_store_size(plan, kinds, view_sizes, accelerator, lambda: _step_macs(config, loaded, student))
     stores = open_stores(plan, kinds, console)
-    print_fidelity(plan, kinds, stores.train.sizes, view_size, console)
+    print_fidelity(plan, kinds, stores.train.sizes, max(view_sizes), console)
     loaded, plan, decisions, evaluators = teacher_check.settle(
         plan, accelerator, loaded, stores, console, begun_before=begun_before
     )
@@ -138,6 +140,17 @@ def _load_models(
         )
     console.info(f"student {config.student}: {student.count_params():,} parameters, {config.image_size} px")
     return loaded, student, plan
+
+
+def _step_macs(config: Config, loaded: tuple[Teacher, ...], student: keras.Model) -> float:
+    """Multiplications and additions (pairs) of all models for one image in a training step."""
+    models = [(student, config.image_size), *((teacher.model, teacher.size) for teacher in loaded)]
+    if not all(isinstance(model, keras.Model) for model, _ in models):
+        return math.inf  # a program cannot be counted outside of a replica
+    macs = [quantize.cost(model, size).macs for model, size in models]
+    if None in macs:
+        return math.inf
+    return float(sum(filter(None, macs)) + 2 * (macs[0] or 0))  # a backward pass is about two forward passes
 
 
 def _copy_to_device(stores: Stores, targets: tuple[np.ndarray, ...], accelerator: Accelerator) -> step.ExampleTables:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -182,18 +184,28 @@ def _decoded_bytes(plan: RunPlan, side: int) -> tuple[int, int]:
     return sum(decoded_bytes(split, side) for _, split in train), sum(decoded_bytes(split, side) for _, split in others)
 
 
-def fit_store_size(plan: RunPlan, kinds: tuple[str, str], view_size: int, accelerator: Accelerator) -> RunPlan:
-    """Raises an automatic store size as far as the training crops need it and memory allows.
+def fit_store_size(
+    plan: RunPlan,
+    kinds: tuple[str, str],
+    view_sizes: Sequence[int],
+    accelerator: Accelerator,
+    model_macs: Callable[[], float] = lambda: math.inf,
+) -> RunPlan:
+    """Raises an automatic store size as far as the training crops need it and there is room.
 
-    It stays as it is where images are decoded or sent to the device at each step, since that takes
-    longer in proportion to their pixels. The chief writes the choice down at once: it depends
-    on the memory that is free now, and a run keeps it.
+    Room is memory of the same kind, and time: the views' resampling stays within
+    `fidelity.VIEW_SHARE` of the models' operations. The size stays as it is where images are
+    decoded or sent to the device at each step, since that takes longer in proportion to their
+    pixels. The chief writes the choice down at once: it depends on the memory that is free now, and
+    a run keeps it.
 
     Args:
         plan: of the run.
         kinds: of training and evaluation, from `choose_kinds`; a larger size does not change them.
-        view_size: side of the largest view, in pixels.
+        view_sizes: sides of the models' views, in pixels.
         accelerator: whose memory may hold the images. A collective of all machines.
+        model_macs: multiplications and additions (pairs) of all models for one image in a training
+            step; called only if a larger size would help.
 
     Raises:
         DataError: the choice cannot be written down.
@@ -201,22 +213,33 @@ def fit_store_size(plan: RunPlan, kinds: tuple[str, str], view_size: int, accele
     if plan.store_size_from == "flags":
         return plan
     config, new = plan.config, plan.store_size_from == "default"
-    side = _largest_side(plan, kinds, view_size, accelerator) if new else config.store_size
+    side = _largest_side(plan, kinds, view_sizes, accelerator, model_macs) if new else config.store_size
     plan = plan.with_store_size(accelerator.least_of_all(side))
     if new and accelerator.chief and config.workdir and not (config.check or config.dry_run):
         plan.record()
     return plan
 
 
-def _largest_side(plan: RunPlan, kinds: tuple[str, str], view_size: int, accelerator: Accelerator) -> int:
+def _largest_side(
+    plan: RunPlan,
+    kinds: tuple[str, str],
+    view_sizes: Sequence[int],
+    accelerator: Accelerator,
+    model_macs: Callable[[], float],
+) -> int:
     """The store size for a new run on this machine."""
     config = plan.config
     smallest = largest = config.store_size
     crops = fidelity.sample_crops(config, _median_sizes(plan))
     if crops is None or kinds[0] == "disk" or (kinds[0] == "host" and not accelerator.reads_host_memory):
         return smallest
-    memory = free_memory()
-    for side in fidelity.useful_sides(crops, smallest, view_size):
+    memory, macs = free_memory(), None
+    for side in fidelity.useful_sides(crops, smallest, max(view_sizes)):
+        if side == smallest:
+            continue
+        macs = model_macs() if macs is None else macs
+        if fidelity.view_macs(side, view_sizes) > fidelity.VIEW_SHARE * macs:
+            break
         fastest, _ = choose_stores("auto", accelerator.image_bytes, memory, *_decoded_bytes(plan, side))
         if STORE_ORDER.index(fastest) <= STORE_ORDER.index(kinds[0]):  # there is room in the same memory
             largest = side
