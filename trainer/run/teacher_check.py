@@ -73,8 +73,8 @@ class Decision:
     own_view_top1: float | None = None
 
     def findings(self) -> dict[str, Any]:
-        """The fields but for `teacher`, which holds a path, as JSON."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "teacher"}
+        """The fields but for `teacher`, which holds a path, as values of JSON."""
+        return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k != "teacher"}))
 
     def apply(self, teacher: Teacher) -> Teacher:
         """The teacher with what was found."""
