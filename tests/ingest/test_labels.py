@@ -121,6 +121,10 @@ def test_other_names_keep_the_order_of_keras_and_a_natural_one_is_offered() -> N
     assert classes.names == ("class10", "class2")
     assert "--class_order=natural makes it class2, class10" in classes.notes[0]
     assert numbered(["class10", "class2"], class_order="natural").names == ("class2", "class10")
+    assert numbered(["10²", "9²"], class_order="natural").names == (
+        "9²",
+        "10²",
+    )  # ² is a digit of Unicode, and no number
     assert numbered(["daisy", "Rose", "rose"], numeric=False) == Classes(
         ("Rose", "daisy", "rose"), {"": -1, "Rose": 0, "daisy": 1, "rose": 2}
     )

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trainer.core.errors import DataError
+from trainer.core.wording import NAMED, first_few, plural
 from trainer.data.dataset import INDEX_FILE
 from trainer.ingest import images
 from trainer.ingest.images import ValidatedImage
@@ -35,7 +36,6 @@ from trainer.io import destination, files
 
 _HASHES_AHEAD = 256  # files read at a time to assign them to splits by their content
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
-_NAMED = 5  # names in a message, at most
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def folder_source(path: str, options: SourceOptions, progress: Progress) -> Sour
         # An empty class folder in one split is reported as a class without images there.
         lacking = [parts for parts in empty if len(parts) == depth - 1 and clean(parts[-1]) not in classes.names]
         (warnings if lacking else notes).append(
-            f"{len(empty):,} {'folder has' if len(empty) == 1 else 'folders have'} no image: "
+            f"{plural(len(empty), 'folder has', 'folders have')} no image: "
             f"{_first(['/'.join(parts) for parts in lacking + [e for e in empty if e not in lacking]])}"
             + ("; a class needs at least one" if lacking else "")
         )
@@ -273,20 +273,17 @@ def _check_repetitions(
         if label(before) == NO_LABEL:
             first[place] = row
     if across:
-        warnings.append(
-            f"{len(across):,} {'image is' if len(across) == 1 else 'images are'} in two splits: {_first(across, '; ', 3)}"
-        )
+        warnings.append(f"{plural(len(across), 'image is', 'images are')} in two splits: {_first(across, '; ', 3)}")
     if again:
         notes.append(
-            f"{len(again):,} {'row repeats an image' if len(again) == 1 else 'rows repeat images'} of the same split: "
+            f"{plural(len(again), 'row repeats an image', 'rows repeat images')} of the same split: "
             f"{_first(again, '; ', 3)}"
         )
 
 
-def _first(words: Sequence[str], separator: str = ", ", most: int = _NAMED) -> str:
-    """Joins the first few of many names."""
-    more = f"{separator}and {len(words) - most:,} more" if len(words) > most else ""
-    return separator.join(map(printable, words[:most])) + more
+def _first(names: Sequence[str], separator: str = ", ", most: int = NAMED) -> str:
+    """The first few of many names of files, printable."""
+    return first_few([printable(name) for name in names], separator, most)
 
 
 def _source_of_files(

@@ -14,18 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from trainer.core.errors import DataError
+from trainer.core.natural_order import natural_key, numbers_first_key, value_of
+from trainer.core.wording import conjunction, first_few, plural
 from trainer.ingest.sources import SourceOptions
 from trainer.io import files, text
 
 NO_LABEL = -1  # the class number of an image without a label
 # What pandas and others write for a missing value, in lower case.
 _MISSING = frozenset({"nan", "null", "none", "na", "n/a", "<na>", "#n/a", "nat"})
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,3})?", re.IGNORECASE)
-_COMMA = re.compile(r"[+-]?[0-9]+,00?")  # a whole number with decimals, where a comma separates them
 # Numbers are class numbers if at least one in so many, up to the largest, occurs. Sparser ones are
 # identifiers.
 _SPARSEST = 10
-_NAMED = 5  # names in a message, at most
 
 
 class Found(NamedTuple):
@@ -125,7 +124,7 @@ def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions
         )
     # Names that are numbers stay names, unless --classes gives other names.
     read_numbers = numeric or options.classes
-    values = {label: number for label in found if (number := _number(label)) is not None} if read_numbers else {}
+    values = {label: number for label in found if (number := value_of(label)) is not None} if read_numbers else {}
     missing = [label for label in found if numeric and (label.lower() in _MISSING or values.get(label) == NO_LABEL)]
     if options.classes:
         matched, notes = _match(flag, found, values, set(missing), options.classes)
@@ -148,7 +147,7 @@ def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions
     if missing:
         count = sum(found[label].images for label in missing)
         listed = ", ".join(f"{found[label].images:,} {label!r}" for label in missing)
-        notes.append(f"{_plural(count, 'image has', 'images have')} no label ({listed})")
+        notes.append(f"{plural(count, 'image has', 'images have')} no label ({listed})")
     return Classes(names, none | dict.fromkeys(missing, NO_LABEL) | matched, tuple(notes), tuple(warnings))
 
 
@@ -178,9 +177,9 @@ def coverage_warnings(classes: Sequence[str], counts_by_split: Mapping[str, Mapp
         if len(present) == len(labelled):
             continue
         absent = [split for split in labelled if split not in present]
-        where = _join(absent) if present or len(labelled) == 1 else "any split"
-        only = f" ({_join(present)} only)" if present and len(labelled) > 2 else ""
-        lines.append(f"{_plural(len(names), 'class has', 'classes have')} no image in {where}{only}: {_first(names)}")
+        where = conjunction(absent) if present or len(labelled) == 1 else "any split"
+        only = f" ({conjunction(present)} only)" if present and len(labelled) > 2 else ""
+        lines.append(f"{plural(len(names), 'class has', 'classes have')} no image in {where}{only}: {first_few(names)}")
     return lines + _similar(classes)
 
 
@@ -188,27 +187,17 @@ def _similar(classes: Sequence[str]) -> list[str]:
     """Describes classes whose names are likely meant to be the same."""
     by_key: dict[str, list[str]] = {}
     for name in classes:
-        value = _number(name)
+        value = value_of(name)
         folded = unicodedata.normalize("NFKC", name).casefold()
         by_key.setdefault(str(value) if value is not None else re.sub(r"[\s_-]+", " ", folded).strip(), []).append(name)
     groups = [names for names in by_key.values() if len(names) > 1]
-    listed = [_join([repr(name) for name in names]) for names in groups]
+    listed = [conjunction([repr(name) for name in names]) for names in groups]
     if not groups:
         return []
     return [
-        f"names of classes differ only in case, spaces, signs or zeros: {_first(listed, '; ')}; give them one name if they "
+        f"names of classes differ only in case, spaces, signs or zeros: {first_few(listed, '; ')}; give them one name if they "
         "are one class"
     ]
-
-
-def _number(label: str) -> decimal.Decimal | None:
-    """Returns the value of a label that is a decimal number of a usual size, else None."""
-    if _COMMA.fullmatch(label):
-        label = label.partition(",")[0]
-    if not _NUMBER.fullmatch(label):
-        return None
-    value = decimal.Decimal(label).normalize()
-    return value + 0 if value.adjusted() < 25 else None  # adding 0 makes -0 equal to 0 in its text, too
 
 
 def _match(
@@ -231,7 +220,7 @@ def _match(
         Class number of each label that is not missing, and lines for the user.
     """
     by_name = {name: number for number, name in enumerate(classes)}
-    by_value = {_number(name): number for number, name in enumerate(classes)}
+    by_value = {value_of(name): number for number, name in enumerate(classes)}
     matched = {label: by_name[label] for label in found if label in by_name}
     matched |= {label: by_value[value] for label, value in values.items() if label not in matched and value in by_value}
     unknown = [label for label in found if label not in matched and label not in missing]
@@ -284,7 +273,7 @@ def _from_numbers(
             empty = "class 0 has" if used[0] == 1 else f"classes 0 to {used[0] - 1} have"
             warnings.append(
                 f"the smallest label is {used[0]}, and labels are taken as class numbers, which count from 0: {empty} no image; "
-                f"--class_order=natural makes {_plural(len(used), 'class', 'classes')} of the labels that occur"
+                f"--class_order=natural makes {plural(len(used), 'class', 'classes')} of the labels that occur"
             )
         return tuple(map(str, range(used[-1] + 1))), numbers, [], warnings
     spellings: dict[int, list[str]] = {}
@@ -299,7 +288,7 @@ def _from_numbers(
     if options.class_order == "auto":
         notes = (
             f"the labels are numbers up to {used[-1]:,}, too few of them to be class numbers: they are taken as names of "
-            f"{_plural(len(used), 'class', 'classes')}, in the order of the numbers: {_first(names)}",
+            f"{plural(len(used), 'class', 'classes')}, in the order of the numbers: {first_few(names)}",
         )
     return names, {label: position[name_of[number]] for label, number in numbers.items()}, [*notes], []
 
@@ -349,46 +338,19 @@ def _order(names: Iterable[str], class_order: str) -> tuple[tuple[str, ...], tup
     Returns:
         The names, and lines for the user if another order is likely too.
     """
-
-    def numbers_first(name: str) -> tuple[bool, decimal.Decimal, str]:
-        value = _number(name)
-        return value is None, value or decimal.Decimal(0), name
-
-    def natural(name: str) -> tuple[bool, decimal.Decimal, list[tuple[bool, int, str]], str]:
-        parts = [
-            (not part.isdigit(), int(part) if part.isdigit() else 0, part)
-            for part in re.split(r"([0-9]+)", name)
-            if part
-        ]
-        return *numbers_first(name)[:2], [(*part[:2], part[2] if part[0] else "") for part in parts], name
-
-    by_text, by_number, by_parts = sorted(names), sorted(names, key=numbers_first), sorted(names, key=natural)
+    by_text, by_number, by_parts = sorted(names), sorted(names, key=numbers_first_key), sorted(names, key=natural_key)
     if class_order == "text":
         return tuple(by_text), ()
     if class_order == "natural":
         return tuple(by_parts), ()
     if by_number != by_text:
         return tuple(by_number), (
-            f"classes are in the order of their numbers: {_first(by_number)}. Keras and torchvision sort names as text "
-            f"({_first(by_text)}): --class_order=text for a teacher that was trained so",
+            f"classes are in the order of their numbers: {first_few(by_number)}. Keras and torchvision sort names as text "
+            f"({first_few(by_text)}): --class_order=text for a teacher that was trained so",
         )
     if by_parts != by_text:
         return tuple(by_text), (
-            f"classes are in the order of their names as text, as Keras and torchvision sort them: {_first(by_text)}; "
-            f"--class_order=natural makes it {_first(by_parts)}",
+            f"classes are in the order of their names as text, as Keras and torchvision sort them: {first_few(by_text)}; "
+            f"--class_order=natural makes it {first_few(by_parts)}",
         )
     return tuple(by_text), ()
-
-
-def _plural(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"
-
-
-def _join(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _first(words: Sequence[str], separator: str = ", ", most: int = _NAMED) -> str:
-    """Joins the first few of many words."""
-    more = f"{separator}and {len(words) - most:,} more" if len(words) > most else ""
-    return separator.join(words[:most]) + more

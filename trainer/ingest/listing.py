@@ -17,6 +17,7 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from trainer.core.errors import DataError
+from trainer.core.wording import plural
 from trainer.data import image_header
 from trainer.ingest.sources import Progress, run_in_order
 from trainer.io import destination, files
@@ -94,7 +95,7 @@ class LeftOut:
             named = "" if kind.startswith(".") else f" ({', '.join(printable(name) for name in self.examples[kind])})"
             kinds.append(f"{count:,} {kind}{named}")
         total = self.counts.total()
-        return f"left out {total:,} {'entry that is no image' if total == 1 else 'entries that are no images'}: {', '.join(kinds)}"
+        return f"left out {plural(total, 'entry that is no image', 'entries that are no images')}: {', '.join(kinds)}"
 
 
 @dataclasses.dataclass

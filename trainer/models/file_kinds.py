@@ -9,6 +9,8 @@ import zipfile
 
 import h5py
 
+from trainer.core.wording import first_few
+
 _PYTORCH = "PyTorch is not supported: export it to a TensorFlow SavedModel and give saved_model:FOLDER"
 _SHOWN = 3  # names in a message
 
@@ -80,7 +82,7 @@ def _folder(path: str) -> str:
         return "it is an unpacked .keras file: pack its members again with zip, without a folder around them"
     models = [name for name in names if name.endswith((".keras", ".h5", ".hdf5"))]
     holds = (
-        f"a model in it: {_list(models)}" if models else f"no .keras or .h5 file in it, but {_list(names) or 'nothing'}"
+        f"a model in it: {_few(models)}" if models else f"no .keras or .h5 file in it, but {_few(names) or 'nothing'}"
     )
     return f"it is a folder: give a file; there is {holds}"
 
@@ -100,14 +102,14 @@ def _zip(path: str) -> str:
     if "saved_model.pb" in ends:
         return "it is a zip with a SavedModel: unpack it and give saved_model:FOLDER"
     if models := [name for name in names if name.endswith((".keras", ".h5", ".hdf5"))]:
-        return f"it is a zip with {_list(models)}: unpack it and give the file"
+        return f"it is a zip with {_few(models)}: unpack it and give the file"
     if names and all(name.endswith(".npy") for name in names):
         return "it is a NumPy archive of weights: bit:FILE takes those of a BiT"
-    return f"it is a zip without config.json, so not of Keras; it holds {_list(names) or 'nothing'}"
+    return f"it is a zip without config.json, so not of Keras; it holds {_few(names) or 'nothing'}"
 
 
 def _keras2(path: str, version: str) -> str:
-    # Keras 2 went on as the package tf_keras, with TensorFlow from 2.16.
+    # With TensorFlow from 2.16, Keras 2 is the package tf_keras.
     package = "tensorflow.keras" if int(version.split(".")[1]) < 16 else "tf_keras"
     old, new = os.path.basename(path), os.path.splitext(os.path.basename(path))[0] + ".h5"
     return (
@@ -130,9 +132,8 @@ def _hdf5(path: str) -> str:
             "it holds weights only: load them in their network and save that with model.save('x.keras'); "
             "of a network of keras.applications give app:NAME@FILE.h5"
         )
-    return f"it is an HDF5 file without a Keras model; it holds {_list(keys) or 'nothing'}"
+    return f"it is an HDF5 file without a Keras model; it holds {_few(keys) or 'nothing'}"
 
 
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def _few(names: list[str]) -> str:
+    return first_few(names, most=_SHOWN)

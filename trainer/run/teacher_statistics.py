@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from trainer.core.natural_order import natural_key
 
 _Z95 = 1.959964
 _CLEAR = 0.01  # p-value below which one of several settings is clearly the best
@@ -199,11 +200,6 @@ def _compare(name: str, classes: np.ndarray, answers: np.ndarray, labels: np.nda
     if not len(labels) or mcnemar(now, then) >= _ORDER or then.mean() < now.mean() + 0.1:
         return None
     return Order(name, classes, float(then.mean()), float(now.mean()))
-
-
-def natural_key(name: str) -> list[tuple[int, int | str]]:
-    """Sorts names with the numbers in them by value: "class 2" before "class 10"."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.findall(r"[0-9]+|[^0-9]+", name)]
 
 
 def _known_orders(names: Sequence[str]) -> dict[str, np.ndarray]:
