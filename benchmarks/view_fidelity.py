@@ -53,18 +53,18 @@ COLUMNS = [
 
 def reduced(path: pathlib.Path, side: int) -> bytes | None:
     """A JPEG of a photograph with this shorter side in pixels; None if it is smaller."""
-    with Image.open(path) as picture:
-        if min(picture.size) < side:
+    with Image.open(path) as image:
+        if min(image.size) < side:
             return None
-        scale = side / min(picture.size)
-        size = (max(side, round(picture.width * scale)), max(side, round(picture.height * scale)))
+        scale = side / min(image.size)
+        size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
         content = io.BytesIO()
-        picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(content, "JPEG", quality=QUALITY)
+        image.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(content, "JPEG", quality=QUALITY)
         return content.getvalue()
 
 
 def originals_view(image: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
-    """A crop of the full-size picture at whole pixels, resized bilinearly without antialiasing.
+    """A crop of the full-size image at whole pixels, resized bilinearly without antialiasing.
 
     Args:
         image: uint8 [height, width, 3].
@@ -105,7 +105,7 @@ def best_seconds(work: Callable[[], Any]) -> float:
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photographs", required=True, help="folder of picture files")
+    parser.add_argument("--photographs", required=True, help="folder of image files")
     parser.add_argument("--teacher", required=True, help="as for funmatch task")
     parser.add_argument("--teacher_range", default="auto", help="as for funmatch task")
     parser.add_argument("--classes", type=int, required=True, help="number of the teacher's classes")

@@ -1,4 +1,4 @@
-"""Folders: what is an image, what is left out and told, and what the folders mean."""
+"""Folders: what is an image, what is left out and reported, and what the folders mean."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_formats_by_first_bytes(head: bytes, expected: str) -> None:
     assert image_header.sniff(head[: image_header.SNIFF_BYTES]) == expected
 
 
-def test_what_systems_leave_behind_is_no_class_and_is_told(tmp_path: pathlib.Path) -> None:
+def test_what_systems_leave_behind_is_no_class_and_is_reported(tmp_path: pathlib.Path) -> None:
     root = tmp_path / "in"
     put(root, "daisy/1.jpg", "rose/2.jpg")
     clean = prepared(tmp_path)
@@ -92,8 +92,8 @@ def test_what_systems_leave_behind_is_no_class_and_is_told(tmp_path: pathlib.Pat
     assert clean.dataset is not None
     assert done.dataset is not None
     assert clean.dataset.splits == done.dataset.splits
-    assert "not_taken" not in clean.dataset.source
-    assert done.dataset.source["not_taken"] == {"hidden": 4, "system": 8, ".txt": 2, ".csv": 1}
+    assert "not_images" not in clean.dataset.source
+    assert done.dataset.source["not_images"] == {"hidden": 4, "system": 8, ".txt": 2, ".csv": 1}
     line = done.line("left out 15 entries")
     assert "8 system (#recycle, $RECYCLE.BIN, @eaDir)" in line
     assert "2 .txt" in line
@@ -152,7 +152,7 @@ def test_names_that_are_not_utf8(tmp_path: pathlib.Path) -> None:
     assert r"not UTF-8, so classes could be mistaken: B\xe4r/1.jpg;" in prepared(tmp_path).line("error")
 
 
-def test_folders_without_images_are_told(tmp_path: pathlib.Path) -> None:
+def test_folders_without_images_are_reported(tmp_path: pathlib.Path) -> None:
     put(tmp_path / "in", "train/a/1.jpg", "test/a/2.jpg")
     for name in ("train/tulip", "test/tulip", "train/a/masks"):
         (tmp_path / "in" / name).mkdir()
@@ -187,7 +187,7 @@ def test_splits_that_differ_in_case_only(tmp_path: pathlib.Path) -> None:
     prepared(tmp_path).line("error", "splits Train, train, which differ only in case")
 
 
-def test_folders_of_folders_are_told_to_be_splits(tmp_path: pathlib.Path) -> None:
+def test_folders_of_folders_are_reported_as_splits(tmp_path: pathlib.Path) -> None:
     put(tmp_path / "in", "animals/cat/1.jpg", "plants/rose/2.jpg")
     prepared(tmp_path).line("taken as splits", "animals, plants")
 

@@ -316,7 +316,7 @@ def test_other_formats_become_png(kind: str) -> None:
     assert np.abs(pixels(image).astype(int) - SMOOTH).mean() < 3
 
 
-def test_the_first_of_several_images_is_taken_and_told() -> None:
+def test_the_first_of_several_images_is_taken_and_reported() -> None:
     other = [Image.fromarray(255 - SMOOTH)]
     for kind, name in (("TIFF", "TIFF"), ("GIF", "GIF"), ("WEBP", "WebP"), ("PNG", "PNG")):
         image = validate(encode(SMOOTH, kind, save_all=True, append_images=other))

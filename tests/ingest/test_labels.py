@@ -69,7 +69,7 @@ def test_sparse_numbers_are_names_in_their_order() -> None:
     assert len(numbered(["9007199254740993", "9007199254740992"]).names) == 2  # one number as a float
 
 
-def test_numbers_from_one_are_told_and_can_be_names() -> None:
+def test_numbers_from_one_are_reported_and_can_be_names() -> None:
     from_one = [str(number) for number in range(1, 13)]
     classes = numbered(from_one)
     assert classes.number["12"] == 12

@@ -119,7 +119,7 @@ def test_tables_that_could_mean_something_else_are_refused(
         ("path,label\na/1.jpg,1\na/2.jpg,2\n", "class 0 has no image"),
     ],
 )
-def test_what_is_understood_is_told(tmp_path: pathlib.Path, text: str, message: str) -> None:
+def test_what_is_understood_is_reported(tmp_path: pathlib.Path, text: str, message: str) -> None:
     prepared(tmp_path, text).line(message)
 
 

@@ -96,7 +96,7 @@ def test_without_labels_the_flag_is_asked_for(tmp_path: pathlib.Path) -> None:
     assert run(tmp_path, source, "--features=image:image", out="b")[1] == [-1]
 
 
-def test_files_without_records_are_told(tmp_path: pathlib.Path) -> None:
+def test_files_without_records_are_reported(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "in/train-0.tfrecord", [])
     assert "train-0.tfrecord has no records" in refused(tmp_path, f"tfrecord:{tmp_path}/in")
     source = write(tmp_path / "in/train-1.tfrecord", [{"image": image(0), "label": 0}])
@@ -120,7 +120,7 @@ def test_labels_of_one_number_of_any_type(tmp_path: pathlib.Path) -> None:
     assert labels == [1, 2, 0, 1, -1, -1, -1]
 
 
-def test_labels_from_1_are_told_and_names_offered(tmp_path: pathlib.Path) -> None:
+def test_labels_from_1_are_reported_and_names_offered(tmp_path: pathlib.Path) -> None:
     """The scripts of Inception and TF-Slim count from 1, and write names beside the numbers."""
     rows = [
         {

@@ -368,7 +368,7 @@ def test_models_that_are_no_classifiers_of_rgb_images(
     assert "\n" not in str(error.value)
 
 
-def test_what_a_grey_or_channels_first_teacher_is_told_works(tmp_path: pathlib.Path) -> None:
+def test_the_layer_offered_for_grey_or_channels_first_works(tmp_path: pathlib.Path) -> None:
     """The wrappers in the messages."""
     for model, front in (
         (inputs_of((4, 4, 1)), L.Conv2D(1, 1, kernel_initializer=keras.initializers.Constant(1 / 3))),
@@ -507,7 +507,7 @@ def test_a_missing_package_is_named(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["keras", "h5"])
-def test_a_lambda_is_refused_and_told(end: str, tmp_path: pathlib.Path) -> None:
+def test_a_lambda_is_refused(end: str, tmp_path: pathlib.Path) -> None:
     inputs, x = features()
     model = keras.Model(inputs, dense()(L.Lambda(lambda t: 2 * t, output_shape=(3,), name="twice")(x)))
     with pytest.raises(DataError, match=r"it has a Lambda layer \('twice'\), whose code is not run: .*model.export"):
@@ -628,7 +628,7 @@ def test_evaluate_takes_an_output_and_refuses_in_one_line(data: str, tmp_path: p
     assert "it is a folder: give a file; there is a model in it: t.keras" in done.stderr
 
 
-def test_another_version_of_keras_is_told(tmp_path: pathlib.Path) -> None:
+def test_another_version_of_keras_is_named(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "t.h5"
     simple(dense()).save(path)
     with h5py.File(path, "r+") as file:

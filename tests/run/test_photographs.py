@@ -39,7 +39,7 @@ def test_a_file_of_weights_calls_nothing() -> None:
         imagenet_teacher.read_state_dict(3 * harmless + pickle.dumps({"weight": Call()}, 2))
 
 
-def test_a_machine_without_debians_tools_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_debians_tools_one_line_names_them(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither skipped nor a traceback of a missing program."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="they are in Debian packages, and there is no apt-get here"):

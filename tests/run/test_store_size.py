@@ -192,7 +192,7 @@ def test_the_share_of_blurred_crops_is_printed(automatic: Callable[..., Config])
 
     (line,) = printed(store_size=2 * IMAGE)
     assert re.fullmatch(
-        r"images are kept at 48 x 48 pixels: 4\d% of training crops are blurrier than from the full-size pictures; "
+        r"images are kept at 48 x 48 pixels: 4\d% of training crops are blurrier than from the full-size images; "
         r"--store_size=120 makes it [01]%, needs 0.00 GiB decoded",
         line,
     ), line

@@ -150,7 +150,7 @@ def test_labelled_images_tell_the_range_where_the_model_does_not(
         assert f"{name} {'100.0%' if name == decision.value_range else ''}" in lines[0]
 
 
-def test_without_a_clear_winner_the_job_stops_and_asks(tmp_path: pathlib.Path, images: Images) -> None:
+def test_without_a_clear_winner_the_job_stops(tmp_path: pathlib.Path, images: Images) -> None:
     """Colours that two ranges tell apart equally well.
 
     The likelihood of the labels must not decide between such ranges: more contrast gives more
@@ -274,7 +274,7 @@ def test_a_softmax_in_any_precision_is_recognised(tmp_path: pathlib.Path, images
     assert "returns probabilities, by their values" in lines[0]
 
 
-def test_independent_probabilities_are_asked_about(tmp_path: pathlib.Path, images: Images) -> None:
+def test_independent_probabilities_need_a_flag(tmp_path: pathlib.Path, images: Images) -> None:
     name = saved(tmp_path, tf.nn.sigmoid)
     with pytest.raises(DataError, match="do not sum to 1: give --teacher_outputs=sigmoid"):
         judge(name, images, teacher_range=("0,1",))
@@ -350,7 +350,7 @@ def test_what_was_found_is_kept_for_the_processes_that_resume(make_config: Calla
         build_job(config)
 
 
-def test_a_run_of_version_0_1_goes_on_as_it_began(tmp_path: pathlib.Path, make_config: Callable[..., Config]) -> None:
+def test_a_run_of_version_0_1_resumes_as_it_began(tmp_path: pathlib.Path, make_config: Callable[..., Config]) -> None:
     """That version showed a teacher with a Rescaling inside the range from -1 to 1."""
     model = keras.Sequential(
         [keras.Input((24, 24, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Flatten(), keras.layers.Dense(5)]

@@ -204,7 +204,7 @@ class TeacherOptions:
     teacher_range: tuple[str, ...] = option(
         ("auto",),
         "Value range of each teacher's input: -1,1 or 0,1 or 0,255. Given once or once for each "
-        "teacher. auto: what the model says (a first Rescaling or Normalization, a BiT, app:), else "
+        "teacher. auto: what the model shows (a first Rescaling or Normalization, a BiT, app:), else "
         "the one of the three with which the teacher is clearly best on labelled images; if there "
         "is none, the job stops.",
         choices=(*RANGES, "auto"),

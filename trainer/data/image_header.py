@@ -207,7 +207,7 @@ def sniff(head: bytes) -> str:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp":
-        # The major brand, then, after a version, compatible ones: mif1 alone says HEIF of any
+        # The major brand, then, after a version, compatible ones: mif1 alone means HEIF of any
         # codec.
         brands = [head[8:12], *(head[start : start + 4] for start in range(16, len(head) - 3, 4))]
         if brands[0] in _BRANDS:

@@ -1,8 +1,8 @@
 """Decodes images strictly: what a decoder only warns about is an error.
 
-TensorFlow's and Pillow's JPEG decoders fill what is missing with grey and go on: a file with a
-hole, or one that was cut and then closed, is a whole picture to them. libjpeg knows better, and
-`simplejpeg` passes its warnings on.
+TensorFlow's and Pillow's JPEG decoders fill what is missing with grey and return no error, for a
+file with a hole and for one that was cut and then closed. libjpeg warns about both, and
+`simplejpeg` raises its warnings.
 
 Most of the cost of a JPEG is its arithmetic, and the errors are in what comes before it, so a JPEG
 is decoded at an eighth of its size, which reads every byte.
@@ -56,21 +56,21 @@ def decode_strictly(encoded: bytes, file_format: str, height: int, width: int) -
 
 def _decode_jpeg(encoded: bytes, height: int, width: int) -> np.ndarray:
     least = {"min_height": min(height, _LEAST_SIDE), "min_width": min(width, _LEAST_SIDE)}
-    judged = encoded
+    checked = encoded
     while True:
         try:
-            return simplejpeg.decode_jpeg(judged, colorspace="RGB", strict=True, **least)
+            return simplejpeg.decode_jpeg(checked, colorspace="RGB", strict=True, **least)
         except ValueError as error:
             message = str(error)
-        if _ends_in_padding(judged, message):
-            return simplejpeg.decode_jpeg(judged, colorspace="RGB", strict=False, **least)
+        if _ends_in_padding(checked, message):
+            return simplejpeg.decode_jpeg(checked, colorspace="RGB", strict=False, **least)
         if message.startswith("tj"):  # a sampling that TurboJPEG does not know, and libjpeg does
             return _decode_unusual_jpeg(encoded)
         # libjpeg reports its first warning only. One that means nothing may hide one that does.
-        without = _without_oddity(judged, message)
-        if without == judged:
+        without = _without_oddity(checked, message)
+        if without == checked:
             raise InvalidImage(f"a damaged JPEG: {message}")
-        judged = without
+        checked = without
 
 
 def _decode_unusual_jpeg(encoded: bytes) -> np.ndarray:
@@ -82,7 +82,7 @@ def _decode_unusual_jpeg(encoded: bytes) -> np.ndarray:
 
 
 def _ends_in_padding(encoded: bytes, message: str) -> bool:
-    """Whether the unused bytes before a JPEG's end were put there after a whole picture.
+    """Whether the unused bytes before a JPEG's end were put there after a complete image.
 
     Some cameras do that. A hole also leaves bytes over, since zeros decode to many pixels in few
     bits, but then the hole is longer than what is left over.
@@ -130,7 +130,7 @@ def check_png(encoded: bytes) -> None:
         end = position + 8 + length
         if end + 4 > len(encoded):
             raise InvalidImage(f"a PNG that is cut off: {len(encoded):,} bytes and no IEND chunk")
-        # A capital letter marks a chunk without which the picture cannot be shown.
+        # A capital letter marks a chunk that decoding needs.
         if kind[:1].isupper() and zlib.crc32(view[position + 4 : end]) != struct.unpack_from(">I", encoded, end)[0]:
             raise InvalidImage(f"a damaged PNG: the CRC of chunk {kind.decode('ascii', 'replace')} does not match")
         position = end + 4

@@ -83,8 +83,8 @@ def _across(split: SplitImages, other: SplitImages, image_name: Callable[[str, i
     example = f"{image_name(split.name, int(repeated[0]))} = {image_name(other.name, int(originals[0]))}"
     other_label = f", {conflicts:,} of them with another label" if conflicts else ""
     found.warnings.append(
-        f"{len(repeated):,} of {split.usable:,} images of {split.name} {_are(len(repeated))} also in {other.name}, with the "
-        f"same pixels{other_label} (first: {example}): remove them from one of the two"
+        f"{len(repeated):,} of {split.usable:,} images of {split.name} {'is' if len(repeated) == 1 else 'are'} also in "
+        f"{other.name}, with the same pixels{other_label} (first: {example}): remove them from one of the two"
     )
 
 
@@ -116,7 +116,3 @@ def _within(
         f"{repeats:,} of {split.usable:,} images of {split.name} {'has' if repeats == 1 else 'have'} the same pixels as "
         "others"
     )
-
-
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"

@@ -100,7 +100,7 @@ def folder_source(path: str, options: SourceOptions, progress: Progress) -> Sour
             f"{_first(['/'.join(parts) for parts in lacking + [e for e in empty if e not in lacking]])}"
             + ("; a class needs at least one" if lacking else "")
         )
-    metadata = {"not_taken": dict(sorted(listing.left_out.counts.items()))} if listing.left_out.counts else {}
+    metadata = {"not_images": dict(sorted(listing.left_out.counts.items()))} if listing.left_out.counts else {}
     name = f"folder {printable(posixpath.basename(path.rstrip('/')))}"
     return _source_of_files(name, flag, by_split, classes, options, progress, metadata, notes, warnings)
 

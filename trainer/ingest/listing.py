@@ -243,7 +243,7 @@ def _local(folder: str, left_out: LeftOut, folders: set[Parts]) -> Iterator[tupl
                 continue
             try:
                 status = os.stat(entry.path)
-            except OSError:  # a link to nothing or to itself, or what may not be looked at
+            except OSError:  # a link to nothing or to itself, or no permission
                 if _suffix(entry.name) in IMAGE_SUFFIXES:
                     yield parts, ""  # reported as an image that cannot be read
                 else:

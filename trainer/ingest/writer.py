@@ -32,6 +32,7 @@ import numpy as np
 
 from trainer.core.console import Console, SilentConsole
 from trainer.core.errors import DataError
+from trainer.core.wording import plural
 from trainer.data import records
 from trainer.data.dataset import INDEX_FILE, Dataset, Shard, Split
 from trainer.data.records import ImageRecord
@@ -397,8 +398,8 @@ class _Writer:
             self._console.info(f"left out {len(unusable):,} of {self._total:,} images that cannot be used: {first}")
         if converted := _sum(record.converted for record in shard_records):
             self._console.info(
-                f"{_were(converted.total())} converted to PNG, since TensorFlow does not decode them everywhere alike: "
-                f"{_by_kind(converted)}"
+                f"{plural(converted.total(), 'image was', 'images were')} converted to PNG, since TensorFlow does not decode "
+                f"them everywhere alike: {_by_kind(converted)}"
             )
         if several := _sum(record.first_of_several for record in shard_records):
             self._console.info(
@@ -523,10 +524,6 @@ def _by_reason(unusable: Sequence[tuple[str, str]]) -> str:
         f"{first[kind][0]}{f' and {count - 1:,} more' if count > 1 else ''}: {first[kind][1]}"
         for kind, count in counts.most_common(_REASONS)
     )
-
-
-def _were(count: int) -> str:
-    return "1 image was" if count == 1 else f"{count:,} images were"
 
 
 def _by_kind(counts: Mapping[str, int]) -> str:

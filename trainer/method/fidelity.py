@@ -19,7 +19,6 @@ from trainer.method.crops import DRAWS_PER_CROP
 
 _CROPS = 8192  # sampled; the standard error of a share is at most 0.6 %
 NEGLIGIBLE = 0.02  # as many crops of a file of 500 x 667 pixels have fewer than 128 pixels there
-
 VIEW_SHARE = 0.25  # of the models' operations, which resampling the views may take
 
 

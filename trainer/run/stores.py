@@ -274,7 +274,7 @@ def print_fidelity(plan: RunPlan, kinds: tuple[str, str], sizes: np.ndarray, vie
         return
     line = (
         f"images are kept at {config.store_size} x {config.store_size} pixels: {share:.0%} of training crops are blurrier "
-        f"than from the full-size pictures"
+        "than from the full-size images"
     )
     *_, side = fidelity.useful_sides(crops, config.store_size, view_size)
     if side > config.store_size:
