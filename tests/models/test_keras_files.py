@@ -302,12 +302,12 @@ def test_one_of_several_outputs(kind: str, output: str, index: int, listed: str,
     teacher = load(path, teacher_output=(output,))
     got = teacher.logits(tf.constant(x)).numpy()
     assert np.allclose(got, expected, atol=1e-5) or np.allclose(np.exp(log_softmax(got)), expected, atol=1e-5)
-    with pytest.raises(DataError, match=r"--teacher_output=nothing.*has no such"):
+    with pytest.raises(DataError, match=r"--teacher_output=nothing.*has no output of that name"):
         load(path, teacher_output=("nothing",))
 
 
 def test_an_ambiguous_name_and_a_kind_without_outputs(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match="has several such"):
+    with pytest.raises(DataError, match="has several outputs of that name"):
         load(saved(several("same names"), tmp_path / "t.keras"), teacher_output=("both",))
     with pytest.raises(ConfigError, match="has one output"):
         teachers.load(Config(teacher=("random:bit-tiny",), teacher_output=("x",)), CLASSES)

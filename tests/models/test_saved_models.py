@@ -245,7 +245,7 @@ def test_one_of_several_outputs_of_a_saved_model(tmp_path: pathlib.Path) -> None
     for output in ("classes", "0"):
         logits = load(name, teacher_output=(output,)).logits(view())
         assert np.allclose(logits, model(view())["classes"], atol=1e-5)
-    with pytest.raises(DataError, match=r"--teacher_output=third: .* has no such; it has 0: classes"):
+    with pytest.raises(DataError, match=r"--teacher_output=third: .* has no output of that name; it has 0: classes"):
         load(name, teacher_output=("third",))
     with pytest.raises(DataError, match="has 7 classes"):
         load(name, teacher_output=("features",))

@@ -8,7 +8,13 @@ NAMED = 5  # names in a message, at most, unless a caller gives another number
 
 
 def plural(count: int, one: str, many: str) -> str:
-    """A number with its noun: "1 image", "1,200 images"."""
+    """A number with its noun, and a verb if it has one: "1 image is", "1,200 images are".
+
+    Args:
+        count: of the things.
+        one: what follows 1.
+        many: what follows any other number.
+    """
     return f"{count:,} {one if count == 1 else many}"
 
 

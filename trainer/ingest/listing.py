@@ -69,7 +69,8 @@ _NAMED = 3  # examples of each kind of what is left out
 
 @dataclasses.dataclass
 class LeftOut:
-    """What is not an image, by kind: a suffix, "no suffix", hidden, system, unreadable, special.
+    """What is not an image, by kind: a suffix, "without suffix", hidden, system, unreadable,
+    special, or a link to a folder that holds it.
 
     Attributes:
         counts: number of files, or of folders with all that is in them.

@@ -247,7 +247,7 @@ def _find_layout(flag: str, paths: list[str], options: SourceOptions) -> dict[st
         if keys["image"] in features and (keys["label"] in features or not options.labelled):
             return keys
     raise DataError(
-        f"{flag}: the first record has the features {', '.join(sorted(features))}: say which ones to take, as "
+        f"{flag}: the first records have the features {', '.join(sorted(features))}: say which ones to take, as "
         "--features=image:KEY,label:KEY, or, without labels, --features=image:KEY"
     )
 

@@ -73,7 +73,7 @@ def decode(content: bytes, path: str, encoding: str = "") -> str:
     if encoding and len(decoded) == len(content) and not content.isascii() and _is_utf8(content):
         # Text of one byte per letter is UTF-8 by chance only where it is not text.
         raise DataError(
-            f"{path} is UTF-8, not {encoding}: its letters would be taken apart; leave --encoding out, or save it so"
+            f"{path} is UTF-8, not {encoding}, which would give other letters; leave --encoding out, or save it as {encoding}"
         )
     if "\0" in decoded:
         raise _zeros(path, decoded[: decoded.index("\0")].count("\n") + 1, content)

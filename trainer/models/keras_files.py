@@ -68,7 +68,11 @@ def checksum(path: str, role: str) -> str:
 
 
 def _local(path: str, role: str) -> str:
-    """`download.local_copy` of a file; says what a folder is."""
+    """`download.local_copy` of a file.
+
+    Raises:
+        DataError: it cannot be read, or is a folder; the message names what is in that.
+    """
     if not files.is_remote(path) and os.path.isdir(path):
         raise DataError(f"--{role}=keras:{path}: {file_kinds.foreign(path)}")
     return download.local_copy(path, role)
@@ -186,9 +190,8 @@ def _choose(outputs: list[tuple[str, Any]], where: str, role: str, output: str) 
         return names.index(output)
     if output.isdecimal() and int(output) < len(outputs):
         return int(output)
-    raise DataError(
-        f"--{role}_output={output}: {where} has {'several' if output in names else 'no'} such; it has {listed}"
-    )
+    how_many = "several outputs" if output in names else "no output"
+    raise DataError(f"--{role}_output={output}: {where} has {how_many} of that name; it has {listed}")
 
 
 def _refusal(path: str) -> str:

@@ -203,7 +203,7 @@ def _class_output(outputs: dict[str, tf.TensorSpec], where: str, role: str, want
     if wanted:
         if wanted.isdecimal() and int(wanted) < len(names):
             return names[int(wanted)]
-        raise DataError(f"--{role}_output={wanted}: {where} has no such; it has {listed}")
+        raise DataError(f"--{role}_output={wanted}: {where} has no output of that name; it has {listed}")
     if "logits" in names:
         return "logits"
     if len(names) == 1:

@@ -186,7 +186,7 @@ def _headline(
         bars.append(("Teacher", "teacher", teacher))
     if (own := formatting.number(source.get("teacher_own_view_top1"))) is not None:
         bars.append(("Teacher, own view", "teacher", own))
-        summary += f" On the images as it was trained to see them, the teacher reaches {formatting.percent(own)}."
+        summary += f" On its own view, that of its training, the teacher reaches {formatting.percent(own)}."
     of_bars = "Top-1 accuracy: the share of images whose most likely class is the true one; a full bar is 100%."
     constant_agreement = formatting.number(source.get("constant_agreement"))
     if student is None and agreement is not None:
