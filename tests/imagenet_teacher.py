@@ -102,7 +102,7 @@ def read_state_dict(content: bytes) -> dict[str, np.ndarray]:
         count = int.from_bytes(file.read(8), "little")
         dtype = reader.storages[key]
         values[key] = np.frombuffer(file.read(count * dtype.itemsize), dtype)
-    assert not file.read(), "the file goes on"
+    assert not file.read(), "bytes are left over"
     return {
         name: np.lib.stride_tricks.as_strided(
             values[key][offset:], shape, [stride * values[key].itemsize for stride in strides], writeable=False

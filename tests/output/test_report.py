@@ -390,7 +390,7 @@ def test_without_labels():
 
 
 def test_a_run_without_labels_has_a_result():
-    """A run whose images have no labels says its own final figures, not those of an evaluation."""
+    """A run whose images have no labels shows its own final figures, not those of an evaluation."""
     result = {"agreement_top1": 0.043, "kl": 5.81, "split_images": 300, "labelled_images": 0}
     result |= {"constant_agreement": 0.041, "constant_kl": 5.6}
     history = [{"kind": "eval", "step": 5, "split": "validation", "agreement_top1": 0.0, "kl": 9.0}]

@@ -208,7 +208,7 @@ def test_any_other_order_is_named_too(tmp_path: pathlib.Path, images: Images) ->
 def test_a_teacher_at_chance_is_refused_if_there_are_images_enough_to_tell(
     tmp_path: pathlib.Path, images: Images
 ) -> None:
-    """The labels are drawn at random; on 12 images nobody can tell."""
+    """The labels are drawn at random; 12 images are too few to tell."""
     rng = np.random.default_rng(0)
     random = Images(images.images, rng.integers(0, 12, 96))
     name = teacher(tmp_path, 0, 1)

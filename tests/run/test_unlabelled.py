@@ -114,7 +114,7 @@ def job(data: pathlib.Path, teacher_file: str, workdir: pathlib.Path, *more: str
 def test_photographs_and_a_teacher_are_enough(
     photos: pathlib.Path, teacher_file: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Everything that a run leaves says agreement and KL, and nothing about accuracy."""
+    """Everything that a run writes has agreement and KL, and no accuracy."""
     assert Dataset.load(str(photos / "data")).classes == NAMES
     assert here("prepare", f"--verify={photos}/data").returncode == 0
     done = job(photos / "data", teacher_file, tmp_path / "run", "--keep_best=kl", "--export_from=best")
@@ -175,7 +175,7 @@ def test_without_names_the_teacher_decides_the_classes(
     assert names == [f"class {number}" for number in range(CLASSES)]
     identity = json.loads((tmp_path / "run" / "config.json").read_text())["identity"]
     assert identity["classes"] == 0
-    # The same command knows its run.
+    # The same command finds its run finished.
     assert "is finished: nothing to do. agreement" in job(tmp_path / "data", teacher_file, tmp_path / "run").stderr
     other = tmp_path / "other.keras"
     keras.Sequential([keras.Input((IMAGE, IMAGE, 3)), keras.layers.Flatten(), keras.layers.Dense(3)]).save(other)

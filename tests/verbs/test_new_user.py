@@ -42,7 +42,7 @@ def colour_classifier(
     side: int | None = 32,
     channels: int = 3,
 ) -> keras.Model:
-    """A classifier that knows the colours exactly, for images from `low` to `high`."""
+    """A classifier that is right on every colour, for images from `low` to `high`."""
     colours = COLOURS[list(order)]
     inputs = keras.Input((side, side, channels))
     head = LAYERS.Dense(len(order), name="colours")

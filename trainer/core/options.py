@@ -234,8 +234,9 @@ class TeacherOptions:
     )
     force_teacher: bool = option(
         False,
-        "Use a teacher that is at chance on labelled images, gives one answer for all images, or "
-        "has its classes in another order than the data. Warnings are printed all the same.",
+        "Use a teacher that is at chance on labelled images, returns NaN or one answer for all "
+        "images, has its classes in another order than the data, or whose value range or outputs are "
+        "not clear. Warnings are printed all the same.",
         affects_weights=False,
     )
     teacher_sha256: tuple[str, ...] = option(
