@@ -68,7 +68,7 @@ def reference(job: Job, step: int, mixed: bool) -> list[np.ndarray]:
         (1, {}, False),
         (1, {"mixup": "example", "jit_compile": "on"}, True),
         (1, {"views": "fix/cc", "store": "disk", "precision": "mixed_bfloat16"}, False),
-        (2, {"mixup": "example"}, True),
+        pytest.param(2, {"mixup": "example"}, True, marks=pytest.mark.slow),
         pytest.param(4, {"jit_compile": "on", "compat": ("mixup",)}, False, marks=pytest.mark.slow),
     ],
 )

@@ -162,6 +162,7 @@ def test_photographs_and_a_teacher_are_enough(
     assert "has no labels, so there is no accuracy to measure: give a --teacher" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_without_names_the_teacher_decides_the_classes(
     photos: pathlib.Path, teacher_file: str, tmp_path: pathlib.Path
 ) -> None:

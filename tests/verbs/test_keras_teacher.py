@@ -66,6 +66,7 @@ def tutorial(photographs: pathlib.Path) -> keras.Model:
     return model
 
 
+@pytest.mark.slow
 def test_the_tutorials_teacher_needs_no_flag(
     photographs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
