@@ -176,6 +176,16 @@ def test_a_given_range_that_leaves_the_teacher_at_chance_is_refused(tmp_path: pa
         judge(name, images, teacher_range=("0,1",))
 
 
+def test_a_given_range_that_the_first_layer_contradicts_is_refused_where_labels_do_too(
+    tmp_path: pathlib.Path, images: Images
+) -> None:
+    name = teacher(tmp_path, 0, 1, head=keras.layers.Rescaling(1 / 255))
+    with pytest.raises(
+        DataError, match=r"takes -1,1 .--teacher_range, although it begins with Rescaling.*give .*0,255"
+    ):
+        judge(name, images, teacher_range=("-1,1",))
+
+
 def test_a_layer_that_labels_contradict_is_refused(tmp_path: pathlib.Path, images: Images) -> None:
     """It divides by 255, and was trained on images that were divided before."""
     name = teacher(tmp_path, 0, 1 / 255, head=keras.layers.Rescaling(1 / 255))

@@ -336,7 +336,9 @@ def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
     name, config, model = spec.name, spec.config, loaded.model
     evidence = loaded.evidence if loaded.evidence.strength == "certain" else value_range.inspect(model)
     if spec.value_range != "auto" and evidence.strength != "certain":
-        evidence = Evidence(spec.value_range, "flag", f"--teacher_range; {evidence.reason}".removesuffix("; "))
+        contradicted = evidence.strength == "layers" and evidence.value_range != spec.value_range
+        reason = f"--teacher_range, although {evidence.reason}" if contradicted else "--teacher_range"
+        evidence = Evidence(spec.value_range, "contradicted" if contradicted else "flag", reason)
     range_ = loaded.value_range if loaded.value_range != "auto" else evidence.value_range or "-1,1"
     if spec.classes and model.output_shape[-1] != spec.classes:
         raise DataError(

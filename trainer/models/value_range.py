@@ -60,7 +60,8 @@ class Evidence:
 
     Attributes:
         value_range: of `RANGES`; empty if it is not known.
-        strength: "flag" (the user says so), "certain" (how the model is made, so that nothing else
+        strength: "flag" (the user says so), "contradicted" (the same, and its first layers say
+            otherwise), "certain" (how the model is made, so that nothing else
             need be tried), "layers" (its first layers convert it), "convention" (its network is
             usually trained with it) or "none".
         reason: for messages, a clause.
