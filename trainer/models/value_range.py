@@ -64,11 +64,13 @@ class Evidence:
             need be tried), "layers" (its first layers convert it), "convention" (its network is
             usually trained with it) or "none".
         reason: for messages, a clause.
+        contradicts: for a flag, the other range that the model tells, and why; else empty.
     """
 
     value_range: str
     strength: str
     reason: str
+    contradicts: str = ""
 
 
 NONE = Evidence("", "none", "")
