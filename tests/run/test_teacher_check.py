@@ -180,9 +180,7 @@ def test_a_given_range_that_the_first_layer_contradicts_is_refused_where_labels_
     tmp_path: pathlib.Path, images: Images
 ) -> None:
     name = teacher(tmp_path, 0, 1, head=keras.layers.Rescaling(1 / 255))
-    with pytest.raises(
-        DataError, match=r"takes -1,1 .--teacher_range, although it begins with Rescaling.*give .*0,255"
-    ):
+    with pytest.raises(DataError, match=r"takes -1,1 .--teacher_range; it begins with Rescaling.*give .*0,255"):
         judge(name, images, teacher_range=("-1,1",))
 
 
@@ -419,3 +417,83 @@ def test_an_unlabelled_evaluation_split_is_replaced_by_labelled_training_images(
     )
     assert (decisions[0].split, decisions[0].labelled) == ("train", 40)
     assert not evaluators  # of training images: none that an evaluation may use
+
+
+def test_images_of_one_class_judge_nothing(tmp_path: pathlib.Path) -> None:
+    everything = coloured(480)
+    one = Images(everything.images[1::12], everything.labels[1::12])
+    decision, lines = judge(teacher(tmp_path, head=keras.layers.Rescaling(1 / 255)), one)
+    assert decision.top1 == 1.0
+    assert any("cannot be judged on test: all 40 labelled images are of one class, 2" in line for line in lines)
+    # Shown another range, it may answer that class for every image.
+    with pytest.raises(DataError, match=r"none is clearly the best.*give --teacher_range"):
+        judge(teacher(tmp_path, 0, 255), one)
+
+
+def test_a_given_range_is_questioned_above_chance_too(tmp_path: pathlib.Path, images: Images) -> None:
+    name = teacher(tmp_path, 0, 1)
+    decision, _ = judge(name, images, teacher_range=("-1,1",), force_teacher=True)
+    assert decision.top1 is not None
+    assert 0.2 < decision.top1 < 0.8
+    with pytest.raises(DataError, match=r"takes -1,1 .*but 0,1 is much better.*give --teacher_range=0,1"):
+        judge(name, images, teacher_range=("-1,1",))
+
+
+def test_a_given_range_that_the_layers_contradict_is_told_without_labels(
+    tmp_path: pathlib.Path, images: Images
+) -> None:
+    unlabelled = Images(images.images, np.full(len(images.labels), -1))
+    name = teacher(tmp_path, head=keras.layers.Rescaling(1 / 255))
+    _, lines = judge(name, unlabelled, teacher_range=("0,1",))
+    assert any(
+        line.startswith("warning:") and "seems to take 0,255 (it begins with Rescaling" in line for line in lines
+    )
+    _, lines = judge(name, unlabelled, teacher_range=("0,255",))
+    assert not any(line.startswith("warning:") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("end", "flag", "words"),
+    [
+        ("linear", "probabilities", "says are probabilities"),
+        ("linear", "sigmoid", "says are probabilities"),
+        ("softmax", "sigmoid", "sum to 1, which --teacher_outputs=sigmoid says are independent"),
+    ],
+)
+def test_given_outputs_that_the_values_contradict_are_refused(
+    end: str, flag: str, words: str, tmp_path: pathlib.Path, images: Images
+) -> None:
+    name = teacher(tmp_path, head=keras.layers.Rescaling(1 / 255), end=end)
+    with pytest.raises(DataError, match=words):
+        judge(name, images, teacher_outputs=flag)
+
+
+@pytest.mark.parametrize("total", [100.0, 255.0])
+def test_probabilities_in_percent_are_recognised(total: float) -> None:
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(5), 8).astype(np.float32)
+    assert teachers.outputs_of_values(total * probabilities) == "probabilities"
+    assert teachers.outputs_of_values(17 * probabilities) == "logits"
+
+
+def test_one_probability_for_two_classes_is_asked_about(tmp_path: pathlib.Path) -> None:
+    """Its sigmoid is hidden by a layer behind it; read as a logit, 0 to 1 would say little."""
+    everything = coloured(240)
+    rows = np.flatnonzero(np.isin(everything.labels, (8, 9)))  # black and white
+    two = Images(everything.images[rows], everything.labels[rows] - 8, ("black", "white"))
+    inputs = keras.Input((SIDE, SIDE, 3))
+    dense = keras.layers.Dense(1, activation="sigmoid")
+    pooled = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(inputs))
+    model = keras.Model(inputs, keras.layers.Rescaling(0.98, offset=0.01)(dense(pooled)))
+    dense.set_weights([np.full((3, 1), 4, np.float32), np.array([-6.0], np.float32)])
+    model.save(tmp_path / "t.keras")
+    name = f"keras:{tmp_path / 't.keras'}"
+    with pytest.raises(DataError, match="--teacher_outputs=sigmoid"):
+        judge(name, two, names=two.classes)
+    config = Config(teacher=(name,), image_size=SIDE, steps=1, teacher_outputs="sigmoid")
+    decision, _ = judge(name, two, names=two.classes, teacher_outputs="sigmoid")
+    assert (decision.top1, decision.outputs) == (1.0, "probabilities")
+    (loaded,) = teachers.load(config, 2)
+    views = two.images[:4, ::2, ::2].astype(np.float32) / 127.5 - 1
+    expected = model(127.5 * (views + 1), training=False).numpy()[:, 0]
+    got = tf.nn.softmax(decision.apply(loaded).logits(tf.constant(views))).numpy()[:, 1]
+    assert np.allclose(got, expected, atol=1e-5)

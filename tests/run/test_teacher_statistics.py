@@ -134,3 +134,29 @@ def test_a_permutation_never_fits_random_answers() -> None:
 def test_classes_that_are_never_answered() -> None:
     labels = np.repeat([0, 1, 2, 3], [10, 10, 10, 2])
     assert statistics.never_answered(np.where(labels == 1, 0, labels % 3), labels, 5).tolist() == [1]
+
+
+def test_two_swapped_classes_of_many_are_found() -> None:
+    """They are 5 % of the images, of which the other 95 % say nothing about their order."""
+    labels = np.arange(1000) % 40
+    order = np.arange(40)
+    order[[3, 17]] = 17, 3
+    names = tuple(f"class {number:02}" for number in range(40))
+    found = statistics.better_order(order[answers(labels, 40, 0.9)], labels, names)
+    assert found is not None
+    assert found.classes.tolist() == order.tolist()
+    assert statistics.better_order(answers(labels, 40, 0.9), labels, names) is None
+
+
+def test_images_of_one_class_say_nothing_about_an_order() -> None:
+    labels = np.full(60, 2)
+    assert statistics.better_order(np.zeros(60, np.int64), labels, NAMES) is None
+
+
+def test_classes_without_a_right_answer() -> None:
+    labels = np.arange(60) % 20
+    swapped = np.where(labels < 2, 1 - labels, labels)
+    assert statistics.never_right(swapped, labels, 20) == {0: 1, 1: 0}
+    assert statistics.never_right(labels, labels, 20) == {}
+    # One that is wrong half of the time may miss the three images of a class by chance.
+    assert statistics.never_right(np.where(np.arange(60) % 20 < 10, 19, labels), labels, 20) == {}

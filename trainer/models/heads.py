@@ -95,6 +95,14 @@ def two_logits(model: keras.Model) -> keras.Model:
     return result
 
 
+def two_probabilities(model: keras.Model) -> keras.Model:
+    """A model with (1 - p, p) from one with the probability p [n, 1] of the second class."""
+    pair = keras.layers.Dense(2, trainable=False, name="two_probabilities", dtype="float32")
+    result = select(model, pair(model.outputs[0]))
+    pair.set_weights([np.array([[-1.0, 1.0]], np.float32), np.array([1.0, 0.0], np.float32)])
+    return result
+
+
 def _cut(model: keras.Model) -> tuple[str, Any]:
     tensors = getattr(model, "outputs", None) or []
     return _before(tensors[0]) if len(tensors) == 1 else ("", None)

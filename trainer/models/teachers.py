@@ -122,7 +122,8 @@ class LoadedModel:
         model: images -> logits or probabilities.
         size: side of its images in pixels; 0: that of `model`'s input.
         value_range: of its images; "auto": not known, see `evidence`.
-        ends_in: "softmax", "log_softmax", "sigmoid" or "" (unknown), see `heads.ending`.
+        ends_in: "softmax", "log_softmax", "sigmoid" or "" (unknown), see `heads.ending`; or
+            "probabilities", if they are known to be that.
         returns_logits: it is known to return logits, whatever `--teacher_outputs` says.
         evidence: of the value range, where the kind of teacher decides it.
         notes: see `Teacher`.
@@ -148,9 +149,14 @@ def _load_keras(spec: TeacherSpec) -> LoadedModel:
         raise DataError(
             f"--teacher={spec.name} has one output, which is for two classes; --data={spec.config.held_out} has {spec.classes}"
         )
+    if not ends_in and spec.config.teacher_outputs in ("probabilities", "sigmoid"):
+        notes = (f"{spec.name}: its one output p is the probability of the second class; that of the first is 1 - p",)
+        return LoadedModel(heads.two_probabilities(model), spec.size, spec.value_range, "probabilities", notes=notes)
     what = "is the sigmoid of a logit" if ends_in else "is taken as a logit"
     notes = (f"{spec.name}: its one output {what}, of the second class against the first: two logits, 0 and z",)
-    return LoadedModel(heads.two_logits(one), spec.size, spec.value_range, returns_logits=True, notes=notes)
+    # Without an ending that is known, `run.teacher_check` looks whether z may be a probability.
+    known = bool(ends_in) or spec.as_version_0_1
+    return LoadedModel(heads.two_logits(one), spec.size, spec.value_range, returns_logits=known, notes=notes)
 
 
 def _load_saved_model(spec: TeacherSpec) -> LoadedModel:
@@ -336,9 +342,10 @@ def _teacher(spec: TeacherSpec, loaded: LoadedModel) -> Teacher:
     name, config, model = spec.name, spec.config, loaded.model
     evidence = loaded.evidence if loaded.evidence.strength == "certain" else value_range.inspect(model)
     if spec.value_range != "auto" and evidence.strength != "certain":
-        contradicted = evidence.strength == "layers" and evidence.value_range != spec.value_range
-        reason = f"--teacher_range, although {evidence.reason}" if contradicted else "--teacher_range"
-        evidence = Evidence(spec.value_range, "contradicted" if contradicted else "flag", reason)
+        differs = evidence.value_range not in ("", spec.value_range)
+        other = f"{evidence.value_range} ({evidence.reason})" if differs else ""
+        reason = f"--teacher_range; {evidence.reason}".removesuffix("; ")
+        evidence = Evidence(spec.value_range, "flag", reason, other)
     range_ = loaded.value_range if loaded.value_range != "auto" else evidence.value_range or "-1,1"
     if spec.classes and model.output_shape[-1] != spec.classes:
         raise DataError(
@@ -376,6 +383,8 @@ def _find_outputs(
     flag, model, ending = spec.config.teacher_outputs, loaded.model, loaded.ends_in
     if loaded.returns_logits:
         return model, {"probabilities": False, "outputs": "logits"}
+    if ending == "probabilities":
+        return model, {"probabilities": True, "outputs": "probabilities (--teacher_outputs)"}
     kinds = {"softmax": "probabilities", "log_softmax": "logarithms of probabilities", "sigmoid": "sigmoids"}
     read = ending == "softmax" if spec.as_version_0_1 else ending and (ending, flag) != ("sigmoid", "logits")
     if read and flag not in ("probabilities", "sigmoid"):
@@ -401,10 +410,15 @@ def outputs_of_values(outputs: np.ndarray) -> str:
 
     Returns:
         "probabilities": none is negative, and each row sums to 1 within 1 %, as a softmax in
-        bfloat16 or float16 does; "sigmoid": all are from 0 to 1, and sums differ from 1; else
-        "logits".
+        bfloat16 or float16 does, or to 100 or 255, as one in percent or 8 bits; "sigmoid": all are
+        from 0 to 1, and sums differ from 1; else "logits".
     """
-    if not np.isfinite(outputs).all() or (outputs < 0).any() or (outputs > 1 + SUM_TOLERANCE).any():
+    if not np.isfinite(outputs).all() or (outputs < 0).any():
+        return "logits"
+    for total in (100.0, 255.0):  # a factor only adds a constant to the logarithms
+        if np.allclose(outputs.sum(axis=1, dtype=np.float64), total, rtol=SUM_TOLERANCE):
+            return "probabilities"
+    if (outputs > 1 + SUM_TOLERANCE).any():
         return "logits"
     if np.allclose(outputs.sum(axis=1, dtype=np.float64), 1.0, rtol=0, atol=SUM_TOLERANCE):
         return "probabilities"

@@ -60,16 +60,17 @@ class Evidence:
 
     Attributes:
         value_range: of `RANGES`; empty if it is not known.
-        strength: "flag" (the user says so), "contradicted" (the same, and its first layers say
-            otherwise), "certain" (how the model is made, so that nothing else
+        strength: "flag" (the user says so), "certain" (how the model is made, so that nothing else
             need be tried), "layers" (its first layers convert it), "convention" (its network is
             usually trained with it) or "none".
         reason: for messages, a clause.
+        contradicts: for a flag, the other range that the model tells, and why; else empty.
     """
 
     value_range: str
     strength: str
     reason: str
+    contradicts: str = ""
 
 
 NONE = Evidence("", "none", "")

@@ -375,6 +375,11 @@ class _Judge:
         if evidence.strength == "certain":
             return
         if not len(self._rows):
+            if evidence.strength == "flag" and evidence.contradicts:
+                self._console.warning(
+                    f"{self._role} {self._name} is shown {now} (--{self._role}_range), but seems to take "
+                    f"{evidence.contradicts}; no image has a label to tell which is right"
+                )
             if evidence.strength == "none":
                 why = f" ({evidence.reason})" if evidence.reason else ""
                 self._fail(
@@ -384,12 +389,13 @@ class _Judge:
             return
         if evidence.strength != "none":
             accuracy = self._accuracy(self._right(self._logits(self._teacher, "central")))
-            if accuracy.above_chance and (accuracy.share >= _GOOD or evidence.strength == "flag"):
+            if accuracy.above_chance and accuracy.share >= _GOOD:
                 return
         correct = {name: self._right(self._logits(self._with_range(name), "central")) for name in RANGES}
         figures = ", ".join(f"{name} {rows.mean():.1%}" for name, rows in correct.items())
         tried = f"tried on {len(self._rows):,} labelled images of {self._pictures.split}: {figures}"
-        winner = statistics.clear_winner(correct)
+        # Shown a wrong range it may give one answer for all images, right for those of one class.
+        winner = statistics.clear_winner(correct) if len(np.unique(self._labels)) > 1 else ""
         if evidence.strength == "none":
             best = winner or max(correct, key=lambda name: correct[name].sum())
             self._set_range(best, tried)
@@ -404,12 +410,14 @@ class _Judge:
             if evidence.strength == "convention":
                 self._set_range(winner, tried)
             else:
+                if correct[winner].mean() < _GOOD:
+                    self._explain(tried)
                 self._fail(
                     f"takes {now} ({evidence.reason}), but {winner} is much better ({tried}): give --{self._role}_range={winner}"
                 )
 
     def _explain(self, tried: str) -> None:
-        """Refuses a teacher for which no range is clearly the best, if there is a better reason."""
+        """Refuses a teacher for which no range is right, if there is a better reason."""
         logits = self._logits(self._teacher, "central")
         if not self._require_varying(logits):
             return
@@ -431,18 +439,41 @@ class _Judge:
     def _find_outputs(self) -> None:
         """Sets what the model returns where its layers and the flags do not say."""
         if self._teacher.outputs:
+            if self._teacher.outputs.endswith("(--teacher_outputs)"):
+                self._question_outputs()
             return
         values = self._logits(self._teacher, "central")
         kind = teachers.outputs_of_values(values)
         if kind == "sigmoid":
             self._fail(
                 f"returns values from {values.min():.2g} to {values.max():.2g} that do not sum to 1: give "
-                f"--{self._role}_outputs=sigmoid if they are independent probabilities, or logits"
+                f"--{self._role}_outputs=sigmoid if they are independent probabilities, probabilities if they are a part or "
+                "a power of a softmax, or logits"
             )
             kind = "logits"
         self._teacher = dataclasses.replace(
             self._teacher, probabilities=kind == "probabilities", outputs=f"{kind}, by their values"
         )
+
+    def _question_outputs(self) -> None:
+        """Refuses `--teacher_outputs` if the values cannot be what it says."""
+        flag = _outputs(self._teacher)
+        if flag == "logits":
+            return
+        bare = dataclasses.replace(self._teacher, probabilities=False, sigmoid=False)
+        values = self._logits(bare, "central")
+        if not np.isfinite(values).all():
+            return
+        least, most = values.min(), values.max()
+        if least < -teachers.SUM_TOLERANCE or (flag == "sigmoid" and most > 1 + teachers.SUM_TOLERANCE):
+            self._fail(
+                f"returns values from {least:.2g} to {most:.2g}, which --{self._role}_outputs={flag} says are probabilities: "
+                "leave that flag out"
+            )
+        elif flag == "sigmoid" and teachers.outputs_of_values(values) == "probabilities":
+            self._fail(
+                f"returns values that sum to 1, which --{self._role}_outputs=sigmoid says are independent: leave that flag out"
+            )
 
     def _require_varying(self, logits: np.ndarray) -> bool:
         """Whether the outputs are finite and depend on the image."""
@@ -497,6 +528,11 @@ class _Judge:
         accuracy = self._accuracy(self._right(logits))
         if len(names) == logits.shape[1] and (order := statistics.better_order(answers, self._labels, names)):
             self._fail(_describe_order(order, names))
+        elif len(np.unique(self._labels)) == 1 and accuracy.share > 1 / logits.shape[1]:
+            self._console.warning(
+                f"{self._role} {self._name} cannot be judged on {self._pictures.split}: all {accuracy.images:,} labelled images "
+                f"are of one class, {self._class_name(self._labels[0])}; use a split with images of every class"
+            )
         elif not accuracy.above_chance and accuracy.images >= MIN_IMAGES:
             self._fail(
                 f"is at chance on {self._pictures.split}: {accuracy}. It was shown {self._teacher.value_range} "
@@ -509,11 +545,25 @@ class _Judge:
             )
         missing = statistics.never_answered(answers, self._labels, logits.shape[1])
         if len(missing) and accuracy.above_chance:
-            listed = ", ".join(names[number] if names else str(number) for number in missing[:5])
+            listed = ", ".join(self._class_name(number) for number in missing[:5])
             self._console.warning(
                 f"{self._role} {self._name} never answers {len(missing)} of {logits.shape[1]} classes that have images: {listed}"
                 f"{', ...' if len(missing) > 5 else ''}"
             )
+        wrong = {
+            k: v for k, v in statistics.never_right(answers, self._labels, logits.shape[1]).items() if k not in missing
+        }
+        if wrong and accuracy.above_chance:
+            listed = ", ".join(
+                f"{self._class_name(k)} (it answers {self._class_name(v)})" for k, v in list(wrong.items())[:5]
+            )
+            self._console.warning(
+                f"{self._role} {self._name} is right on no image of {len(wrong)} of {logits.shape[1]} classes: {listed}"
+                f"{', ...' if len(wrong) > 5 else ''}: check that it has the classes in the data's order"
+            )
+
+    def _class_name(self, number: int) -> str:
+        return self._pictures.classes[number] if self._pictures.classes else str(number)
 
 
 def _describe_order(order: statistics.Order, names: tuple[str, ...]) -> str:
