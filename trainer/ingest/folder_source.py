@@ -85,6 +85,7 @@ def folder_source(path: str, options: SourceOptions, progress: Progress) -> Sour
         file = _File(files.join(path, *parts), "/".join(parts), label, mark)
         by_split.setdefault(clean(parts[0]) if split_level else "", []).append(file)
     if depth == 3:
+        _require_splits_above(flag, listing)
         unusual = [split for split in by_split if split.lower() not in SPLIT_NAMES]
         if unusual:
             notes.append(f"taken as splits, since they hold folders of images: {_first(unusual)}")
@@ -178,6 +179,17 @@ def _has_splits(flag: str, listing: Listing, options: SourceOptions, warnings: l
     return False
 
 
+def _require_splits_above(flag: str, listing: Listing) -> None:
+    """Raises if the lower of two levels is named as splits, and the upper one is not."""
+    upper, lower = ({clean(parts[level]).lower() for parts, _ in listing.images} for level in (0, 1))
+    if lower <= set(SPLIT_NAMES) and not upper & set(SPLIT_NAMES):
+        first = listing.images[0][0]
+        raise DataError(
+            f"{flag} has splits within other folders, as {'/'.join(first)}: put the folder of the split above, as "
+            f"{first[1]}/{first[0]}/{first[2]}, or give the folder that holds the splits"
+        )
+
+
 def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progress: Progress) -> Source:
     """A CSV file with a line for each image: path, label, split; the last two may be missing.
 
@@ -187,8 +199,7 @@ def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progr
     Args:
         path: the table, separated by comma, semicolon, tab or |.
         columns: of path, label and split: names in the header, or numbers from 0. Empty: found by
-            usual names in the header; without one, path and label come first, and a third column
-            that holds only split names is the split.
+            usual names in the header; without one, a third column may hold split names.
         options: flags common to all sources.
         progress: called with what is being done, how many are done, and how many in all.
 
@@ -197,7 +208,7 @@ def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progr
         DataError: not such a table, or an image has two labels; the message has the line.
     """
     flag = f"--dataset=csv:{path}"
-    table = read_table(path, flag, columns, options.encoding, SPLIT_NAMES)
+    table = read_table(path, flag, columns, options.encoding, SPLIT_NAMES, labelled=options.labelled)
     folder = posixpath.dirname(path)
     by_split: dict[str, list[_File]] = {}
     paths = []
