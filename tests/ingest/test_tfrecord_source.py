@@ -64,6 +64,11 @@ def refused(tmp_path: pathlib.Path, source: str, *flags: str, code: int = 3) -> 
     return lines[0]
 
 
+@pytest.mark.parametrize("label", [bytes([9]), np.int64(9).tobytes(), tf.io.serialize_tensor(np.int64(9)).numpy()])
+def test_numbers_as_bytes_are_no_names(tmp_path: pathlib.Path, label: bytes) -> None:
+    assert "numbers as bytes" in refused(tmp_path, labelled(tmp_path, [b"\x01", label]))
+
+
 # -- which features
 
 

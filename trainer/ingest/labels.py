@@ -25,6 +25,16 @@ _COMMA = re.compile(r"[+-]?[0-9]+,00?")  # a whole number with decimals, where a
 # Numbers are class numbers if at least one in so many, up to the largest, occurs. Sparser ones are
 # identifiers.
 _SPARSEST = 10
+# Values as programs print them: b'3' '3' ="3"; and, around numbers and quoted text: [3] (3,)
+# tensor(3) np.int64(3) tf.Tensor(3, shape=(), dtype=int64).
+_QUOTED = re.compile(r"""(?:b?'(.+)'|=?b?"(.+)")""", re.DOTALL)
+_BRACKETS = re.compile(
+    r"(?:tensor|tf\.Tensor|array|(?:np|numpy)\.\w+)?(?:\[(.+)\]|\((.+?),?(?:, *[a-z]+=.*)?\))", re.DOTALL
+)
+_NUMBERS = re.compile(r"[-+0-9.,e\[\]\s]+", re.IGNORECASE)
+_NUMBERED = re.compile(r"([0-9]+)\s*[\s,;:]\s*(\S.*)")  # a line of a list of class names
+_NAME_THEN_NUMBER = re.compile(r"(\S.*?)\s*[\s,;:]\s*([0-9]+)")
+_TITLES = ("class", "classes", "class_name", "label", "labels", "name", "names")
 _NAMED = 5  # names in a message, at most
 
 
@@ -79,8 +89,8 @@ def read_class_names(path: str, encoding: str = "") -> tuple[str, ...]:
         encoding: a Python codec; empty: UTF-8, or what a byte order mark says.
 
     Raises:
-        DataError: the file cannot be read or decoded, is empty, repeats a name, or has an empty
-            line between two names.
+        DataError: the file cannot be read or decoded, is empty, repeats a name, or has a line
+            that is no name: empty, a comment, a header, or with a number beside the name.
     """
     content = text.decode(files.read(path, "class names"), path, encoding)
     if content.lstrip()[:1] in ("[", "{"):
@@ -90,6 +100,13 @@ def read_class_names(path: str, encoding: str = "") -> tuple[str, ...]:
         raise DataError(f"{path} has no class names: it must have one name per line")
     if "" in names:
         raise DataError(f"{path} has no name in line {names.index('') + 1}: name every class, since lines are numbered")
+    if comment := next((name for name in names if re.match(r"#\s", name)), ""):
+        raise DataError(
+            f"{path} has a comment in line {names.index(comment) + 1}: delete it, since every line is a class"
+        )
+    if len(names) > 1 and (names[0].lower() in _TITLES or re.match(r"(index|id)[\s,;]", names[0].lower())):
+        raise DataError(f"{path} has the header {names[0]!r} in line 1: delete it, since every line is a class")
+    _refuse_numbered(path, names)
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
         first = names.index(repeated)
@@ -98,6 +115,20 @@ def read_class_names(path: str, encoding: str = "") -> tuple[str, ...]:
             "remove one"
         )
     return names
+
+
+def _refuse_numbered(path: str, names: Sequence[str]) -> None:
+    """Raises if the lines of a file of class names have a number beside each name."""
+    for pattern, number, name in ((_NUMBERED, 1, 2), (_NAME_THEN_NUMBER, 2, 1)):
+        matches = [match for line in names if (match := pattern.fullmatch(line))]
+        numbers = sorted(int(match[number]) for match in matches)
+        if len(names) < 2 or len({match[name] for match in matches}) < len(names):
+            continue
+        if numbers in (list(range(len(names))), list(range(1, len(names) + 1))):
+            raise DataError(
+                f"{path} has numbers beside the names ({names[0]}): it must have only names, one per line, in the order of "
+                "their numbers"
+            )
 
 
 def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions, *, numeric: bool = False) -> Classes:
@@ -122,6 +153,11 @@ def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions
         raise DataError(
             f"{flag}: the label {broken[0]!r} ({found[broken[0]].where}) has U+FFFD where a letter was lost when text was "
             "converted: write it again from the original"
+        )
+    if numeric and (printed := [label for label in found if label not in options.classes and _content(label)]):
+        raise DataError(
+            f"{flag}: the label {printed[0]} ({found[printed[0]].where}) is how a program prints the value "
+            f"{_content(printed[0])}: write the value itself, or list such names in --classes=FILE"
         )
     # Names that are numbers stay names, unless --classes gives other names.
     read_numbers = numeric or options.classes
@@ -199,6 +235,16 @@ def _similar(classes: Sequence[str]) -> list[str]:
         f"names of classes differ only in case, spaces, signs or zeros: {_first(listed, '; ')}; give them one name if they "
         "are one class"
     ]
+
+
+def _content(label: str) -> str:
+    """Returns the value in a label that a program printed, such as 3 in "tensor(3)"; else ""."""
+    if match := _QUOTED.fullmatch(label):
+        return match[1] or match[2]
+    match = _BRACKETS.fullmatch(label)
+    content = (match[1] or match[2]).strip() if match else ""
+    # "(unknown)" is a name.
+    return content if _NUMBERS.fullmatch(content) or _QUOTED.fullmatch(content) else ""
 
 
 def _number(label: str) -> decimal.Decimal | None:

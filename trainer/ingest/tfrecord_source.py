@@ -382,12 +382,18 @@ def _label(feature: Any, key: str, where: str, encoding: str) -> tuple[str, int]
         raise DataError(f"{where} has {len(texts)} labels at {key!r}: images with one label are read")
     if texts:
         try:
-            return clean(texts[0].decode(encoding or "utf-8")), 0
+            text = texts[0].decode(encoding or "utf-8")
         except UnicodeDecodeError:
             raise DataError(
                 f"{where}: the label {texts[0]!r} is not {(encoding or 'utf-8').upper()}: say how it is encoded, as "
                 "--encoding=cp1252"
             ) from None
+        # Numbers as bytes: cleaned as text, 9 and 10 would be white space.
+        if re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text):
+            raise DataError(
+                f"{where}: the label {texts[0]!r} at {key!r} is not text but numbers as bytes: write them as an int64 feature"
+            )
+        return clean(text), 0
     if len(numbers) == 1:
         number = numbers[0]
         return str(int(number) if number % 1 == 0 else number), 0
