@@ -140,6 +140,25 @@ def test_what_is_understood_is_told(tmp_path: pathlib.Path, text: str, message: 
     prepared(tmp_path, text).line(message)
 
 
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("1", "(first: '1', line 2); write a/1.jpg, if that is the image"),
+        ("1.jpg", "write a/1.jpg"),
+        ("C:\\\\data\\\\1.jpg", "write a/1.jpg"),
+        (
+            "nowhere.jpg",
+            "none of the 2 images exists (first: 'nowhere.jpg', line 2); paths are relative to the table's folder",
+        ),
+        ("https://x.org/0.jpg", "addresses are not downloaded"),
+    ],
+)
+def test_images_that_are_elsewhere(tmp_path: pathlib.Path, cell: str, message: str) -> None:
+    done = prepared(tmp_path, f"path,label\n{cell},x\n{cell}x,y\n")
+    assert done.code == 3
+    done.line("error", message)
+
+
 def test_floats_and_missing_values_do_not_change_the_classes(tmp_path: pathlib.Path) -> None:
     """As pandas writes a column of whole numbers that has a missing value."""
     put(tmp_path, *(f"b/{number}.jpg" for number in range(12)))

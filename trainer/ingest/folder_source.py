@@ -35,6 +35,8 @@ from trainer.io import destination, files
 
 _HASHES_AHEAD = 256  # files read at a time to assign them to splits by their content
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+_WEB = ("http://", "https://")
+_NEARBY = 3  # folders below a table in which a missing image is looked for
 _NAMED = 5  # names in a message, at most
 
 
@@ -217,6 +219,8 @@ def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progr
         label = row.label if options.labelled else ""
         file = _File(paths[-1], row.path, label, destination.mark(paths[-1]))
         by_split.setdefault(row.split, []).append(file)
+    if not any(os.path.exists(p) or (files.is_remote(p) and not p.startswith(_WEB)) for p in paths):
+        _refuse_missing(flag, folder, table.rows[0], len(paths))
     found = tally((row.label if options.labelled else "", f"line {row.line}") for row in table.rows)
     classes = number_classes(flag, found, options, numeric=True)
     notes, warnings = list(table.notes), list(table.warnings) if options.labelled else []
@@ -242,6 +246,29 @@ def _locate(folder: str, cell: str) -> str:
         if os.path.exists(found):
             return found
     return path
+
+
+def _refuse_missing(flag: str, folder: str, row: Row, count: int) -> None:
+    """Raises for a table of which no file exists; looks for the first one nearby.
+
+    Args:
+        flag: the table as given by the user, for messages.
+        folder: of the table.
+        row: the first one.
+        count: rows of the table.
+    """
+    name = posixpath.basename(row.path.replace("\\", "/"))
+    advice = f"paths are relative to the table's folder ({folder or '.'}), absolute, or gs://"
+    if row.path.startswith(_WEB):
+        advice = "addresses are not downloaded: bring the images into a folder, and give their paths"
+    for place, folders, members in os.walk(folder or ".") if name else ():
+        folders[:] = sorted(folders)[:_NAMED] if place.count("/") - folder.count("/") < _NEARBY else []
+        if near := next((m for m in sorted(members) if m == name or os.path.splitext(m)[0] == name), ""):
+            where = posixpath.relpath(posixpath.join(place, near), folder or ".")
+            advice = f"write {where}, if that is the image: {advice}"
+            break
+    which = "the image does not exist" if count == 1 else f"none of the {count:,} images exists"
+    raise DataError(f"{flag}: {which} (first: {row.path!r}, line {row.line}); {advice}")
 
 
 def _check_repetitions(
