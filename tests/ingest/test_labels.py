@@ -262,3 +262,19 @@ def test_lines_that_are_no_class_names(tmp_path: pathlib.Path, text: str, messag
 def test_class_names_with_numbers_in_them(tmp_path: pathlib.Path, text: str) -> None:
     (tmp_path / "names.txt").write_text(text)
     assert read_class_names(str(tmp_path / "names.txt")) == tuple(text.split("\n")[:2])
+
+
+def test_labels_of_several_classes_are_pointed_out() -> None:
+    (line,) = numbered(["scab rust", "scab", "rust", "healthy leaf", "healthy"]).warnings
+    assert line.startswith("1 label looks like several classes and is taken as one each (first: 'scab rust', line 1)")
+    (line,) = numbered(["a|b", "b|c", "roses, red"]).warnings
+    assert line.startswith("2 labels look like several classes and are taken as one each")
+
+
+def test_names_read_in_another_encoding_are_pointed_out() -> None:
+    names = ["Bär", "Löwe", "\u00e9t\u00e9", "cat"]
+    assert coverage_warnings(names, {"train": dict.fromkeys(range(4), 1)}) == []
+    (line,) = coverage_warnings(["Bär".encode().decode("cp1252"), "cat"], {"train": {0: 1, 1: 1}})
+    assert line.startswith(
+        "1 name of a class looks like UTF-8 that was read in another encoding (first: 'B\u00c3\u00a4r' for 'Bär')"
+    )

@@ -123,6 +123,8 @@ def test_tables_that_could_mean_something_else_are_refused(
     ("text", "message"),
     [
         ("path,kind,what\na/1.jpg,x,y\n", "warning: no column is known as the label"),
+        ("path,label,fold\na/1.jpg,x,0\n", "warning: the column 'fold' is not used, so all images are in one split"),
+        ("path,label,is_valid\na/1.jpg,x,True\n", "--columns=split:is_valid takes its values"),
         ("path,label\na/1.jpg,\n", "warning: the column 'label' is empty in every row"),
         ("path,label\na/1.jpg\na/2.jpg,x\na/3.jpg,\n", "2 of 3 rows have no label"),
         ("path,label,category\na/1.jpg,x,y\n", "'label' is taken as label, not category"),

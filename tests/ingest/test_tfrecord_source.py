@@ -86,6 +86,14 @@ def test_other_suffixes_need_a_pattern(tmp_path: pathlib.Path) -> None:
     assert run(tmp_path, f"{source}/*.record")[1] == [0]
 
 
+def test_files_with_labels_elsewhere_are_told(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "in/train-1.tfrecord", [{"image": image(0), "label": 0}])
+    source = write(tmp_path / "in/train-2.tfrecord", [{"image": image(1), "class": 1}])
+    printed = run(tmp_path, source)[2]
+    assert "warning: 1 of 2 files have no label at 'label' in any record" in printed
+    assert "with class, image)" in printed
+
+
 # -- which features
 
 

@@ -95,6 +95,9 @@ def folder_source(path: str, options: SourceOptions, progress: Progress) -> Sour
     if class_level and options.labelled and "" in found:
         raise DataError(f"{flag}: the folder of {found[''].where} has a blank name: name the class")
     classes = number_classes(flag, found, options)
+    if class_level and options.labelled and len(found) == 1:
+        (only,) = found
+        warnings.append(f"the folders name one class only, {printable(only)!r}: each class needs a folder of its own")
     if empty := listing.empty_folders():
         # An empty class folder in one split is reported as a class without images there.
         lacking = [parts for parts in empty if len(parts) == depth - 1 and clean(parts[-1]) not in classes.names]

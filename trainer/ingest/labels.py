@@ -179,6 +179,7 @@ def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions
                 for label in missing
             ]
             missing = []
+            warnings += _several(found)
             names, order_note = _order(found, options.class_order)
             matched, notes = {name: number for number, name in enumerate(names)}, [*order_note]
     if missing:
@@ -217,7 +218,46 @@ def coverage_warnings(classes: Sequence[str], counts_by_split: Mapping[str, Mapp
         where = _join(absent) if present or len(labelled) == 1 else "any split"
         only = f" ({_join(present)} only)" if present and len(labelled) > 2 else ""
         lines.append(f"{_plural(len(names), 'class has', 'classes have')} no image in {where}{only}: {_first(names)}")
-    return lines + _similar(classes)
+    return lines + _similar(classes) + _misread(classes)
+
+
+def _several(found: Mapping[str, Found]) -> list[str]:
+    """Describes labels that are likely several classes in one text."""
+    joined = []
+    for label in found:
+        parts = [
+            part.strip()
+            for part in re.split(r"[|;]" if re.search(r"[|;]", label) else r"[,\s]+", label)
+            if part.strip()
+        ]
+        if len(parts) > 1 and (all(part in found for part in parts) or "|" in label):
+            joined.append(label)
+    if not joined:
+        return []
+    return [
+        f"{_plural(len(joined), 'label looks', 'labels look')} like several classes and {'is' if len(joined) == 1 else 'are'} "
+        f"taken as one each (first: {joined[0]!r}, {found[joined[0]].where}): images have one label, or none (--unlabelled)"
+    ]
+
+
+def _misread(names: Sequence[str]) -> list[str]:
+    """Describes names that are UTF-8 which a program took for another encoding."""
+    intended: dict[str, str] = {}
+    for name in names:
+        for encoding in ("cp1252", "latin-1"):
+            try:
+                meant = name.encode(encoding).decode()
+            except UnicodeError:
+                continue
+            if meant != name:
+                intended.setdefault(name, meant)
+    if not intended:
+        return []
+    first = next(iter(intended))
+    return [
+        f"{_plural(len(intended), 'name of a class looks', 'names of classes look')} like UTF-8 that was read in another "
+        f"encoding (first: {first!r} for {intended[first]!r}): correct the source"
+    ]
 
 
 def _similar(classes: Sequence[str]) -> list[str]:

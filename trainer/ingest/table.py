@@ -54,6 +54,20 @@ _COLUMN_NAMES = {
     "split": ("split", "subset", "partition"),
 }
 _INDEX_TITLES = ("", "index", "unnamed:_0")
+# Titles of columns that are a split in many tables, and something else in others.
+_SPLIT_TITLES = (
+    "fold",
+    "kfold",
+    "set",
+    "data_set",
+    "dataset",
+    "phase",
+    "usage",
+    "is_valid",
+    "is_val",
+    "is_test",
+    "is_train",
+)
 _SEPARATORS = ",;\t|"
 # A line of a list such as those of ImageNet: path, blank, label.
 _LISTED = re.compile(rf"(.+(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))\s+(\S.*)", re.IGNORECASE)
@@ -391,6 +405,13 @@ def _rows(
     if not header and not columns and width > len(positions):
         chosen = ", ".join(f"{name} is column {number}" for name, number in positions.items())
         notes.append(f"the table has no header and {width} columns: {chosen} (from 0); --columns=... takes others")
+    if header and "split" not in positions:
+        for number, title in enumerate(header):
+            if _header_key(title) in _SPLIT_TITLES and number not in positions.values():
+                warnings.append(
+                    f"the column {title!r} is not used, so all images are in one split; --columns=split:{title} takes its values "
+                    "as the names of splits"
+                )
     if "label" not in positions:
         if width > len(positions):
             titles = header or map(str, range(width))

@@ -165,8 +165,21 @@ def tfrecord_source(pattern: str, layout: str, options: SourceOptions, progress:
         ]
     name = f"tfrecord {posixpath.basename(pattern.rstrip('/*'))}"
     notes = (*_record_notes(keys, list(indices.values()), options), *classes.notes)
-    warnings = (*_missing_shards(used), *classes.warnings)
+    warnings = (*_missing_shards(used), *_without_labels(keys, list(indices.values()), options), *classes.warnings)
     return Source(name, classes.names, tuple(splits), {"features": keys}, notes=notes, warnings=warnings)
+
+
+def _without_labels(keys: dict[str, str], indices: list[_Index], options: SourceOptions) -> list[str]:
+    """Describes files without any label beside files with labels."""
+    if not options.labelled or "label" not in keys:
+        return []
+    lacking = [index for index in indices if index.labels and not any(index.labels)]
+    if not lacking or len(lacking) == sum(bool(index.labels) for index in indices):
+        return []
+    return [
+        f"{len(lacking):,} of {len(indices):,} files have no label at {keys['label']!r} in any record (first: {lacking[0].path}, "
+        f"with {', '.join(sorted(lacking[0].features))}): are its labels at another feature?"
+    ]
 
 
 def _missing_shards(paths: Collection[str]) -> list[str]:
