@@ -232,3 +232,16 @@ def test_class_names_survive_without_labels(tmp_path: pathlib.Path) -> None:
     assert done.dataset is not None
     assert done.dataset.classes == ("x", "y")
     assert done.labels() == {"a/1.jpg": -1}
+
+
+@pytest.mark.parametrize("names", [("a/train/1.jpg", "b/test/2.jpg"), ("images/train/1.jpg", "images/val/2.jpg")])
+def test_splits_below_other_folders_are_no_classes(tmp_path: pathlib.Path, names: tuple[str, ...]) -> None:
+    put(tmp_path / "in", *names)
+    done = prepared(tmp_path)
+    assert done.code == 3
+    done.line("error", "has splits within other folders", "put the folder of the split above, as train/")
+
+
+def test_one_class_only_is_told(tmp_path: pathlib.Path) -> None:
+    put(tmp_path / "in", "train/images/1.jpg", "valid/images/2.jpg")
+    prepared(tmp_path).line("warning: the folders name one class only, 'images'")

@@ -254,6 +254,7 @@ def test_values_become_8_bits_by_their_kind(encoded: bytes, mean: float) -> None
     [
         (encode(GREY - 0.5, "TIFF"), "from -0.5 to 0.5"),
         (deep(1000, np.float32), "from 0 to 1000"),
+        (deep(1.02, np.float32), "from 0 to 1.02, and it is not known whether 1 or 255 is white"),  # as after enlarging
         (encode(np.where(GREY > 0.5, np.nan, GREY).astype(np.float32), "TIFF"), "NaN"),
         (deep(100_000, np.int32), "32-bit integers from 0 to 100000"),
         (encode((GREY * 200 - 9).astype(np.int32), "TIFF"), "from -9 to 191"),

@@ -205,3 +205,80 @@ def test_names_that_are_likely_one_class_are_pointed_out() -> None:
     names = ("Daisy", "daisy", "rose red", "rose_red", "1", "01", "tulip")
     (line,) = coverage_warnings(names, {"train": dict.fromkeys(range(7), 1)})
     assert "'Daisy' and 'daisy'; 'rose red' and 'rose_red'; '1' and '01'" in line
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "[{}]",
+        "({},)",
+        "tensor({})",
+        "np.int64({})",
+        "tf.Tensor({}, shape=(), dtype=int64)",
+        "b'{}'",
+        '"{}"',
+        '="{}"',
+        "['x{}']",
+        "[0, {}]",
+        "array([{}.])",
+    ],
+)
+def test_values_as_programs_print_them_are_refused(form: str, tmp_path: pathlib.Path) -> None:
+    labels = [form.format(number) for number in range(12)]
+    with pytest.raises(DataError, match=r"\(line 1\) is how a program prints the value"):
+        numbered(labels)
+    (tmp_path / "names.txt").write_text("\n".join(labels))
+    assert numbered(
+        labels, classes=read_class_names(str(tmp_path / "names.txt")) if form[0] != "[" else tuple(labels)
+    ).names
+    assert numbered(labels, numeric=False).names  # of folders
+
+
+def test_names_with_brackets_are_names() -> None:
+    assert numbered(["(unknown)", "cat(2)", "[other]", "'tis", "b'"]).names == (
+        "'tis",
+        "(unknown)",
+        "[other]",
+        "b'",
+        "cat(2)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# my classes\nx\ny\n", "a comment in line 1"),
+        ("class\nx\ny\n", "the header 'class'"),
+        ("index,name\n0,x\n1,y\n", "the header 'index,name'"),
+        ("1,x\n0,y\n", "numbers beside the names \\(1,x\\)"),
+        ("0 x y\n1 z\n", "numbers beside"),
+        ("1: x\n2: y\n", "numbers beside"),
+        ("x 0\ny 1\n", "numbers beside"),
+    ],
+)
+def test_lines_that_are_no_class_names(tmp_path: pathlib.Path, text: str, message: str) -> None:
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_class_names(str(tmp_path / "names.txt"))
+
+
+@pytest.mark.parametrize("text", ["1.rose\n2.lily\n", "0\n1\n", "#1\n#2\n", "1 Euro\n2 Euro\n", "737 200\n737 300\n"])
+def test_class_names_with_numbers_in_them(tmp_path: pathlib.Path, text: str) -> None:
+    (tmp_path / "names.txt").write_text(text)
+    assert read_class_names(str(tmp_path / "names.txt")) == tuple(text.split("\n")[:2])
+
+
+def test_labels_of_several_classes_are_pointed_out() -> None:
+    (line,) = numbered(["scab rust", "scab", "rust", "healthy leaf", "healthy"]).warnings
+    assert line.startswith("1 label looks like several classes and is taken as one each (first: 'scab rust', line 1)")
+    (line,) = numbered(["a|b", "b|c", "roses, red"]).warnings
+    assert line.startswith("2 labels look like several classes and are taken as one each")
+
+
+def test_names_read_in_another_encoding_are_pointed_out() -> None:
+    names = ["Bär", "Löwe", "\u00e9t\u00e9", "cat"]
+    assert coverage_warnings(names, {"train": dict.fromkeys(range(4), 1)}) == []
+    (line,) = coverage_warnings(["Bär".encode().decode("cp1252"), "cat"], {"train": {0: 1, 1: 1}})
+    assert line.startswith(
+        "1 name of a class looks like UTF-8 that was read in another encoding (first: 'B\u00c3\u00a4r' for 'Bär')"
+    )

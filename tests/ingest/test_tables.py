@@ -17,7 +17,13 @@ def prepared(tmp_path: pathlib.Path, text: str | bytes, *flags: str) -> Prepared
 
 def labels(done: Prepared) -> dict[str, str]:
     assert done.dataset is not None, done.lines
-    return {name: done.dataset.classes[number] if number >= 0 else "" for name, number in done.labels().items()}
+    (split,) = done.dataset.splits
+    return {name: done.dataset.classes[number] if number >= 0 else "" for name, number in done.labels(split).items()}
+
+
+@pytest.mark.parametrize("text", ["a/1.jpg,1,0\na/2.jpg,0,1\n", "path,x,y\na/1.jpg,1,0\na/2.jpg,0,1\n"])
+def test_without_labels_other_columns_do_not_matter(tmp_path: pathlib.Path, text: str) -> None:
+    assert labels(prepared(tmp_path, text, "--unlabelled")) == {"a/1.jpg": "", "a/2.jpg": ""}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,9 @@ def labels(done: Prepared) -> dict[str, str]:
         "#label,path\nx,a/1.jpg\ny,a/2.jpg\n",
         "a/1.jpg x\na/2.jpg\ty\n",
         "Image Path,Class Name\na/1.jpg,x\na/2.jpg,y\n",
+        ",path,label\n0,a/1.jpg,x\n1,a/2.jpg,y\n",
+        ",0,1\n0,a/1.jpg,x\n1,a/2.jpg,y\n",
+        "TRAIN,a/1.jpg,x\nTRAIN,a/2.jpg,y\n",
         'path, label\na/1.jpg, "x"\na/2.jpg, y\n',
         "id,photo,species\n1,a/1.jpg,x\n2,a/2.jpg,y\n",
     ],
@@ -76,6 +85,15 @@ def test_encodings(tmp_path: pathlib.Path, encoding: str) -> None:
         ("path,label\na/1.jpg,roses, red\n", [], 3, "line 2 has 3 cells and the header has 2"),
         ("a/1.jpg,x\na/2.jpg,roses, red\n", [], 3, "line 2 has 3 cells and the first row has 2"),
         ('path,label\n\na/1.jpg,"x\na/2.jpg,y\n', [], 3, "a quotation mark in line 3"),
+        (
+            "a/1.jpg,x,7\n",
+            [],
+            3,
+            "no header and 3 columns, of which 1, 2 could be the label: say which, as --columns=",
+        ),
+        ("0,a/1.jpg,3\n1,a/2.jpg,4\n", [], 3, "of which 0, 2 could be the label"),
+        ("a/1.jpg,10,20,110,120,cat\na/2.jpg,30,22,130,122,dog\n", [], 3, "--columns=path:0,label:5"),
+        ("path,x,y\na/1.jpg,1,0\na/2.jpg,0,1\n", [], 3, "no column of labels but 2 columns of 0 and 1 (x, y)"),
         ("path,label,label\na/1.jpg,x,y\n", [], 3, "2 columns 'label'; say which is the label, as --columns=label:1"),
         ("path,label,label\na/1.jpg,x,y\n", ["--columns=label:label"], 2, "2 columns 'label'; take one by number"),
         ("path,x\na/1.jpg,a\n", ["--columns=label:TYPO"], 2, "no column 'TYPO' for label; there are path, x"),
@@ -105,10 +123,11 @@ def test_tables_that_could_mean_something_else_are_refused(
     ("text", "message"),
     [
         ("path,kind,what\na/1.jpg,x,y\n", "warning: no column is known as the label"),
+        ("path,label,fold\na/1.jpg,x,0\n", "warning: the column 'fold' is not used, so all images are in one split"),
+        ("path,label,is_valid\na/1.jpg,x,True\n", "--columns=split:is_valid takes its values"),
         ("path,label\na/1.jpg,\n", "warning: the column 'label' is empty in every row"),
         ("path,label\na/1.jpg\na/2.jpg,x\na/3.jpg,\n", "2 of 3 rows have no label"),
         ("path,label,category\na/1.jpg,x,y\n", "'label' is taken as label, not category"),
-        ("a/1.jpg,x,7\n", "no header and 3 columns: path is column 0, label is column 1"),
         ("path,label\na/1.jpg,1\na/1.jpg,1.0\n", "1 row repeats an image of the same split: a/1.jpg (lines 2 and 3)"),
         ("a/1.jpg,0\na/2.jpg,1\na/1.jpg,-1\n", "1 image has no label (1 '-1')"),
         (
@@ -121,6 +140,25 @@ def test_tables_that_could_mean_something_else_are_refused(
 )
 def test_what_is_understood_is_reported(tmp_path: pathlib.Path, text: str, message: str) -> None:
     prepared(tmp_path, text).line(message)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("1", "(first: '1', line 2); write a/1.jpg, if that is the image"),
+        ("1.jpg", "write a/1.jpg"),
+        ("C:\\\\data\\\\1.jpg", "write a/1.jpg"),
+        (
+            "nowhere.jpg",
+            "none of the 2 images exists (first: 'nowhere.jpg', line 2); paths are relative to the table's folder",
+        ),
+        ("https://x.org/0.jpg", "addresses are not downloaded"),
+    ],
+)
+def test_images_that_are_elsewhere(tmp_path: pathlib.Path, cell: str, message: str) -> None:
+    done = prepared(tmp_path, f"path,label\n{cell},x\n{cell}x,y\n")
+    assert done.code == 3
+    done.line("error", message)
 
 
 def test_floats_and_missing_values_do_not_change_the_classes(tmp_path: pathlib.Path) -> None:

@@ -64,6 +64,36 @@ def refused(tmp_path: pathlib.Path, source: str, *flags: str, code: int = 3) -> 
     return lines[0]
 
 
+@pytest.mark.parametrize("label", [bytes([9]), np.int64(9).tobytes(), tf.io.serialize_tensor(np.int64(9)).numpy()])
+def test_numbers_as_bytes_are_no_names(tmp_path: pathlib.Path, label: bytes) -> None:
+    assert "numbers as bytes" in refused(tmp_path, labelled(tmp_path, [b"\x01", label]))
+
+
+def test_shards_that_are_missing_are_told(tmp_path: pathlib.Path) -> None:
+    rows: list[Row] = [{"image": image(0), "label": 0}]
+    for number in (0, 2):
+        write(tmp_path / f"in/a-train.tfrecord-{number:05d}-of-00004", rows)
+    source = write(tmp_path / "in/b-test.tfrecord-00000-of-00001", rows)
+    printed = run(tmp_path, source)[2]
+    assert "warning: 2 of 4 shards of" in printed
+    assert "(first: 00001-of-00004)" in printed
+    assert "b-test" not in printed.replace("b-test.tfrecord-00000-of-00001#0", "")
+
+
+def test_other_suffixes_need_a_pattern(tmp_path: pathlib.Path) -> None:
+    source = write(tmp_path / "in/train.record", [{"image": image(0), "label": 0}])
+    assert "give a pattern of names" in refused(tmp_path, source)
+    assert run(tmp_path, f"{source}/*.record")[1] == [0]
+
+
+def test_files_with_labels_elsewhere_are_told(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "in/train-1.tfrecord", [{"image": image(0), "label": 0}])
+    source = write(tmp_path / "in/train-2.tfrecord", [{"image": image(1), "class": 1}])
+    printed = run(tmp_path, source)[2]
+    assert "warning: 1 of 2 files have no label at 'label' in any record" in printed
+    assert "with class, image)" in printed
+
+
 # -- which features
 
 

@@ -36,6 +36,8 @@ from trainer.io import destination, files
 
 _HASHES_AHEAD = 256  # files read at a time to assign them to splits by their content
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
+_WEB = ("http://", "https://")
+_NEARBY, _EACH_LEVEL = 3, 5  # levels below a table, and folders of each, in which a missing image is looked for
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ def folder_source(path: str, options: SourceOptions, progress: Progress) -> Sour
         file = _File(files.join(path, *parts), "/".join(parts), label, mark)
         by_split.setdefault(clean(parts[0]) if split_level else "", []).append(file)
     if depth == 3:
+        _require_splits_above(flag, listing)
         unusual = [split for split in by_split if split.lower() not in SPLIT_NAMES]
         if unusual:
             notes.append(f"taken as splits, since they hold folders of images: {_first(unusual)}")
@@ -92,6 +95,9 @@ def folder_source(path: str, options: SourceOptions, progress: Progress) -> Sour
     if class_level and options.labelled and "" in found:
         raise DataError(f"{flag}: the folder of {found[''].where} has a blank name: name the class")
     classes = number_classes(flag, found, options)
+    if class_level and options.labelled and len(found) == 1:
+        (only,) = found
+        warnings.append(f"the folders name one class only, {printable(only)!r}: each class needs a folder of its own")
     if empty := listing.empty_folders():
         # An empty class folder in one split is reported as a class without images there.
         lacking = [parts for parts in empty if len(parts) == depth - 1 and clean(parts[-1]) not in classes.names]
@@ -178,6 +184,17 @@ def _has_splits(flag: str, listing: Listing, options: SourceOptions, warnings: l
     return False
 
 
+def _require_splits_above(flag: str, listing: Listing) -> None:
+    """Raises if the lower of two levels is named as splits, and the upper one is not."""
+    upper, lower = ({clean(parts[level]).lower() for parts, _ in listing.images} for level in (0, 1))
+    if lower <= set(SPLIT_NAMES) and not upper & set(SPLIT_NAMES):
+        first = listing.images[0][0]
+        raise DataError(
+            f"{flag} has splits within other folders, as {'/'.join(first)}: put the folder of the split above, as "
+            f"{first[1]}/{first[0]}/{first[2]}, or give the folder that holds the splits"
+        )
+
+
 def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progress: Progress) -> Source:
     """A CSV file with a line for each image: path, label, split; the last two may be missing.
 
@@ -187,8 +204,7 @@ def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progr
     Args:
         path: the table, separated by comma, semicolon, tab or |.
         columns: of path, label and split: names in the header, or numbers from 0. Empty: found by
-            usual names in the header; without one, path and label come first, and a third column
-            that holds only split names is the split.
+            usual names in the header; without one, a third column may hold split names.
         options: flags common to all sources.
         progress: called with what is being done, how many are done, and how many in all.
 
@@ -197,7 +213,7 @@ def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progr
         DataError: not such a table, or an image has two labels; the message has the line.
     """
     flag = f"--dataset=csv:{path}"
-    table = read_table(path, flag, columns, options.encoding, SPLIT_NAMES)
+    table = read_table(path, flag, columns, options.encoding, SPLIT_NAMES, labelled=options.labelled)
     folder = posixpath.dirname(path)
     by_split: dict[str, list[_File]] = {}
     paths = []
@@ -206,6 +222,8 @@ def csv_source(path: str, columns: dict[str, str], options: SourceOptions, progr
         label = row.label if options.labelled else ""
         file = _File(paths[-1], row.path, label, destination.mark(paths[-1]))
         by_split.setdefault(row.split, []).append(file)
+    if not any(os.path.exists(p) or (files.is_remote(p) and not p.startswith(_WEB)) for p in paths):
+        _refuse_missing(flag, folder, table.rows[0], len(paths))
     found = tally((row.label if options.labelled else "", f"line {row.line}") for row in table.rows)
     classes = number_classes(flag, found, options, numeric=True)
     notes, warnings = list(table.notes), list(table.warnings) if options.labelled else []
@@ -231,6 +249,29 @@ def _locate(folder: str, cell: str) -> str:
         if os.path.exists(found):
             return found
     return path
+
+
+def _refuse_missing(flag: str, folder: str, row: Row, count: int) -> None:
+    """Raises for a table of which no file exists; looks for the first one nearby.
+
+    Args:
+        flag: the table as given by the user, for messages.
+        folder: of the table.
+        row: the first one.
+        count: rows of the table.
+    """
+    name = posixpath.basename(row.path.replace("\\", "/"))
+    advice = f"paths are relative to the table's folder ({folder or '.'}), absolute, or gs://"
+    if row.path.startswith(_WEB):
+        advice = "addresses are not downloaded: bring the images into a folder, and give their paths"
+    for place, folders, members in os.walk(folder or ".") if name else ():
+        folders[:] = sorted(folders)[:_EACH_LEVEL] if place.count("/") - folder.count("/") < _NEARBY else []
+        if near := next((m for m in sorted(members) if m == name or os.path.splitext(m)[0] == name), ""):
+            where = posixpath.relpath(posixpath.join(place, near), folder or ".")
+            advice = f"write {where}, if that is the image: {advice}"
+            break
+    which = "the image does not exist" if count == 1 else f"none of the {count:,} images exists"
+    raise DataError(f"{flag}: {which} (first: {row.path!r}, line {row.line}); {advice}")
 
 
 def _check_repetitions(

@@ -9,7 +9,7 @@ it unusable (`strict_decode`).
 
 Values become 8 bits by the kind of number that a file stores, never by the values that happen to be
 in it: 16-bit integers from 0 to 65535 become 0 to 255, and so do floats from 0 to 1. Where the kind
-does not tell (32 bits, floats beyond 255), the image is refused.
+does not tell (32 bits, floats up to a little more than 1, or beyond 255), the image is refused.
 
 EXIF: cameras store an image as the sensor saw it and record the rotation in a tag. Training, the
 exported model and TensorFlow's decoder ignore the tag, and so do the data sets of the paper.
@@ -40,6 +40,7 @@ _ORIENTATION = 0x0112  # EXIF tag
 _MODES = {"JPEG": ("L", "RGB", "CMYK"), "PNG": ("1", "L", "P", "RGB"), "GIF": ("L", "P", "RGB"), "BMP": ("RGB",)}
 _NAMES = {"WEBP": "WebP", "HEIF": "HEIC", "JXL": "JPEG XL", "JPEG2000": "JPEG 2000"}  # where Pillow's differ
 _TWELVE_BITS = 4096
+_LEAST_WHITE = 16  # floats above 1 but below it are more likely 0 to 1 and beyond than 0 to 255
 # What reads a format: package and module. Both bring libraries under the GPL, so they are an extra.
 _PACKAGES = {"HEIC": ("pillow-heif", "pillow_heif"), "JPEG XL": ("pillow-jxl-plugin", "pillow_jxl")}
 # What a file holds that is no image, by how it begins (in lower case).
@@ -165,7 +166,7 @@ def _what(encoded: bytes, kind: str) -> str:
         encoded: bytes of a file.
         kind: format that its first bytes mean; empty: none.
     """
-    if kind == "AVIF":
+    if kind == "AVIF" and "AVIF" not in Image.OPEN:
         return "an AVIF image, which this Pillow does not read: pip install 'pillow>=11.3'"
     if kind:
         try:
@@ -317,5 +318,9 @@ def _to_bytes(values: np.ndarray, mode: str, file_format: str) -> np.ndarray:
     if low < 0 or high > 255:
         raise ValueError(
             f"floating-point values from {low:g} to {high:g}, neither 0 to 1 nor 0 to 255: save it with 8 bits"
+        )
+    if 1 < high < _LEAST_WHITE:
+        raise ValueError(
+            f"floating-point values from {low:g} to {high:g}, and it is not known whether 1 or 255 is white: save it with 8 bits"
         )
     return (values.astype(np.float64) * (255 if high <= 1 else 1)).round().astype(np.uint8)

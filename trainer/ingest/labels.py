@@ -25,6 +25,16 @@ _MISSING = frozenset({"nan", "null", "none", "na", "n/a", "<na>", "#n/a", "nat"}
 # Numbers are class numbers if at least one in so many, up to the largest, occurs. Sparser ones are
 # identifiers.
 _SPARSEST = 10
+# Values as programs print them: b'3' '3' ="3"; and, around numbers and quoted text: [3] (3,)
+# tensor(3) np.int64(3) tf.Tensor(3, shape=(), dtype=int64).
+_QUOTED = re.compile(r"""(?:b?'(.+)'|=?b?"(.+)")""", re.DOTALL)
+_BRACKETS = re.compile(
+    r"(?:tensor|tf\.Tensor|array|(?:np|numpy)\.\w+)?(?:\[(.+)\]|\((.+?),?(?:, *[a-z]+=.*)?\))", re.DOTALL
+)
+_NUMBERS = re.compile(r"[-+0-9.,e\[\]\s]+", re.IGNORECASE)
+_NUMBERED = re.compile(r"([0-9]+)\s*[\s,;:]\s*(\S.*)")  # a line of a list of class names
+_NAME_THEN_NUMBER = re.compile(r"(\S.*?)\s*[\s,;:]\s*([0-9]+)")
+_TITLES = ("class", "classes", "class_name", "label", "labels", "name", "names")
 
 
 class Found(NamedTuple):
@@ -78,8 +88,8 @@ def read_class_names(path: str, encoding: str = "") -> tuple[str, ...]:
         encoding: a Python codec; empty: UTF-8, or what a byte order mark says.
 
     Raises:
-        DataError: the file cannot be read or decoded, is empty, repeats a name, or has an empty
-            line between two names.
+        DataError: the file cannot be read or decoded, is empty, repeats a name, or has a line
+            that is no name: empty, a comment, a header, or with a number beside the name.
     """
     content = text.decode(files.read(path, "class names"), path, encoding)
     if content.lstrip()[:1] in ("[", "{"):
@@ -89,6 +99,13 @@ def read_class_names(path: str, encoding: str = "") -> tuple[str, ...]:
         raise DataError(f"{path} has no class names: it must have one name per line")
     if "" in names:
         raise DataError(f"{path} has no name in line {names.index('') + 1}: name every class, since lines are numbered")
+    if comment := next((name for name in names if re.match(r"#\s", name)), ""):
+        raise DataError(
+            f"{path} has a comment in line {names.index(comment) + 1}: delete it, since every line is a class"
+        )
+    if len(names) > 1 and (names[0].lower() in _TITLES or re.match(r"(index|id)[\s,;]", names[0].lower())):
+        raise DataError(f"{path} has the header {names[0]!r} in line 1: delete it, since every line is a class")
+    _refuse_numbered(path, names)
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
         first = names.index(repeated)
@@ -97,6 +114,20 @@ def read_class_names(path: str, encoding: str = "") -> tuple[str, ...]:
             "remove one"
         )
     return names
+
+
+def _refuse_numbered(path: str, names: Sequence[str]) -> None:
+    """Raises if the lines of a file of class names have a number beside each name."""
+    for pattern, number, name in ((_NUMBERED, 1, 2), (_NAME_THEN_NUMBER, 2, 1)):
+        matches = [match for line in names if (match := pattern.fullmatch(line))]
+        numbers = sorted(int(match[number]) for match in matches)
+        if len(names) < 2 or len({match[name] for match in matches}) < len(names):
+            continue
+        if numbers in (list(range(len(names))), list(range(1, len(names) + 1))):
+            raise DataError(
+                f"{path} has numbers beside the names ({names[0]}): it must have only names, one per line, in the order of "
+                "their numbers"
+            )
 
 
 def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions, *, numeric: bool = False) -> Classes:
@@ -122,6 +153,11 @@ def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions
             f"{flag}: the label {broken[0]!r} ({found[broken[0]].where}) has U+FFFD where a letter was lost when text was "
             "converted: write it again from the original"
         )
+    if numeric and (printed := [label for label in found if label not in options.classes and _content(label)]):
+        raise DataError(
+            f"{flag}: the label {printed[0]} ({found[printed[0]].where}) is how a program prints the value "
+            f"{_content(printed[0])}: write the value itself, or list such names in --classes=FILE"
+        )
     # Names that are numbers stay names, unless --classes gives other names.
     read_numbers = numeric or options.classes
     values = {label: number for label in found if (number := value_of(label)) is not None} if read_numbers else {}
@@ -142,6 +178,7 @@ def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions
                 for label in missing
             ]
             missing = []
+            warnings += _several(found)
             names, order_note = _order(found, options.class_order)
             matched, notes = {name: number for number, name in enumerate(names)}, [*order_note]
     if missing:
@@ -180,7 +217,46 @@ def coverage_warnings(classes: Sequence[str], counts_by_split: Mapping[str, Mapp
         where = conjunction(absent) if present or len(labelled) == 1 else "any split"
         only = f" ({conjunction(present)} only)" if present and len(labelled) > 2 else ""
         lines.append(f"{plural(len(names), 'class has', 'classes have')} no image in {where}{only}: {first_few(names)}")
-    return lines + _similar(classes)
+    return lines + _similar(classes) + _misread(classes)
+
+
+def _several(found: Mapping[str, Found]) -> list[str]:
+    """Describes labels that are likely several classes in one text."""
+    joined = []
+    for label in found:
+        parts = [
+            part.strip()
+            for part in re.split(r"[|;]" if re.search(r"[|;]", label) else r"[,\s]+", label)
+            if part.strip()
+        ]
+        if len(parts) > 1 and (all(part in found for part in parts) or "|" in label):
+            joined.append(label)
+    if not joined:
+        return []
+    return [
+        f"{plural(len(joined), 'label looks', 'labels look')} like several classes and {'is' if len(joined) == 1 else 'are'} "
+        f"taken as one each (first: {joined[0]!r}, {found[joined[0]].where}): images have one label, or none (--unlabelled)"
+    ]
+
+
+def _misread(names: Sequence[str]) -> list[str]:
+    """Describes names that are UTF-8 which a program took for another encoding."""
+    intended: dict[str, str] = {}
+    for name in names:
+        for encoding in ("cp1252", "latin-1"):
+            try:
+                meant = name.encode(encoding).decode()
+            except UnicodeError:
+                continue
+            if meant != name:
+                intended.setdefault(name, meant)
+    if not intended:
+        return []
+    first = next(iter(intended))
+    return [
+        f"{plural(len(intended), 'name of a class looks', 'names of classes look')} like UTF-8 that was read in another "
+        f"encoding (first: {first!r} for {intended[first]!r}): correct the source"
+    ]
 
 
 def _similar(classes: Sequence[str]) -> list[str]:
@@ -198,6 +274,16 @@ def _similar(classes: Sequence[str]) -> list[str]:
         f"names of classes differ only in case, spaces, signs or zeros: {first_few(listed, '; ')}; give them one name if they "
         "are one class"
     ]
+
+
+def _content(label: str) -> str:
+    """Returns the value in a label that a program printed, such as 3 in "tensor(3)"; else ""."""
+    if match := _QUOTED.fullmatch(label):
+        return match[1] or match[2]
+    match = _BRACKETS.fullmatch(label)
+    content = (match[1] or match[2]).strip() if match else ""
+    # "(unknown)" is a name.
+    return content if _NUMBERS.fullmatch(content) or _QUOTED.fullmatch(content) else ""
 
 
 def _match(

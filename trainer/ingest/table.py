@@ -53,6 +53,21 @@ _COLUMN_NAMES = {
     ),
     "split": ("split", "subset", "partition"),
 }
+_INDEX_TITLES = ("", "index", "unnamed:_0")
+# Titles of columns that are a split in many tables, and something else in others.
+_SPLIT_TITLES = (
+    "fold",
+    "kfold",
+    "set",
+    "data_set",
+    "dataset",
+    "phase",
+    "usage",
+    "is_valid",
+    "is_val",
+    "is_test",
+    "is_train",
+)
 _SEPARATORS = ",;\t|"
 # A line of a list such as those of ImageNet: path, blank, label.
 _LISTED = re.compile(rf"(.+(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))\s+(\S.*)", re.IGNORECASE)
@@ -97,7 +112,9 @@ class Table:
 Cells = tuple[int, list[str]]  # line and cells of a row; empty cells at its end are left out
 
 
-def read_table(path: str, flag: str, columns: dict[str, str], encoding: str, split_names: Sequence[str]) -> Table:
+def read_table(
+    path: str, flag: str, columns: dict[str, str], encoding: str, split_names: Sequence[str], *, labelled: bool
+) -> Table:
     """Reads a table.
 
     The first row is a header if it has the name of a column that is looked for, or else if none of
@@ -108,7 +125,8 @@ def read_table(path: str, flag: str, columns: dict[str, str], encoding: str, spl
         flag: the table as given by the user, for messages.
         columns: of path, label and split: names in the header, or numbers from 0.
         encoding: of the text, a Python codec; empty: UTF-8, or what a byte order mark says.
-        split_names: texts by which a third column without a header is known as the split.
+        split_names: texts by which a column without a header is known as the split.
+        labelled: whether labels are needed, so that it must be clear which column has them.
 
     Raises:
         ConfigError: a column in `columns` does not exist, or two are the same.
@@ -135,6 +153,8 @@ def read_table(path: str, flag: str, columns: dict[str, str], encoding: str, spl
     notes: list[str] = []
     warnings: list[str] = []
     positions = _positions(flag, header, rows, columns, split_names, notes)
+    if labelled and "label" not in positions and not columns:
+        _refuse_unclear_label(flag, header, rows, positions)
     return Table(list(_rows(flag, header, rows, positions, columns, notes, warnings)), tuple(notes), tuple(warnings))
 
 
@@ -303,7 +323,7 @@ def _positions(
 def _default_positions(
     header: list[str], rows: list[Cells], width: int, positions: dict[str, int], split_names: Sequence[str]
 ) -> None:
-    """Adds what the places of columns say: the label is beside the path, and then the split.
+    """Adds split and label where only one column can be meant.
 
     Args:
         header: names of the columns; empty: none.
@@ -312,12 +332,43 @@ def _default_positions(
         positions: gets label and split.
         split_names: see `read_table`.
     """
-    if not header and width > 1 and positions["path"] in (0, 1):
-        positions["label"] = 1 - positions["path"]
-        if width == 3 and all(len(cells) == 3 and cells[2].lower() in split_names for _, cells in rows):
-            positions["split"] = 2
-    elif header and "label" not in positions and len(header) == 2 and "split" not in positions:
-        positions["label"] = 1 - positions["path"]
+    if header:
+        # pandas writes the numbers of the rows in a column without a name.
+        named = [number for number, title in enumerate(header) if _header_key(title) not in _INDEX_TITLES]
+    else:
+        named = list(range(width))
+        splits = [n for n in named if all(len(cells) > n and cells[n].lower() in split_names for _, cells in rows)]
+        if width > 2 and len(splits) == 1:
+            positions["split"] = splits[0]
+    rest = [number for number in named if number not in positions.values()]
+    if "label" not in positions and len(rest) == 1 and ("split" not in positions or not header):
+        positions["label"] = rest[0]
+
+
+def _refuse_unclear_label(flag: str, header: list[str], rows: list[Cells], positions: dict[str, int]) -> None:
+    """Raises if a table has no label column, but several columns that could be labels together.
+
+    Args:
+        flag: the table as given by the user, for messages.
+        header: names of the columns; empty: none.
+        rows: what follows.
+        positions: of path and split.
+    """
+    width = max(len(header), *(len(cells) for _, cells in rows))
+    rest = [number for number in range(width) if number not in positions.values()]
+    binary = [n for n in rest if all(len(cells) > n and cells[n] in ("0", "1", "0.0", "1.0") for _, cells in rows)]
+    if header and len(binary) > 1:
+        some = ", ".join(header[number] for number in binary[:3])
+        raise DataError(
+            f"{flag} has no column of labels but {len(binary)} columns of 0 and 1 ({some}{', ...' if len(binary) > 3 else ''}): "
+            "write one column 'label' with the name of the class, or take the images alone with --unlabelled"
+        )
+    if not header and len(rest) > 1:
+        columns = f"--columns=path:{positions['path']},label:{rest[-1]}"
+        raise DataError(
+            f"{flag} has no header and {width} columns, of which {', '.join(map(str, rest))} could be the label: say which, as "
+            f"{columns} (numbers from 0)"
+        )
 
 
 def _rows(
@@ -354,10 +405,17 @@ def _rows(
     if not header and not columns and width > len(positions):
         chosen = ", ".join(f"{name} is column {number}" for name, number in positions.items())
         notes.append(f"the table has no header and {width} columns: {chosen} (from 0); --columns=... takes others")
+    if header and "split" not in positions:
+        for number, title in enumerate(header):
+            if _header_key(title) in _SPLIT_TITLES and number not in positions.values():
+                warnings.append(
+                    f"the column {title!r} is not used, so all images are in one split; --columns=split:{title} takes its values "
+                    "as the names of splits"
+                )
     if "label" not in positions:
         if width > len(positions):
             titles = header or map(str, range(width))
-            names = ", ".join(name for number, name in enumerate(titles) if number not in positions.values())
+            names = ", ".join(name for number, name in enumerate(titles) if name and number not in positions.values())
             warnings.append(
                 f"no column is known as the label, so no image has one; --columns=label:... takes one of {names}"
             )

@@ -54,6 +54,7 @@ LAYOUTS = {
 _TEXT_OF_LABEL = "image/class/text"  # of these scripts: the name of the label's class
 _RECORDS_THAT_DECIDE = 1000  # of the first file, at most, whose features determine the layout
 _GZIP = b"\x1f\x8b"  # first bytes of a compressed file
+_SHARD = re.compile(r"(.*-)([0-9]{5})-of-([0-9]{5})([^/]*)", re.DOTALL)
 _TFDS_CLASS_NAMES = "label.labels.txt"  # written by tensorflow-datasets beside its files
 _NO_LABEL = -1
 
@@ -164,16 +165,52 @@ def tfrecord_source(pattern: str, layout: str, options: SourceOptions, progress:
         ]
     name = f"tfrecord {posixpath.basename(pattern.rstrip('/*'))}"
     notes = (*_record_notes(keys, list(indices.values()), options), *classes.notes)
-    return Source(name, classes.names, tuple(splits), {"features": keys}, notes=notes, warnings=classes.warnings)
+    warnings = (*_missing_shards(used), *_without_labels(keys, list(indices.values()), options), *classes.warnings)
+    return Source(name, classes.names, tuple(splits), {"features": keys}, notes=notes, warnings=warnings)
+
+
+def _without_labels(keys: dict[str, str], indices: list[_Index], options: SourceOptions) -> list[str]:
+    """Describes files without any label beside files with labels."""
+    if not options.labelled or "label" not in keys:
+        return []
+    lacking = [index for index in indices if index.labels and not any(index.labels)]
+    if not lacking or len(lacking) == sum(bool(index.labels) for index in indices):
+        return []
+    return [
+        f"{len(lacking):,} of {len(indices):,} files have no label at {keys['label']!r} in any record (first: {lacking[0].path}, "
+        f"with {', '.join(sorted(lacking[0].features))}): are its labels at another feature?"
+    ]
+
+
+def _missing_shards(paths: Collection[str]) -> list[str]:
+    """Describes shards that the names of others (x-00003-of-00010) say there are."""
+    found: dict[tuple[str, str, str], set[int]] = {}
+    for path in paths:
+        if match := _SHARD.fullmatch(path):
+            found.setdefault((match[1], match[3], match[4]), set()).add(int(match[2]))
+    lines = []
+    for (start, count, end), numbers in found.items():
+        if missing := sorted(set(range(int(count))) - numbers):
+            width = len(count)
+            lines.append(
+                f"{len(missing):,} of {int(count):,} shards of {start}*-of-{count}{end} are not taken or missing (first: "
+                f"{missing[0]:0{width}d}-of-{count})"
+            )
+    return lines
 
 
 def _glob(flag: str, pattern: str) -> list[str]:
     try:
-        if tf.io.gfile.isdir(pattern):
+        folder = tf.io.gfile.isdir(pattern)
+        if folder:
             pattern = files.join(pattern, "*.tfrec*")
         paths = sorted(path for path in tf.io.gfile.glob(pattern) if not tf.io.gfile.isdir(path))
     except tf.errors.OpError as error:
         raise DataError(f"{flag}: {files.reason(error)}") from error
+    if not paths and folder:
+        raise DataError(
+            f"{flag} has no files *.tfrec*: give a pattern of names, as --dataset=tfrecord:{posixpath.dirname(pattern)}/*.record"
+        )
     if not paths:
         raise DataError(f"{flag}: there is no such file")
     return paths
@@ -382,12 +419,18 @@ def _label(feature: Any, key: str, where: str, encoding: str) -> tuple[str, int]
         raise DataError(f"{where} has {len(texts)} labels at {key!r}: images with one label are read")
     if texts:
         try:
-            return clean(texts[0].decode(encoding or "utf-8")), 0
+            text = texts[0].decode(encoding or "utf-8")
         except UnicodeDecodeError:
             raise DataError(
                 f"{where}: the label {texts[0]!r} is not {(encoding or 'utf-8').upper()}: say how it is encoded, as "
                 "--encoding=cp1252"
             ) from None
+        # Numbers as bytes: cleaned as text, 9 and 10 would be white space.
+        if re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text):
+            raise DataError(
+                f"{where}: the label {texts[0]!r} at {key!r} is not text but numbers as bytes: write them as an int64 feature"
+            )
+        return clean(text), 0
     if len(numbers) == 1:
         number = numbers[0]
         return str(int(number) if number % 1 == 0 else number), 0
