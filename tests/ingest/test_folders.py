@@ -242,6 +242,6 @@ def test_splits_below_other_folders_are_no_classes(tmp_path: pathlib.Path, names
     done.line("error", "has splits within other folders", "put the folder of the split above, as train/")
 
 
-def test_one_class_only_is_told(tmp_path: pathlib.Path) -> None:
+def test_one_class_only_is_reported(tmp_path: pathlib.Path) -> None:
     put(tmp_path / "in", "train/images/1.jpg", "valid/images/2.jpg")
     prepared(tmp_path).line("warning: the folders name one class only, 'images'")

@@ -69,7 +69,7 @@ def test_numbers_as_bytes_are_no_names(tmp_path: pathlib.Path, label: bytes) -> 
     assert "numbers as bytes" in refused(tmp_path, labelled(tmp_path, [b"\x01", label]))
 
 
-def test_shards_that_are_missing_are_told(tmp_path: pathlib.Path) -> None:
+def test_shards_that_are_missing_are_reported(tmp_path: pathlib.Path) -> None:
     rows: list[Row] = [{"image": image(0), "label": 0}]
     for number in (0, 2):
         write(tmp_path / f"in/a-train.tfrecord-{number:05d}-of-00004", rows)
@@ -86,7 +86,7 @@ def test_other_suffixes_need_a_pattern(tmp_path: pathlib.Path) -> None:
     assert run(tmp_path, f"{source}/*.record")[1] == [0]
 
 
-def test_files_with_labels_elsewhere_are_told(tmp_path: pathlib.Path) -> None:
+def test_files_with_labels_elsewhere_are_reported(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "in/train-1.tfrecord", [{"image": image(0), "label": 0}])
     source = write(tmp_path / "in/train-2.tfrecord", [{"image": image(1), "class": 1}])
     printed = run(tmp_path, source)[2]

@@ -439,7 +439,7 @@ def test_a_given_range_is_questioned_above_chance_too(tmp_path: pathlib.Path, im
         judge(name, images, teacher_range=("-1,1",))
 
 
-def test_a_given_range_that_the_layers_contradict_is_told_without_labels(
+def test_a_given_range_that_the_layers_contradict_is_reported_without_labels(
     tmp_path: pathlib.Path, images: Images
 ) -> None:
     unlabelled = Images(images.images, np.full(len(images.labels), -1))
