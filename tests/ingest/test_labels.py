@@ -282,3 +282,14 @@ def test_names_read_in_another_encoding_are_pointed_out() -> None:
     assert line.startswith(
         "1 name of a class looks like UTF-8 that was read in another encoding (first: 'B\u00c3\u00a4r' for 'Bär')"
     )
+
+
+@pytest.mark.parametrize("numeric", [True, False])
+def test_a_name_has_one_line(numeric: bool) -> None:
+    with pytest.raises(DataError, match="has a line break"):
+        numbered(["a\nb", "c"], numeric=numeric)
+
+
+def test_invisible_letters_are_pointed_out() -> None:
+    (line,) = coverage_warnings(["xy", "x\u200by"], {"train": {0: 1, 1: 1}})
+    assert "'xy' and 'x\\u200by'" in line

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import unicodedata
 
 import pytest
+from conftest import here
 from samples import Prepared, prepare, put
 
 
@@ -171,3 +173,12 @@ def test_floats_and_missing_values_do_not_change_the_classes(tmp_path: pathlib.P
             assert done.dataset is not None
             assert done.dataset.classes == tuple(map(str, range(12)))
             assert all(done.labels()[f"b/{number}.jpg"] == number for number in range(12))
+
+
+def test_a_data_set_without_splits_is_not_whole(tmp_path: pathlib.Path) -> None:
+    prepared(tmp_path, "path,label\na/1.jpg,x\na/2.jpg,y\n")
+    index = next(tmp_path.glob("out*/dataset.json"))
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"splits": {}}))
+    done = here("prepare", f"--verify={index.parent}")
+    assert done.returncode == 3
+    assert "has no splits" in done.stderr

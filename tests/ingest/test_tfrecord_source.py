@@ -94,6 +94,15 @@ def test_files_with_labels_elsewhere_are_reported(tmp_path: pathlib.Path) -> Non
     assert "with class, image)" in printed
 
 
+def test_sequences_are_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "in").mkdir()
+    lists = tf.train.FeatureLists(feature_list={"image": tf.train.FeatureList(feature=[feature(image(0))])})
+    with tf.io.TFRecordWriter(str(tmp_path / "in/train.tfrecord")) as writer:
+        context = tf.train.Features(feature={"label": feature(1)})
+        writer.write(tf.train.SequenceExample(context=context, feature_lists=lists).SerializeToString())
+    assert "has tf.train.SequenceExample" in refused(tmp_path, f"tfrecord:{tmp_path}/in")
+
+
 # -- which features
 
 

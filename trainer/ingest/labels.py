@@ -32,6 +32,7 @@ _BRACKETS = re.compile(
     r"(?:tensor|tf\.Tensor|array|(?:np|numpy)\.\w+)?(?:\[(.+)\]|\((.+?),?(?:, *[a-z]+=.*)?\))", re.DOTALL
 )
 _NUMBERS = re.compile(r"[-+0-9.,e\[\]\s]+", re.IGNORECASE)
+_INVISIBLE = re.compile(r"[\u00ad\u200b-\u200f\u2060\ufeff]")  # soft hyphen, zero width
 _NUMBERED = re.compile(r"([0-9]+)\s*[\s,;:]\s*(\S.*)")  # a line of a list of class names
 _NAME_THEN_NUMBER = re.compile(r"(\S.*?)\s*[\s,;:]\s*([0-9]+)")
 _TITLES = ("class", "classes", "class_name", "label", "labels", "name", "names")
@@ -153,6 +154,11 @@ def number_classes(flag: str, found: Mapping[str, Found], options: SourceOptions
             f"{flag}: the label {broken[0]!r} ({found[broken[0]].where}) has U+FFFD where a letter was lost when text was "
             "converted: write it again from the original"
         )
+    if broken := [label for label in found if re.search(r"[\r\n]", label)]:
+        raise DataError(
+            f"{flag}: the label {broken[0]!r} ({found[broken[0]].where!r}) has a line break, and lists of classes have one name "
+            "per line: rename it"
+        )
     if numeric and (printed := [label for label in found if label not in options.classes and _content(label)]):
         raise DataError(
             f"{flag}: the label {printed[0]} ({found[printed[0]].where}) is how a program prints the value "
@@ -264,7 +270,7 @@ def _similar(classes: Sequence[str]) -> list[str]:
     by_key: dict[str, list[str]] = {}
     for name in classes:
         value = value_of(name)
-        folded = unicodedata.normalize("NFKC", name).casefold()
+        folded = _INVISIBLE.sub("", unicodedata.normalize("NFKC", name).casefold())
         by_key.setdefault(str(value) if value is not None else re.sub(r"[\s_-]+", " ", folded).strip(), []).append(name)
     groups = [names for names in by_key.values() if len(names) > 1]
     listed = [conjunction([repr(name) for name in names]) for names in groups]

@@ -283,6 +283,8 @@ def _find_layout(flag: str, paths: list[str], options: SourceOptions) -> dict[st
     for keys in LAYOUTS.values():
         if keys["image"] in features and (keys["label"] in features or not options.labelled):
             return keys
+    if _is_sequence(payload):
+        raise DataError(f"{flag}: {paths[0]} has tf.train.SequenceExample: write each image as a tf.train.Example")
     raise DataError(
         f"{flag}: the first records have the features {', '.join(sorted(features))}: say which ones to take, as "
         "--features=image:KEY,label:KEY, or, without labels, --features=image:KEY"
@@ -341,6 +343,14 @@ def _refuse_foreign(path: str, head: bytes) -> None:
         )
     if what := images.foreign(head) or image_header.sniff(head):
         raise DataError(f"{path} is not a TFRecord file but {what}")
+
+
+def _is_sequence(payload: bytes) -> bool:
+    """Whether an Example is in fact a SequenceExample: the same, and lists of features."""
+    try:
+        return bool(tf.train.SequenceExample.FromString(payload).feature_lists.feature_list)
+    except Exception:  # protobuf's DecodeError differs between its implementations
+        return False
 
 
 def _parse_example(payload: bytes, where: str) -> Any:

@@ -34,6 +34,8 @@ def verify(path: str, progress: Progress, *, workers: int = 0) -> str:
         DataError: the first problem; the message has file, record and offset.
     """
     dataset = Dataset.load(path, "verify")
+    if not dataset.splits:
+        raise DataError(f"{path}/{INDEX_FILE} has no splits: prepare the data set again")
     workers = workers or os.cpu_count() or 1
     total = sum(split.examples for split in dataset.splits.values())
     shards = [shard for split in dataset.splits.values() for shard in split.shards]
