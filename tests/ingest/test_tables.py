@@ -109,6 +109,7 @@ def test_encodings(tmp_path: pathlib.Path, encoding: str) -> None:
         ("PK\x03\x04", [], 3, "is a workbook or a zip file: save it as CSV"),
         ('[{"path": "a/1.jpg"}]', [], 3, "is JSON"),
         ("path,label\n", [], 3, "has a header and no images"),
+        ("path,label;\na/1.jpg,x;\na/2.jpg,y;\n", [], 3, "every line ends with ;"),
         ("path,label\na/1.jpg,0\n", ["--encoding=cp12"], 2, "--encoding=cp12: there is no such encoding"),
         ("path,label\na/1.jpg,0\n", ["--class_order=text", "--classes=x"], 2, "--classes gives the order"),
     ],

@@ -150,6 +150,10 @@ def read_table(
                 f"{flag}: line {line} has {len(cells)} cells and {'the header' if header else 'the first row'} has {width}: "
                 "put quotation marks around a cell that contains the separator, or complete the first row"
             )
+    if header and all(cells[-1].endswith(";") for cells in (header, *(cells for _, cells in rows))):
+        raise DataError(
+            f"{flag}: every line ends with ; but commas separate the cells: delete it, since it would be in each label"
+        )
     notes: list[str] = []
     warnings: list[str] = []
     positions = _positions(flag, header, rows, columns, split_names, notes)
