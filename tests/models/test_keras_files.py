@@ -357,6 +357,9 @@ def inputs_of(*shapes: tuple[int, ...]) -> keras.Model:
         (lambda: inputs_of((12,)), "takes (batch, 12), not images"),
         (lambda: inputs_of((4, 6, 3)), "4 x 6 pixels; they must be square"),
         (lambda: keras.Sequential([keras.Input(SHAPE), dense()]), "returns (batch, 4, 4, 5)"),
+        (lambda: keras.Sequential([keras.Input(SHAPE), dense()]), "model, keras.layers.GlobalAveragePooling2D()]"),
+        (lambda: simple(lambda x: L.Reshape((1, 1, CLASSES))(dense()(x))), "model, keras.layers.Flatten()]"),
+        (lambda: simple(lambda x: ops.argmax(dense()(x), axis=-1)), "without its last argmax"),
     ],
 )
 def test_models_that_are_no_classifiers_of_rgb_images(

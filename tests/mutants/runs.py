@@ -144,4 +144,34 @@ MUTANTS = [
         Replace("int(_)", "self.step"),
         "run/test_batch_statistics.py::test_export_of_the_best_step_has_its_statistics",
     ),
+    Mutant(
+        "trust in a teacher: one at chance is refused",
+        "trainer.run.teacher_check._Judge._require_knowledge",
+        Replace("not accuracy.above_chance and accuracy.images >= MIN_IMAGES", "False"),
+        "run/test_teacher_check.py::test_a_teacher_at_chance_is_refused_if_there_are_images_enough_to_tell",
+    ),
+    Mutant(
+        "trust in a teacher: a range that is given is questioned",
+        "trainer.run.teacher_check._Judge._find_range",
+        Replace("accuracy.share >= _GOOD", "True"),
+        "run/test_teacher_check.py::test_a_given_range_is_questioned_above_chance_too",
+    ),
+    Mutant(
+        "trust in a teacher: images of one class choose no order",
+        "trainer.run.teacher_statistics.better_order",
+        Never("len(np.unique(labels)) < 2"),
+        "run/test_teacher_statistics.py::test_images_of_one_class_say_nothing_about_an_order",
+    ),
+    Mutant(
+        "trust in a teacher: an order is tested on the images that it moves",
+        "trainer.run.teacher_statistics._compare",
+        Replace("then[moved].mean() < max(_1, now[moved].mean() + _2)", "then.mean() < max(_1, now.mean() + _2)"),
+        "run/test_teacher_statistics.py::test_two_swapped_classes_of_many_are_found",
+    ),
+    Mutant(
+        "trust in a teacher: what was found is that of this run",
+        "trainer.run.teacher_check._read",
+        Replace("content['run'] != plan.run_id or _", "_"),
+        "run/test_teacher_check.py::test_what_was_found_is_kept_for_the_processes_that_resume",
+    ),
 ]

@@ -67,6 +67,13 @@ def test_metrics_of_a_worked_example() -> None:
     assert "student_top1" not in evaluator.EvalResult(np.full(4, -1), student, None).metrics()
 
 
+def test_outputs_that_are_not_finite_agree_with_nothing() -> None:
+    """The largest of NaNs is the first, which is no answer."""
+    teacher = np.array([[1, 0], [0, 1]], np.float32)
+    result = evaluator.EvalResult(np.array([0, 1]), np.full((2, 2), np.nan, np.float32), teacher)
+    assert result.metrics()["agreement_top1"] == 0.0
+
+
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_top_k_agrees_with_keras_without_ties(k: int) -> None:
     rng = np.random.default_rng(0)

@@ -125,9 +125,10 @@ def _classifier(model: keras.Model, where: str, role: str, output: str) -> keras
     inputs = getattr(model, "inputs", None) or []
     outputs = heads.outputs(model)
     if not inputs or not outputs:
-        raise DataError(
-            f"{where} has no fixed inputs and outputs: call the model on a batch of images before it is saved"
-        )
+        what = "call the model on a batch of images before it is saved"
+        if not isinstance(model, keras.Sequential):
+            what = "its class computes them; save it with model.export('teacher') and give saved_model:teacher"
+        raise DataError(f"{where} has no fixed inputs and outputs: {what}")
     if len(inputs) > 1:
         listed = ", ".join(f"{x.name} {_shape(x.shape)}" for x in inputs)
         raise DataError(f"{where} has {len(inputs)} inputs ({listed}); it must take images alone")
@@ -143,12 +144,23 @@ def _classifier(model: keras.Model, where: str, role: str, output: str) -> keras
     if shape[0] is not None:
         model = heads.open_batch(model)
     if len(tensor.shape) != 2 or tensor.shape[-1] is None:
-        raise DataError(f"{where} returns {_shape(tensor.shape)}; a classifier returns (batch, classes)")
+        raise DataError(
+            f"{where} returns {_shape(tensor.shape)}; a classifier returns (batch, classes): {_remedy(tensor.shape)}"
+        )
     return model
 
 
 def _shape(shape: tuple[int | None, ...]) -> str:
     return f"({', '.join('batch' if i == 0 else 'any' if side is None else str(side) for i, side in enumerate(shape))})"
+
+
+def _remedy(shape: tuple[int | None, ...]) -> str:
+    """What to do with outputs of this shape, which are not (batch, classes)."""
+    if len(shape) == 1:
+        return "save the model without its last argmax or reshape"
+    layer = "Flatten" if None not in shape[1:] and sum(side != 1 for side in shape[1:]) <= 1 else "GlobalAveragePooling"
+    layer = f"{layer}{len(shape) - 2}D" if layer != "Flatten" else layer
+    return f"for one answer for each image, keras.Sequential([model, keras.layers.{layer}()]).save('x.keras')"
 
 
 def _input_problem(shape: tuple[int | None, ...]) -> str:
@@ -170,7 +182,7 @@ def _input_problem(shape: tuple[int | None, ...]) -> str:
             f"({height}, {width}, 3)), keras.layers.Conv2D(1, 1, kernel_initializer=keras.initializers.Constant(1 / 3)), "
             "model]).save('x.keras')"
         )
-    return f"images of {shape[-1]} channels; here they have 3 (RGB)"
+    return f"images of {shape[-1]} channels; here they have 3 (RGB): put layers in front that make the others of them"
 
 
 def _choose(outputs: list[tuple[str, Any]], where: str, role: str, output: str) -> int:

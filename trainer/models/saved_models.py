@@ -91,7 +91,8 @@ class SavedClassifier:
             listed = "; ".join(f"{name}: {_describe(f)}" for name, f in self._loaded.signatures.items())
             raise DataError(
                 f"{where} has no signature that takes one batch of float32 RGB images and returns (batch, classes); "
-                f"it has: {listed or 'none'}"
+                f"it has: {listed or 'none'}. Save a function with that signature (tf.saved_model.save(model, 'x', signatures=f)), "
+                "or give the Keras file"
             )
         self._call = signatures.get("serving_default") or next(iter(signatures.values()))
         self._input, spec = _image_input(self._call)  # type: ignore[misc]

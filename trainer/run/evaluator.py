@@ -69,7 +69,9 @@ class EvalResult:
         if self.own_view_logits is not None and labelled.any():
             metrics["teacher_own_view_top1"] = top_k(self.own_view_logits[labelled], self.labels[labelled], 1)
         if teacher is not None:
-            metrics["agreement_top1"] = float((teacher.argmax(1) == student.argmax(1)).mean())
+            # The largest of values with a NaN is the first NaN: an answer that was not given.
+            finite = np.isfinite(teacher).all(axis=1) & np.isfinite(student).all(axis=1)
+            metrics["agreement_top1"] = float(((teacher.argmax(1) == student.argmax(1)) & finite).mean())
             metrics["kl"] = float(distances.kl(teacher, student).numpy().mean(dtype=np.float64))
         for name, (_, constant) in self._losses.items():
             mean = float(constant.mean(dtype=np.float64))
