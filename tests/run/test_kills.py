@@ -47,7 +47,7 @@ ENDINGS = {
     "after the Keras model": ("trainer.output.export:save_keras", 0, True),
     "after the export": ("trainer.output.export:write", 0, True),
     "after the report": ("trainer.output.report:render", 0, True),
-    "before the result": ("trainer.output.finish:write_json", 1, False),
+    "before the result": ("trainer.output.finish:write_json", 0, False),
 }
 # The steps of writing a file (the hook "storage" in tests/hooks.py).
 WRITE_STEPS = ("made", "half", "written", "flushed", "renamed", "flushed")
