@@ -66,7 +66,7 @@ def reference(job: Job, step: int, mixed: bool) -> list[np.ndarray]:
     ("replicas", "changes", "mixed"),
     [
         (1, {}, False),
-        (1, {"mixup": "example", "jit_compile": "on"}, True),
+        pytest.param(1, {"mixup": "example", "jit_compile": "on"}, True, marks=pytest.mark.slow),
         (1, {"views": "fix/cc", "store": "disk", "precision": "mixed_bfloat16"}, False),
         pytest.param(2, {"mixup": "example"}, True, marks=pytest.mark.slow),
         pytest.param(4, {"jit_compile": "on", "compat": ("mixup",)}, False, marks=pytest.mark.slow),
@@ -204,6 +204,7 @@ def test_export_of_the_best_step_has_its_statistics(make_config: Callable[..., C
     assert f"{100 * metrics['student_top1']:.2f}" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_takes_the_other_statistics(
     data: str, teacher_file: str, student: str, tmp_path: pathlib.Path
 ) -> None:

@@ -121,7 +121,7 @@ def test_two_fresh_runs_are_equal_to_the_bit(flags: list[str], uninterrupted: st
     assert_equal_runs(uninterrupted, f"{tmp_path}/run")
 
 
-@pytest.mark.parametrize("steps_per_loop", [1, 5])
+@pytest.mark.parametrize("steps_per_loop", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_loop_length_does_not_change_the_weights(
     flags: list[str], uninterrupted: str, tmp_path: pathlib.Path, steps_per_loop: int
 ) -> None:

@@ -126,7 +126,13 @@ ORDINARY: dict[str, Callable[[], keras.Model]] = {
 }
 
 
-@pytest.mark.parametrize("name", ORDINARY)
+# A few seconds each: what no other test has is in the fast part.
+LONGER = ("Rescaling inside, logits", "images from -1 to 1", "a resize in front", "any image size")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONGER else []) for name in ORDINARY]
+)
 def test_an_ordinary_teacher_needs_no_flag(name: str, colours: pathlib.Path, tmp_path: pathlib.Path) -> None:
     code, output = start(colours, saved(ORDINARY[name](), tmp_path / "teacher.keras"))
     assert code == 0, output
