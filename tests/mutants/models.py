@@ -41,7 +41,7 @@ MUTANTS = [
         "probabilities become logits",
         "trainer.models.teachers.Teacher.logits",
         Never("self.probabilities"),
-        "models/test_bit.py::test_any_ending_and_range_gives_logits",
+        "models/test_keras_files.py::test_a_teachers_logits_give_its_probabilities",
     ),
     Mutant(
         "nothing pickled is loaded",
