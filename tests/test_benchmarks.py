@@ -87,7 +87,8 @@ def test_the_committed_table_is_of_the_committed_runs(miniature: types.ModuleTyp
 def test_the_benchmark_runs(
     miniature: types.ModuleType, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(miniature, "HELD_OUT", 40)
+    # A teacher of one step is near chance; with fewer than 30 images that is a warning.
+    monkeypatch.setattr(miniature, "HELD_OUT", 24)
     monkeypatch.setattr(miniature, "CLASSES", 4)
     monkeypatch.setattr(miniature, "TRAIN", 16)
     monkeypatch.setattr(miniature, "PRETRAIN", 40)

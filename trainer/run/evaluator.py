@@ -301,11 +301,14 @@ class Evaluator:
     def _compiled_teacher(self, teachers: tuple[Teacher, ...], kinds: tuple[str, ...] = ()) -> Callable:
         key, kinds = _key(teachers, kinds), kinds or ("central",) * len(teachers)
         if key not in self._teachers:
-            # One trace of a model serves all its ranges and views.
-            traced = []
-            for teacher in teachers:
-                model = self._traced.setdefault(id(teacher.model), _Traced(teacher.model))
-                traced.append(dataclasses.replace(teacher, model=model))
+            traced = list(teachers)
+            if self._strategy.num_replicas_in_sync == 1:
+                # One trace of a model serves all its ranges and views. With several replicas the
+                # trace of one would read its variables for all, on devices that are not theirs.
+                traced = [
+                    dataclasses.replace(t, model=self._traced.setdefault(id(t.model), _Traced(t.model)))
+                    for t in teachers
+                ]
             wanted = {(teacher.size, kind) for teacher, kind in zip(teachers, kinds, strict=True)}
 
             def forward(images: tf.Tensor, originals: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
@@ -353,8 +356,14 @@ class Evaluator:
         compiled = tf.function(forward, jit_compile=self._jit, autograph=False)
         strategy = self._strategy
 
+        # A plain function: a compiled one given to `run` would be one program for all replicas,
+        # whose variables are on several devices.
+        @tf.autograph.experimental.do_not_convert
+        def on_replica(*values: tf.Tensor) -> tf.Tensor:
+            return compiled(*values)
+
         def run(*values: tf.distribute.DistributedValues) -> tf.Tensor | tf.distribute.DistributedValues:
-            outputs = strategy.run(compiled, values)
+            outputs = strategy.run(on_replica, values)
             several_machines = len(strategy.experimental_local_results(outputs)) < strategy.num_replicas_in_sync
             return strategy.gather(outputs, axis=0) if several_machines else outputs
 
