@@ -126,7 +126,7 @@ ORDINARY: dict[str, Callable[[], keras.Model]] = {
 }
 
 
-# A few seconds each: what no other test has is in the fast part.
+# Seconds each, and much like others: the fast part must stay under ten minutes.
 LONGER = ("Rescaling inside, logits", "images from -1 to 1", "a resize in front", "any image size")
 
 
