@@ -21,6 +21,7 @@ from trainer.core.wording import plural
 from trainer.data import image_header
 from trainer.ingest.sources import Progress, run_in_order
 from trainer.io import destination, files
+from trainer.io.text import is_utf8
 
 Parts = tuple[str, ...]  # of a path relative to the folder
 
@@ -154,7 +155,7 @@ def list_images(folder: str, progress: Progress) -> Listing:
                 name = "/".join(entry[0])
                 left_out.add("unreadable" if image_format is None else _suffix(entry[0][-1]) or "without suffix", name)
             progress("look at files of unknown kind", number, len(unknown))
-    if broken := ["/".join(parts) for parts, _ in found if not _is_utf8("/".join(parts))]:
+    if broken := ["/".join(parts) for parts, _ in found if not is_utf8(os.fsencode("/".join(parts)))]:
         raise DataError(
             f"{folder} has images with names that are not UTF-8, so classes could be mistaken: {printable(broken[0])}"
             f"{f' and {len(broken) - 1:,} more' if len(broken) > 1 else ''}; rename them (convmv does it for whole folders)"
@@ -166,14 +167,6 @@ def printable(name: str) -> str:
     """Returns a name with bytes that are not UTF-8, and control characters, escaped."""
     escaped = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\x{ord(match.group()):02x}", escaped)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _suffix(name: str) -> str:

@@ -70,7 +70,7 @@ def decode(content: bytes, path: str, encoding: str = "") -> str:
             f"{path} is not {(encoding or 'utf-8').upper()}: line {line}, byte {byte} of the line is "
             f"0x{content[error.start]:02x}; {hint}"
         ) from None
-    if encoding and len(decoded) == len(content) and not content.isascii() and _is_utf8(content):
+    if encoding and len(decoded) == len(content) and not content.isascii() and is_utf8(content):
         # Text of one byte per letter is UTF-8 by chance only where it is not text.
         raise DataError(
             f"{path} is UTF-8, not {encoding}, which would give other letters; leave --encoding out, or save it as {encoding}"
@@ -80,7 +80,8 @@ def decode(content: bytes, path: str, encoding: str = "") -> str:
     return decoded.removeprefix("\ufeff")
 
 
-def _is_utf8(content: bytes) -> bool:
+def is_utf8(content: bytes) -> bool:
+    """Whether these bytes are text in UTF-8."""
     try:
         content.decode()
     except UnicodeDecodeError:
